@@ -1,0 +1,404 @@
+"""The data that travels: ``Bag``, ``Segments``, ``Adjacency`` and ``PackedBags``.
+
+A *bag* is one labelled set of instances. A *pack* is several bags laid end to end: ``T`` instances in all, cut by
+``B + 1`` offsets. Everything in bigbag computes on packs; padded ``(B, N, P)`` tensors with a mask exist only at the
+door (:meth:`PackedBags.from_padded`, :meth:`PackedBags.to_padded`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Label = int | float | Sequence[float]
+
+_ALIGN_BYTES = 64
+
+
+@dataclass(frozen=True)
+class Adjacency:
+    """A sparse ``(T, T)`` matrix over instances in CSR form.
+
+    Row ``i`` has the columns ``col[crow[i]:crow[i + 1]]`` with the weights ``weight[...]`` (ones where ``weight`` is
+    None). In a pack it is block-diagonal: no edge joins two bags.
+
+    Attributes:
+        crow: ``(T + 1,)`` int64.
+        col: ``(E,)`` int32.
+        weight: ``(E,)`` floating, or None for a binary graph.
+        symmetric: True promises ``A == A.T``, so that the backward of a product needs no transposed copy.
+    """
+
+    crow: Tensor
+    col: Tensor
+    weight: Tensor | None = None
+    symmetric: bool = False
+
+    @property
+    def num_nodes(self) -> int:
+        return self.crow.numel() - 1
+
+    @property
+    def num_edges(self) -> int:
+        return self.col.numel()
+
+    @staticmethod
+    def from_edges(
+        row: Tensor, col: Tensor, weight: Tensor | None, num_nodes: int, symmetric: bool = False
+    ) -> Adjacency:
+        """CSR of the edges ``(row[e], col[e])``, sorted by row, then column. Duplicate edges are kept."""
+        order = torch.argsort(row.long() * num_nodes + col.long())
+        crow = torch.zeros(num_nodes + 1, dtype=torch.int64, device=row.device)
+        torch.cumsum(torch.bincount(row, minlength=num_nodes), 0, out=crow[1:])
+        return Adjacency(crow, col[order].to(torch.int32), None if weight is None else weight[order], symmetric)
+
+    def rows(self) -> Tensor:
+        """``(E,)`` int64: the row of every edge."""
+        nodes = torch.arange(self.num_nodes, device=self.crow.device)
+        return torch.repeat_interleave(nodes, self.crow.diff(), output_size=self.num_edges)
+
+    def to_coo(self) -> Tensor:
+        """The same matrix as a torch sparse COO tensor ``(T, T)``."""
+        weight = torch.ones(self.num_edges, device=self.col.device) if self.weight is None else self.weight
+        size = (self.num_nodes, self.num_nodes)
+        return torch.sparse_coo_tensor(torch.stack([self.rows(), self.col.long()]), weight, size).coalesce()
+
+    @staticmethod
+    def block_diagonal(parts: Sequence[Adjacency]) -> Adjacency:
+        """One matrix with ``parts`` along its diagonal; binary only if every part is, symmetric only if every part is.
+
+        Raises:
+            ValueError: ``parts`` is empty.
+        """
+        if not parts:
+            raise ValueError("block_diagonal: expected at least one Adjacency, got none")
+        nodes = [0, *accumulate(part.num_nodes for part in parts)]
+        edges = [0, *accumulate(part.num_edges for part in parts)]
+        crow = torch.cat([parts[0].crow[:1], *(part.crow[1:] + first for part, first in zip(parts, edges))])
+        col = torch.cat([part.col + first for part, first in zip(parts, nodes)])
+        weight = None
+        if any(part.weight is not None for part in parts):
+            weight = torch.cat([torch.ones(p.num_edges) if p.weight is None else p.weight for p in parts])
+        return Adjacency(crow, col, weight, all(part.symmetric for part in parts))
+
+
+def _as_array(value: Any, what: str) -> np.ndarray | None:
+    if isinstance(value, Tensor):
+        if value.dtype == torch.bfloat16:
+            raise ValueError(f"Bag.{what}: numpy has no bfloat16; pass float16 or float32")
+        value = value.detach().cpu().numpy()
+    return None if value is None else np.asarray(value)
+
+
+@dataclass(frozen=True)
+class Bag:
+    """One bag on the host, as numpy arrays (which may be read-only memory maps).
+
+    Attributes:
+        x: ``(N, P)`` instance features, or ``(N, ...)`` raw instances.
+        y: label of the bag: a number, or a sequence of numbers for several outputs. None where it is unknown.
+        key: name of the bag, unique in its data set.
+        coords: ``(N, c)`` positions, or None.
+        y_inst: ``(N,)`` integer instance labels, -1 = unknown, or None.
+        adj: graph over the instances, or None.
+    """
+
+    x: np.ndarray
+    y: Label | None = None
+    key: str = ""
+    coords: np.ndarray | None = None
+    y_inst: np.ndarray | None = None
+    adj: Adjacency | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("x", "coords", "y_inst"):
+            value = _as_array(getattr(self, name), name)
+            object.__setattr__(self, name, value)
+            if value is not None and (value.ndim == 0 or len(value) != len(self.x)):
+                raise ValueError(
+                    f"bag {self.key!r}: {name} has shape {value.shape}, expected {len(self.x)} rows, one per instance"
+                )
+        if self.adj is not None and self.adj.num_nodes != len(self.x):
+            raise ValueError(f"bag {self.key!r}: adj has {self.adj.num_nodes} nodes for {len(self.x)} instances")
+
+    @property
+    def num_instances(self) -> int:
+        return len(self.x)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """How a pack is cut into bags: bag ``b`` owns rows ``offsets[b] : offsets[b + 1]``.
+
+    Attributes:
+        offsets: ``(B + 1,)`` int64, on the device of the pack.
+        sizes: the same as B integers on the host, so that nothing ever waits for the device.
+    """
+
+    offsets: Tensor
+    sizes: tuple[int, ...]
+
+    @staticmethod
+    def from_sizes(sizes: Sequence[int], device: torch.device | str = "cpu") -> Segments:
+        host = tuple(int(size) for size in sizes)
+        return Segments(torch.tensor([0, *accumulate(host)], dtype=torch.int64, device=device), host)
+
+    @property
+    def num_bags(self) -> int:
+        return len(self.sizes)
+
+    @cached_property
+    def num_instances(self) -> int:
+        return sum(self.sizes)
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """``offsets`` on the host, B + 1 integers."""
+        return (0, *accumulate(self.sizes))
+
+    @cached_property
+    def bag_of_instance(self) -> Tensor:
+        """``(T,)`` int64: the bag that each instance belongs to."""
+        bags = torch.arange(self.num_bags, device=self.offsets.device)
+        return torch.repeat_interleave(bags, self.offsets.diff(), output_size=self.num_instances)
+
+
+@dataclass(frozen=True)
+class PackedBags:
+    """B bags laid end to end.
+
+    Attributes:
+        x: ``(T, P)`` features (or ``(T, ...)`` raw instances), in the precision they are stored in.
+        offsets: ``(B + 1,)`` int64; bag ``b`` owns rows ``offsets[b] : offsets[b + 1]``.
+        sizes: the number of instances of each bag, on the host.
+        y: ``(B,)`` or ``(B, K)`` labels, or None.
+        y_inst: ``(T,)`` int64 instance labels, -1 = unknown, or None.
+        coords: ``(T, c)`` positions, or None.
+        adj: one block-diagonal graph over the T instances, or None.
+        keys: the names of the bags.
+        padded_size: N of the padded batch that the pack came from, or None.
+        padded_index: ``(T,)`` int64, place of each instance in that batch's flattened ``(B * N)``; None means that
+            the instances of each bag come first in their row.
+    """
+
+    x: Tensor
+    offsets: Tensor
+    sizes: tuple[int, ...]
+    y: Tensor | None = None
+    y_inst: Tensor | None = None
+    coords: Tensor | None = None
+    adj: Adjacency | None = None
+    keys: tuple[str, ...] = ()
+    padded_size: int | None = field(default=None, repr=False)
+    padded_index: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def num_bags(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def num_instances(self) -> int:
+        return self.x.shape[0]
+
+    @cached_property
+    def segments(self) -> Segments:
+        return Segments(self.offsets, self.sizes)
+
+    @property
+    def device(self) -> torch.device:
+        return self.x.device
+
+    def with_x(self, x: Tensor) -> PackedBags:
+        """The same bags with other instance features."""
+        return replace(self, x=x)
+
+    @staticmethod
+    def from_bags(bags: Sequence[Bag], *, shared: bool = False) -> PackedBags:
+        """Lay ``bags`` end to end in one buffer, so that moving the pack to a device is a single copy.
+
+        Optional fields (``y``, ``y_inst``, ``coords``, ``adj``) are kept where every bag has them.
+
+        Args:
+            bags: at least one bag, all of the same feature shape and dtype.
+            shared: put the buffer in shared memory, for handing it to another process without a copy.
+
+        Raises:
+            ValueError: no bag, or bags of different feature shapes (both keys are named).
+        """
+        if not bags:
+            raise ValueError("PackedBags.from_bags: expected at least one bag, got none")
+        _check_same_features(bags)
+        sizes = tuple(bag.num_instances for bag in bags)
+        arrays: dict[str, list[np.ndarray]] = {"x": [bag.x for bag in bags]}
+        arrays["offsets"] = [np.asarray([0, *accumulate(sizes)], dtype=np.int64)]
+        if all(bag.y is not None for bag in bags):
+            labels = np.asarray([bag.y for bag in bags])
+            arrays["y"] = [labels.astype(np.int64 if labels.dtype.kind in "iub" else np.float32)]
+        if all(bag.y_inst is not None for bag in bags):
+            arrays["y_inst"] = [bag.y_inst.astype(np.int64) for bag in bags]  # type: ignore[union-attr]
+        if all(bag.coords is not None for bag in bags):
+            arrays["coords"] = [bag.coords for bag in bags]  # type: ignore[misc]
+        adj = None
+        if all(bag.adj is not None for bag in bags):
+            adj = Adjacency.block_diagonal([bag.adj for bag in bags])  # type: ignore[misc]
+            arrays |= {"crow": [adj.crow.numpy()], "col": [adj.col.numpy()]}
+            if adj.weight is not None:
+                arrays["weight"] = [adj.weight.numpy()]
+        parts = _concatenate_in_one_buffer(arrays, shared)
+        if adj is not None:
+            adj = Adjacency(parts.pop("crow"), parts.pop("col"), parts.pop("weight", None), adj.symmetric)
+        return PackedBags(sizes=sizes, adj=adj, keys=tuple(bag.key for bag in bags), **parts)
+
+    @staticmethod
+    def from_padded(
+        X: Tensor,
+        mask: Tensor | None = None,
+        adj: Tensor | None = None,
+        coords: Tensor | None = None,
+        y: Tensor | None = None,
+        y_inst: Tensor | None = None,
+    ) -> PackedBags:
+        """Pack a padded batch, dropping the rows that ``mask`` rules out.
+
+        Args:
+            X: ``(B, N, ...)``.
+            mask: ``(B, N)``, any dtype; zero or False marks padding, anywhere in a row. None: every row counts.
+            adj: ``(B, N, N)``, dense or torch sparse COO. Edges of masked instances are dropped.
+            coords: ``(B, N, c)``.
+            y: ``(B, ...)``.
+            y_inst: ``(B, N)``.
+
+        Raises:
+            ValueError: shapes that do not fit ``X``.
+        """
+        batch, length = X.shape[:2]
+        for name, value, rank in (("mask", mask, 2), ("adj", adj, 3), ("coords", coords, 3), ("y_inst", y_inst, 2)):
+            expected = (batch, length, length)[:rank] if name == "adj" else (batch, length)
+            if value is not None and (value.dim() < rank or tuple(value.shape[: len(expected)]) != expected):
+                raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {expected} to go with X")
+        index = None if mask is None else torch.nonzero((mask != 0).reshape(-1)).squeeze(1)
+        sizes = [length] * batch if mask is None else (mask != 0).sum(1).tolist()
+
+        def pack(value: Tensor | None) -> Tensor | None:
+            if value is None:
+                return None
+            flat = value.reshape(batch * length, *value.shape[2:])
+            return flat if index is None else flat.index_select(0, index)
+
+        x = pack(X)
+        assert x is not None
+        segments = Segments.from_sizes(sizes, X.device)
+        return PackedBags(
+            x=x,
+            offsets=segments.offsets,
+            sizes=segments.sizes,
+            y=y,
+            y_inst=pack(y_inst),
+            coords=pack(coords),
+            adj=None if adj is None else _adjacency_from_padded(adj, index, segments.num_instances),
+            keys=tuple(str(i) for i in range(batch)),
+            padded_size=length,
+            padded_index=index,
+        )
+
+    def to_padded(self, values: Tensor, fill: float = 0.0) -> Tensor:
+        """``(T, ...)`` per-instance values as ``(B, N, ...)``, with ``fill`` in the padded places.
+
+        N is that of the batch the pack came from, otherwise the largest bag of the pack.
+        """
+        length = self.padded_size if self.padded_size is not None else max(self.sizes, default=0)
+        if self.padded_size is not None and self.padded_index is None:
+            return values.reshape(self.num_bags, length, *values.shape[1:])
+        index = self.padded_index
+        if index is None:
+            bag = self.segments.bag_of_instance
+            index = torch.arange(self.num_instances, device=values.device) - self.offsets[bag] + bag * length
+        flat = values.new_full((self.num_bags * length, *values.shape[1:]), fill)
+        return flat.index_copy(0, index, values).reshape(self.num_bags, length, *values.shape[1:])
+
+    def mask(self) -> Tensor:
+        """``(B, N)`` bool: True where :meth:`to_padded` puts an instance."""
+        return self.to_padded(torch.ones(self.num_instances, dtype=torch.bool, device=self.device), False)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBags:
+        """The pack on ``device``; one copy if its tensors share one buffer."""
+        return self._map_buffer(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PackedBags:
+        """The pack in page-locked memory, from which copies to the device need not wait."""
+        return self._map_buffer(lambda t: t.pin_memory())
+
+    def _map_buffer(self, move: Callable[[Tensor], Tensor]) -> PackedBags:
+        """Apply ``move`` to every tensor, or once to the buffer that they all are views of."""
+        tensors = [t for t in (getattr(self, f.name) for f in fields(self)) if isinstance(t, Tensor)]
+        if self.adj is not None:
+            tensors += [t for t in (self.adj.crow, self.adj.col, self.adj.weight) if t is not None]
+        storage = self.x.untyped_storage()
+        if all(t.untyped_storage().data_ptr() == storage.data_ptr() and t.is_contiguous() for t in tensors):
+            whole = torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage)
+            moved = move(whole)
+
+            def view(t: Tensor) -> Tensor:
+                start = t.storage_offset() * t.element_size()
+                return moved[start : start + t.numel() * t.element_size()].view(t.dtype).view(t.shape)
+        else:
+            view = move
+        changes: dict[str, Any] = {
+            f.name: view(value) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        if self.adj is not None:
+            weight = None if self.adj.weight is None else view(self.adj.weight)
+            changes["adj"] = replace(self.adj, crow=view(self.adj.crow), col=view(self.adj.col), weight=weight)
+        return replace(self, **changes)
+
+
+def _check_same_features(bags: Sequence[Bag]) -> None:
+    first = bags[0]
+    for bag in bags:
+        if bag.x.shape[1:] != first.x.shape[1:] or bag.x.dtype != first.x.dtype:
+            raise ValueError(
+                f"bag {bag.key!r} has features {bag.x.shape[1:]} {bag.x.dtype}, but bag {first.key!r} has "
+                f"{first.x.shape[1:]} {first.x.dtype}: bags of one data set share feature shape and dtype"
+            )
+
+
+def _concatenate_in_one_buffer(arrays: dict[str, list[np.ndarray]], shared: bool) -> dict[str, Tensor]:
+    """Concatenate each list along its first axis, all results being views of one byte buffer."""
+    layout: dict[str, tuple[int, tuple[int, ...], np.dtype]] = {}
+    end = 0
+    for name, parts in arrays.items():
+        shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
+        layout[name] = (end, shape, parts[0].dtype)
+        end += -(-parts[0].dtype.itemsize * int(np.prod(shape)) // _ALIGN_BYTES) * _ALIGN_BYTES
+    if shared:
+        buffer = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(end))
+    else:
+        buffer = torch.empty(end, dtype=torch.uint8)
+    tensors = {}
+    for name, (start, shape, dtype) in layout.items():
+        size = dtype.itemsize * int(np.prod(shape))
+        target = buffer.numpy()[start : start + size].view(dtype).reshape(shape)
+        np.concatenate(arrays[name], out=target)
+        torch_dtype = torch.from_numpy(np.empty(0, dtype)).dtype
+        tensors[name] = buffer[start : start + size].view(torch_dtype).view(shape)
+    return tensors
+
+
+def _adjacency_from_padded(adj: Tensor, index: Tensor | None, num_instances: int) -> Adjacency:
+    """Block-diagonal CSR of a padded ``(B, N, N)`` adjacency, restricted to the instances in ``index``."""
+    batch, length, _ = adj.shape
+    sparse = (adj if adj.is_sparse else adj.to_sparse()).coalesce()
+    bag, row, col = sparse.indices()
+    place = torch.full((batch * length,), -1, dtype=torch.int64, device=adj.device)
+    kept = torch.arange(batch * length, device=adj.device) if index is None else index
+    place[kept] = torch.arange(num_instances, device=adj.device)
+    row, col = place[bag * length + row], place[bag * length + col]
+    inside = (row >= 0) & (col >= 0)
+    return Adjacency.from_edges(row[inside], col[inside], sparse.values()[inside], num_instances)
