@@ -1,0 +1,348 @@
+"""Every setting of a run: typed, documented, strict.
+
+One YAML file is one run. :func:`load_config` reads it, applies ``key.sub=value`` overrides and returns a frozen
+:class:`Config`; an unknown key or a bad value is an error that names the file, the line and, for a typing slip, the
+nearest name. DeepSpeed's own configuration is derived from this one and never written by hand.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+
+
+class ConfigError(ValueError):
+    """A setting that can't be used; the message says where it stands and what was expected."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class _Named(BaseModel):
+    """A component chosen by ``name``; its other keys are that component's constructor arguments."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
+
+    name: str
+    """Name of the class."""
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The constructor arguments."""
+        return dict(self.model_extra or {})
+
+
+class SourceConfig(_Named):
+    """Where bags come from when they are packed: a reader or generator of ``bigbag.datasets`` and its arguments."""
+
+
+class ModelConfig(_Named):
+    """A class of ``bigbag.models`` and its constructor arguments."""
+
+
+class DataConfig(_Section):
+    """Which bags, how they are packed, and how they are fed."""
+
+    shards: str
+    """Folder or URL of a packed set (the place of its ``manifest.json``)."""
+    source: SourceConfig | None = None
+    """What ``bigbag pack`` reads to make ``shards``; not used in training."""
+    storage_dtype: Literal["float16", "float32"] = "float16"
+    """Precision of features in the shards."""
+    shard_bytes: int = 256 * 2**20
+    """Bytes after which packing starts a new shard."""
+    empty_bags: Literal["error", "leave_out"] = "error"
+    """What packing does with a bag of no instances: stop, or leave it out and list it."""
+    budget_instances: int = 131_072
+    """Most instances in one pack; a larger bag is a pack of its own."""
+    max_instances: int | None = None
+    """Cap: a random subsample of at most so many instances of each bag, in training and evaluation. None: whole bags."""
+    val_fraction: float | None = None
+    """Share of the training bags set aside for validation where the set has no validation split."""
+    num_workers: int = 1
+    """Reading processes of each rank; 0 reads in the training process."""
+    prefetch_packs: int = 2
+    """Packs that each reading process prepares ahead."""
+    check_digests: bool = False
+    """Verify the SHA-256 of every shard before the run."""
+    allow_pipe: bool = False
+    """Allow ``pipe:`` shard addresses, which run a shell command."""
+    cache_dir: str | None = None
+    """Folder for copies of remote shards; None: a folder of the user's cache."""
+    cache_bytes: int = 50 * 2**30
+    """Most bytes that copies of remote shards may take on disk."""
+
+    @field_validator("budget_instances", "shard_bytes", "prefetch_packs")
+    @classmethod
+    def _positive(cls, value: int) -> int:
+        if value < 1:
+            raise ValueError(f"expected at least 1, got {value}")
+        return value
+
+    @field_validator("max_instances")
+    @classmethod
+    def _positive_or_none(cls, value: int | None) -> int | None:
+        return value if value is None else cls._positive(value)
+
+    @field_validator("val_fraction")
+    @classmethod
+    def _fraction(cls, value: float | None) -> float | None:
+        if value is not None and not 0 < value < 1:
+            raise ValueError(f"expected a number between 0 and 1, got {value}")
+        return value
+
+
+class TaskConfig(_Section):
+    """What a bag's label means."""
+
+    type: Literal["binary", "multiclass", "multilabel", "regression"] = "binary"
+    """binary: 0 or 1; multiclass: 0 .. num_outputs - 1; multilabel: num_outputs times 0 or 1; regression: numbers."""
+    num_outputs: int = 1
+    """Logits per bag: 1 for binary, the number of classes, labels or targets otherwise."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TaskConfig:
+        if (self.type == "binary") != (self.num_outputs == 1) and self.type != "regression":
+            raise ValueError(f"task type {self.type!r} does not go with num_outputs {self.num_outputs}")
+        return self
+
+
+class OptimConfig(_Section):
+    """AdamW with linear warm-up and cosine decay, stepped once per global step."""
+
+    lr: float = 1e-4
+    """Peak learning rate."""
+    weight_decay: float = 1e-2
+    """Decoupled weight decay, applied to matrices only (not to biases and other vectors)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the moment estimates."""
+    warmup_epochs: float = 1.0
+    """Length of the linear warm-up from 0, in epochs."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Shape of the learning rate after the warm-up."""
+    final_lr_fraction: float = 0.0
+    """Learning rate at the end of a cosine schedule, as a share of ``lr``."""
+    clip_norm: float | None = 1.0
+    """Largest L2 norm of the whole gradient; None: no clipping."""
+
+
+class TrainConfig(_Section):
+    """The training loop."""
+
+    epochs: int = 20
+    """Passes over the training bags."""
+    batch_bags: int = 8
+    """Bags per optimiser step, over all ranks; reached by accumulating packs."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of matrix products; weights and optimiser states stay in fp32."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of storing them."""
+    monitor: str = "auroc"
+    """Validation metric that picks the best epoch ("loss", "auroc", "accuracy", ...); ties go to the lower loss."""
+    mode: Literal["max", "min"] | None = None
+    """Whether a larger or smaller ``monitor`` is better; None: "min" for loss, mae and rmse, otherwise "max"."""
+    patience: int | None = None
+    """Stop after so many epochs without a better ``monitor``; None: never."""
+    checkpoint_every_steps: int | None = None
+    """Also write a checkpoint to resume from every so many steps within an epoch; None: at the end of each epoch."""
+    log_every_steps: int = 1
+    """Steps between two lines of ``metrics.jsonl``."""
+
+    @field_validator("epochs", "batch_bags", "log_every_steps", "checkpoint_every_steps", "patience")
+    @classmethod
+    def _positive(cls, value: int | None) -> int | None:
+        if value is not None and value < 1:
+            raise ValueError(f"expected at least 1, got {value}")
+        return value
+
+    @property
+    def monitor_mode(self) -> str:
+        return self.mode or ("min" if self.monitor in ("loss", "mae", "rmse") else "max")
+
+
+class EngineConfig(_Section):
+    """What runs the optimiser steps."""
+
+    backend: Literal["auto", "torch", "deepspeed"] = "auto"
+    """auto: DeepSpeed under a launcher (WORLD_SIZE is set), plain torch for a single process."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO stage: 1 shards optimiser states, 2 also gradients, 3 also weights."""
+    deepspeed: dict[str, Any] = {}
+    """Extra DeepSpeed keys, merged over the derived configuration: the one escape hatch."""
+    threads: int | None = None
+    """CPU threads of each rank; None: cores divided by the ranks of this node when there is no GPU."""
+    impl: dict[str, str] = {}
+    """Operator implementations to force, e.g. ``{attention_pool: reference}``; empty: the best for the device."""
+
+
+class ReportConfig(_Section):
+    """What is drawn for ``report.html``."""
+
+    num_slides: int = 4
+    """Positive test bags whose attention maps are saved and drawn."""
+
+
+class Config(_Section):
+    """One run."""
+
+    name: str
+    """Name of the run: its folder is ``out/name``."""
+    out: str = "runs"
+    """Folder of all runs."""
+    seed: int = 0
+    """Seed of initial weights, order of bags and dropout."""
+    data: DataConfig
+    """Bags."""
+    model: ModelConfig
+    """Model."""
+    task: TaskConfig = TaskConfig()
+    """Meaning of the labels."""
+    optim: OptimConfig = OptimConfig()
+    """Optimiser."""
+    train: TrainConfig = TrainConfig()
+    """Training loop."""
+    engine: EngineConfig = EngineConfig()
+    """Distribution and numerics."""
+    report: ReportConfig = ReportConfig()
+    """Report."""
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.out) / self.name
+
+    def digest(self) -> str:
+        """SHA-256 of the settings that determine the result: a run resumes only under the same digest."""
+        settings = self.model_dump(mode="json", exclude={"name": True, "out": True, "report": True})
+        for key in ("num_workers", "prefetch_packs", "check_digests", "allow_pipe", "cache_dir", "cache_bytes", "source"):
+            settings["data"].pop(key)
+        for key in ("checkpoint_every_steps", "log_every_steps"):
+            settings["train"].pop(key)
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """The resolved settings as YAML that :func:`load_config` reads back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file into a :class:`Config`.
+
+    Args:
+        path: the YAML file.
+        overrides: ``key.sub=value`` strings, the value in YAML syntax; applied in order.
+
+    Raises:
+        ConfigError: unreadable file, unknown key, bad value or bad override.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ConfigError(f"{path}: can't read the config: {error.strerror}") from error
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        settings = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path}: expected a mapping of settings, got {type(settings).__name__}")
+    places = {key: f"{path}:{line}" for key, line in _lines(node).items()}
+    for override in overrides:
+        key = _apply_override(settings, override)
+        places[key] = f"override {override!r}"
+    try:
+        return Config.model_validate(settings)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, settings, places, str(path))) from None
+
+
+def build_config(settings: Mapping[str, Any]) -> Config:
+    """A :class:`Config` from a mapping, with the same checks and messages as :func:`load_config`."""
+    try:
+        return Config.model_validate(dict(settings))
+    except ValidationError as error:
+        raise ConfigError(_explain(error, settings, {}, "config")) from None
+
+
+def check_arguments(what: str, arguments: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Refuse arguments that a component doesn't have.
+
+    Raises:
+        ConfigError: names the unknown argument, the nearest known one and all of them.
+    """
+    for key in arguments:
+        if key not in known:
+            raise ConfigError(f"{what}: unknown setting {key!r}{_suggest(key, known)}; it takes: {', '.join(known)}")
+
+
+def _lines(node: yaml.Node | None, prefix: str = "") -> dict[str, int]:
+    """Dotted key -> line (from 1) of every key below a YAML mapping node."""
+    lines: dict[str, int] = {}
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            name = f"{prefix}{key.value}"
+            lines[name] = key.start_mark.line + 1
+            lines |= _lines(value, f"{name}.")
+    return lines
+
+
+def _apply_override(settings: dict[str, Any], override: str) -> str:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: expected key.sub=value")
+    *parents, last = key.split(".")
+    section = settings
+    for parent in parents:
+        below = section.setdefault(parent, {})
+        if below is None:
+            below = section[parent] = {}
+        if not isinstance(below, dict):
+            raise ConfigError(f"override {override!r}: {parent!r} is a value, not a section")
+        section = below
+    try:
+        section[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
+    return key
+
+
+def _explain(error: ValidationError, settings: Mapping[str, Any], places: Mapping[str, str], default: str) -> str:
+    """One line per problem: where it stands, what it is, and the nearest known name for an unknown key."""
+    messages = []
+    for problem in error.errors():
+        location = [str(part) for part in problem["loc"]]
+        known = _field_names(location[:-1])
+        key = ".".join(location)
+        place = next((places[k] for i in range(len(location), 0, -1) if (k := ".".join(location[:i])) in places), default)
+        if problem["type"] == "extra_forbidden":
+            messages.append(f"{place}: unknown setting {key!r}{_suggest(location[-1], known)}")
+        elif problem["type"] == "missing":
+            messages.append(f"{place}: setting {key!r} is missing")
+        else:
+            text = problem["msg"].removeprefix("Value error, ")
+            messages.append(f"{place}: setting {key!r}: {text} (got {problem['input']!r})")
+    return "\n".join(messages)
+
+
+def _field_names(location: Sequence[str]) -> list[str]:
+    """Names of the settings of the section at ``location``."""
+    section: Any = Config
+    for part in location:
+        annotation = section.model_fields[part].annotation if part in section.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        section = annotation
+    return list(section.model_fields)
+
+
+def _suggest(name: str, known: Sequence[str]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""

@@ -1,0 +1,196 @@
+"""What carries a training step: plain torch for one process, DeepSpeed for any number.
+
+Both present the same small seam. The loss that they are given is already a share of the global step's mean loss, so
+the gradient of a step is the sum over its packs and ranks, whatever their number.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from bigbag.bags import PackedBags
+from bigbag.config import Config
+from bigbag.engine.optim import build_optimizer
+from bigbag.engine.world import World
+from bigbag.models import MILModel
+
+
+class StepModule(torch.nn.Module):
+    """A model as the backends see it: packs in; logits, losses and instance scores out, in the run's precision."""
+
+    def __init__(self, model: MILModel, precision: str = "fp32") -> None:
+        super().__init__()
+        self.model = model
+        self.precision = precision
+
+    def forward(self, bags: PackedBags, want: str) -> Any:
+        """``want`` is "loss" (scalar, mean over the bags), "logits", or "logits and scores"."""
+        with torch.autocast(bags.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            if want == "loss":
+                assert bags.y is not None
+                _, losses = self.model.compute_loss(bags.y, bags)
+                return torch.stack([loss.float() for loss in losses.values()]).sum()
+            return self.model.forward(bags, return_att=want == "logits and scores")
+
+
+class Backend(Protocol):
+    """The seam between the training loop and what carries it out."""
+
+    def __call__(self, bags: PackedBags, want: str) -> Any:
+        """:meth:`StepModule.forward`."""
+
+    def train(self, mode: bool) -> None:
+        """Switch between training and evaluation."""
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradient of one pack; ``last`` marks the last pack of the global step."""
+
+    def step(self, lr: float) -> None:
+        """Clip, update the weights with learning rate ``lr``, clear the gradient."""
+
+    def save(self, folder: Path, tag: str) -> None:
+        """Write what a resume needs to ``folder/tag``; called by all ranks."""
+
+    def load(self, folder: Path, tag: str) -> None:
+        """Restore what :meth:`save` wrote; called by all ranks."""
+
+    def model_state(self) -> dict[str, Tensor]:
+        """The whole model's state dict on the main rank (contents undefined elsewhere); called by all ranks."""
+
+
+class TorchBackend:
+    """One process, no dependencies."""
+
+    def __init__(self, module: StepModule, config: Config, world: World) -> None:
+        self.module = module.to(world.device)
+        self.optimizer = build_optimizer(module, config.optim)
+        self.clip_norm = config.optim.clip_norm
+
+    def __call__(self, bags: PackedBags, want: str) -> Any:
+        return self.module(bags, want)
+
+    def train(self, mode: bool) -> None:
+        self.module.train(mode)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        loss.backward()
+
+    def step(self, lr: float) -> None:
+        if self.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.clip_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def save(self, folder: Path, tag: str) -> None:
+        (folder / tag).mkdir(parents=True, exist_ok=True)
+        state = {"model": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
+        torch.save(state, folder / tag / "state.pt")
+
+    def load(self, folder: Path, tag: str) -> None:
+        path = folder / tag / "state.pt"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: was this run started with DeepSpeed? Resume it with its launcher")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        self.module.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def model_state(self) -> dict[str, Tensor]:
+        return self.module.model.state_dict()
+
+
+class DeepSpeedBackend:
+    """Any number of processes: ZeRO stages 0 to 3."""
+
+    def __init__(self, module: StepModule, config: Config, world: World) -> None:
+        import deepspeed
+
+        self.world_size = world.size
+        self.zero_stage = config.engine.zero_stage
+        optimizer = build_optimizer(module, config.optim)
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=module,
+            model_parameters=module.parameters(),
+            optimizer=optimizer,
+            config=deepspeed_config(config),
+            dist_init_required=False,
+        )
+
+    def __call__(self, bags: PackedBags, want: str) -> Any:
+        return self.engine(bags, want)
+
+    def train(self, mode: bool) -> None:
+        self.engine.train(mode)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self.engine.set_gradient_accumulation_boundary(last)
+        # DeepSpeed averages gradients over the ranks; the loss is a share of a sum over them.
+        self.engine.backward(loss * self.world_size)
+
+    def step(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+
+    def save(self, folder: Path, tag: str) -> None:
+        self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+
+    def load(self, folder: Path, tag: str) -> None:
+        if (folder / tag / "state.pt").is_file():
+            raise ValueError(f"{folder / tag} was written by plain torch; resume it with python, without a launcher")
+        path, _ = self.engine.load_checkpoint(str(folder), tag=tag)
+        if path is None:
+            raise FileNotFoundError(f"{folder / tag}: DeepSpeed found no checkpoint there")
+
+    def model_state(self) -> dict[str, Tensor]:
+        import deepspeed
+
+        model = self.engine.module.model
+        if self.zero_stage < 3:
+            return model.state_dict()
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):
+            return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def deepspeed_config(config: Config) -> dict[str, Any]:
+    """DeepSpeed's settings, derived from ours; ``engine.deepspeed`` is merged over them.
+
+    Accumulation and loss scaling stay with the training loop, which knows from the plan how many packs a step has;
+    precision stays with :class:`StepModule`, so that one process with plain torch computes the same.
+    """
+    derived: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.optim.clip_norm or 0.0,
+        "zero_optimization": {"stage": config.engine.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
+    return _merge(derived, config.engine.deepspeed)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def choose_backend(setting: str) -> str:
+    """ "torch" or "deepspeed" for the config's "auto": DeepSpeed under a launcher, plain torch otherwise."""
+    import os
+
+    return ("deepspeed" if "WORLD_SIZE" in os.environ else "torch") if setting == "auto" else setting
+
+
+def build_backend(name: str, model: MILModel, config: Config, world: World) -> Backend:
+    """The backend called ``name``, carrying ``model``."""
+    module = StepModule(model, config.train.precision)
+    return (TorchBackend if name == "torch" else DeepSpeedBackend)(module, config, world)

@@ -1,0 +1,104 @@
+"""The ranks of a run, and the few things they say to each other."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all processes of the run.
+
+    Attributes:
+        rank: number of this process, from 0.
+        size: number of processes.
+        local_size: number of processes on this machine.
+        device: where this process computes.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.size > 1:
+            dist.barrier()
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """``values`` summed over the ranks, on every rank."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """The picklable ``value`` of every rank, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+
+def start_world(backend: str, threads: int | None = None) -> World:
+    """Join the run that the launcher's environment (RANK, WORLD_SIZE, LOCAL_RANK) describes, or start alone.
+
+    Args:
+        backend: "torch" or "deepspeed".
+        threads: CPU threads of this rank; None shares the cores of the machine among its ranks.
+
+    Raises:
+        ValueError: several processes with the plain torch backend.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if backend == "torch" and size > 1:
+        raise ValueError(f"engine.backend is torch, which is one process, but WORLD_SIZE is {size}; use deepspeed")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    _set_threads(threads or (max(1, _cores() // local_size) if device.type == "cpu" else None))
+    if backend == "deepspeed":
+        _start_deepspeed(device)
+    return World(int(os.environ.get("RANK", "0")), size, local_size, device)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is None:
+        return
+    torch.set_num_threads(threads)
+    # Read by the operators' Numba kernels, which are imported at their first use; forcing the import here would cost
+    # every CUDA run half a second.
+    os.environ["NUMBA_NUM_THREADS"] = str(threads)
+
+
+def _start_deepspeed(device: torch.device) -> None:
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    import deepspeed.ops
+
+    if device.type == "cpu":
+        # DeepSpeed would otherwise compile its shared-memory collectives first (most of a minute), and hang for ever
+        # on the lock of a compilation that was killed. Gloo carries the collectives of a CPU run anyway.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    if not dist.is_initialized():
+        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)

@@ -1,0 +1,130 @@
+"""The base class of all models: packs at entry, unpads at exit, in one place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from bigbag.bags import PackedBags
+from bigbag.nn import get_feat_dim
+
+_CHECKPOINT_ROWS = 16_384
+
+
+class MILModel(torch.nn.Module):
+    """A model of bags.
+
+    A subclass defines :meth:`forward_bags`, which computes on a pack, and a ``forward`` with torchmil's arguments that
+    calls :meth:`run`. So a bag gives the same result alone, padded in a batch, or packed with others.
+
+    Attributes:
+        criterion: loss of the bag logits against the labels.
+        activation_checkpointing: recompute activations in the backward pass instead of storing them.
+    """
+
+    criterion: torch.nn.Module
+    activation_checkpointing: bool = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    def forward_bags(self, bags: PackedBags, return_att: bool = False) -> Any:
+        """Compute on a pack.
+
+        Args:
+            bags: B bags of T instances in all.
+            return_att: also return a value per instance.
+
+        Returns:
+            Y_pred: ``(B,)`` logits, or ``(B, out_dim)`` where ``out_dim > 1``.
+            att: ``(T,)`` attention or instance scores, if ``return_att``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define forward_bags(bags, return_att)")
+
+    def forward(self, X: Tensor | PackedBags, mask: Tensor | None = None, return_att: bool = False) -> Any:
+        """Bag logits of a padded batch or of a pack.
+
+        Args:
+            X: ``(B, N, ...)`` padded bags, or a :class:`~bigbag.PackedBags`.
+            mask: ``(B, N)``, zero where there is no instance; None: everywhere is one.
+            return_att: also return a value per instance.
+
+        Returns:
+            Y_pred: ``(B,)`` logits, or ``(B, out_dim)``.
+            att: ``(B, N)``, or ``(T,)`` for a pack; only if ``return_att``.
+        """
+        return self.run(X, mask, return_att=return_att)
+
+    def run(
+        self,
+        X: Tensor | PackedBags,
+        mask: Tensor | None = None,
+        adj: Tensor | None = None,
+        coords: Tensor | None = None,
+        return_att: bool = False,
+    ) -> Any:
+        """:meth:`forward_bags` on a pack or, packed at entry and unpadded at exit, on a padded batch."""
+        if isinstance(X, PackedBags):
+            return self.forward_bags(X, return_att)
+        bags = PackedBags.from_padded(X, mask, adj=adj, coords=coords)
+        if not return_att:
+            return self.forward_bags(bags)
+        Y_pred, att = self.forward_bags(bags, True)
+        return Y_pred, bags.to_padded(att)
+
+    def compute_loss(self, Y: Tensor, X: Tensor | PackedBags, *args: Any, **kwargs: Any) -> tuple[Tensor, dict]:
+        """Logits and losses, each the mean over the bags.
+
+        Args:
+            Y: ``(B,)`` labels, or ``(B, out_dim)``.
+            X: as in :meth:`forward`, as are the arguments after it.
+
+        Returns:
+            Y_pred: ``(B,)`` or ``(B, out_dim)`` logits.
+            losses: name to scalar; their sum is what training minimises.
+        """
+        Y_pred = self.forward(X, *args, **kwargs)
+        return Y_pred, {type(self.criterion).__name__: self.bag_loss(Y_pred, Y)}
+
+    def predict(
+        self, X: Tensor | PackedBags, mask: Tensor | None = None, return_inst_pred: bool = True
+    ) -> Any:
+        """Bag logits and, if ``return_inst_pred``, instance scores; arguments and shapes as in :meth:`forward`."""
+        return self.forward(X, mask, return_att=return_inst_pred)
+
+    def bag_loss(self, Y_pred: Tensor, Y: Tensor) -> Tensor:
+        """The criterion in fp32, with labels in the dtype it asks for: class indices or floats."""
+        wants_indices = isinstance(self.criterion, torch.nn.CrossEntropyLoss | torch.nn.NLLLoss)
+        return self.criterion(Y_pred.float(), Y.long() if wants_indices else Y.float())
+
+    def encode(self, feat_ext: torch.nn.Module, x: Tensor) -> Tensor:
+        """Apply a row-wise feature extractor to the instances of a pack.
+
+        Instances stored narrower than the weights are widened here, or, where there is no feature extractor, by the
+        operators chunk by chunk. With ``activation_checkpointing`` the rows go through in chunks that keep their
+        inputs only.
+        """
+        if isinstance(feat_ext, torch.nn.Identity):
+            return x
+        dtype = next((p.dtype for p in feat_ext.parameters()), x.dtype)
+
+        def widen_and_encode(rows: Tensor) -> Tensor:
+            return feat_ext(rows.to(dtype))
+
+        if not (self.activation_checkpointing and torch.is_grad_enabled()):
+            return widen_and_encode(x)
+        chunks = x.split(_CHECKPOINT_ROWS) if len(x) else [x]
+        return torch.cat([checkpoint(widen_and_encode, rows, use_reentrant=False) for rows in chunks])
+
+
+def feature_dim(feat_ext: torch.nn.Module, in_shape: tuple[int, ...] | None) -> int | None:
+    """Width that ``feat_ext`` makes of instances of ``in_shape``, or None where that shape is not given."""
+    return None if in_shape is None else get_feat_dim(feat_ext, tuple(in_shape))
+
+
+def squeeze_single_output(logits: Tensor) -> Tensor:
+    """``(B, 1)`` to ``(B,)``; other widths stay."""
+    return logits.squeeze(-1) if logits.shape[-1] == 1 else logits

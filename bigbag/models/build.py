@@ -1,0 +1,120 @@
+"""From settings to a model, and from a model to a file that loads anywhere.
+
+A model's constructor signature is its config schema. A saved model is a folder: ``model.safetensors`` (the state dict)
+beside ``model.json`` (class, arguments, instance shape, task), so loading needs no code but bigbag's and unpickles nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import bigbag.nn
+from bigbag.config import ConfigError, ModelConfig, TaskConfig, check_arguments
+from bigbag.files import write_atomically, write_json
+from bigbag.models.abmil import ABMIL
+from bigbag.models.base import MILModel
+from bigbag.models.pooling import MaxMIL, MeanMIL
+
+MODELS: dict[str, type[MILModel]] = {cls.__name__: cls for cls in (ABMIL, MeanMIL, MaxMIL)}
+
+_CRITERIA = {
+    "binary": torch.nn.BCEWithLogitsLoss,
+    "multiclass": torch.nn.CrossEntropyLoss,
+    "multilabel": torch.nn.BCEWithLogitsLoss,
+    "regression": torch.nn.MSELoss,
+}
+_SET_BY_TASK = ("criterion", "out_dim")
+
+
+def build_model(model: ModelConfig, in_shape: tuple[int, ...], task: TaskConfig) -> MILModel:
+    """Construct the model that the config names.
+
+    Args:
+        model: class name and constructor arguments; ``feat_ext`` is itself ``{name: <class of bigbag.nn>, ...}``.
+        in_shape: shape of one instance of the data.
+        task: sets the number of outputs and the criterion.
+
+    Raises:
+        ConfigError: unknown model or argument, an argument that the task sets, or an ``in_shape`` that differs from
+            the data's.
+    """
+    if model.name not in MODELS:
+        raise ConfigError(f"model: unknown name {model.name!r}; known models: {', '.join(MODELS)}")
+    cls = MODELS[model.name]
+    known = list(inspect.signature(cls).parameters)
+    arguments = model.arguments
+    check_arguments(f"model {model.name}", arguments, [name for name in known if name not in _SET_BY_TASK])
+    given = arguments.pop("in_shape", None)
+    if given is not None and tuple(given) != tuple(in_shape):
+        raise ConfigError(
+            f"model.in_shape is {tuple(given)}, but the bags have instances of shape {tuple(in_shape)}; "
+            "leave in_shape out to take the shape of the data"
+        )
+    if arguments.get("feat_ext") is not None:
+        arguments["feat_ext"] = _build_feature_extractor(arguments["feat_ext"], in_shape)
+    try:
+        return cls(in_shape=in_shape, criterion=_CRITERIA[task.type](), out_dim=task.num_outputs, **arguments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"model {model.name} can't be built from {model.arguments}: {error}") from error
+
+
+def _build_feature_extractor(settings: Any, in_shape: tuple[int, ...]) -> torch.nn.Module:
+    if not isinstance(settings, Mapping) or "name" not in settings:
+        raise ConfigError(f"model.feat_ext: expected {{name: <class of bigbag.nn>, ...}}, got {settings!r}")
+    arguments = {key: value for key, value in settings.items() if key != "name"}
+    cls = getattr(bigbag.nn, settings["name"], None)
+    if not (isinstance(cls, type) and issubclass(cls, torch.nn.Module)):
+        raise ConfigError(f"model.feat_ext: {settings['name']!r} is not a class of bigbag.nn")
+    known = list(inspect.signature(cls).parameters)
+    check_arguments(f"model.feat_ext {settings['name']}", arguments, known)
+    for width in ("input_size", "in_features", "in_dim"):
+        if width in known and len(in_shape) == 1:
+            arguments.setdefault(width, in_shape[0])
+    return cls(**arguments)
+
+
+def save_model(
+    folder: str | Path,
+    state_dict: Mapping[str, torch.Tensor],
+    model: ModelConfig,
+    in_shape: tuple[int, ...],
+    task: TaskConfig,
+) -> None:
+    """Write ``model.safetensors`` and ``model.json`` into ``folder``, each atomically."""
+    from safetensors.torch import save
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
+    description = {"model": model.model_dump(mode="json"), "in_shape": list(in_shape), "task": task.model_dump(mode="json")}
+    write_atomically(folder / "model.safetensors", save(weights))
+    write_json(folder / "model.json", description)
+
+
+def load_model(path: str | Path) -> MILModel:
+    """Load a saved model, in eval mode.
+
+    Args:
+        path: a folder that :func:`save_model` wrote, or the folder of a run (its best model is taken).
+
+    Raises:
+        FileNotFoundError: neither of the two.
+    """
+    from safetensors.torch import load_file
+
+    folders = (Path(path), Path(path) / "checkpoints" / "best")
+    folder = next((f for f in folders if (f / "model.json").is_file()), None)
+    if folder is None:
+        raise FileNotFoundError(f"{path}: no model.json here or in checkpoints/best; give the folder of a run or of a saved model")
+    description = json.loads((folder / "model.json").read_text())
+    model = build_model(
+        ModelConfig(**description["model"]), tuple(description["in_shape"]), TaskConfig(**description["task"])
+    )
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    return model.eval()

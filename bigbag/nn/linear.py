@@ -1,0 +1,100 @@
+"""Linear layers that can learn their input width from the first batch, and small stacks of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class LazyLinear(torch.nn.Module):
+    """``torch.nn.Linear`` whose input width may be left out and is then taken from the first input.
+
+    Args:
+        in_features: input width, or None.
+        out_features: output width.
+        bias: whether there is a bias.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+    """
+
+    def __init__(
+        self,
+        in_features: int | None = None,
+        out_features: int = 512,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.module: torch.nn.Linear
+        if in_features is None:
+            self.module = torch.nn.LazyLinear(out_features, bias=bias, device=device, dtype=dtype)
+        else:
+            self.module = torch.nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., in_features)`` to ``(..., out_features)``."""
+        return self.module(x)
+
+    def materialize(self, in_features: int) -> torch.nn.Linear:
+        """The linear layer, its parameters created for ``in_features`` if they were not yet."""
+        if isinstance(self.module, torch.nn.LazyLinear):
+            weight = self.module.weight
+            self.module(torch.zeros(1, in_features, device=weight.device, dtype=weight.dtype))
+        return self.module
+
+
+_ACTIVATIONS = {"relu": torch.nn.ReLU, "sigmoid": torch.nn.Sigmoid, "tanh": torch.nn.Tanh, "gelu": torch.nn.GELU}
+
+
+class MLP(torch.nn.Module):
+    """Multi-layer perceptron: ``x <- dropout(act_i(W_i x + b_i))`` for each layer i.
+
+    Args:
+        input_size: input width.
+        linear_sizes: output width of each layer.
+        activations: activation after each layer: "relu", "sigmoid", "tanh", "gelu" or "none".
+        dropout: probability of zeroing a unit after each activation, in training.
+
+    Raises:
+        ValueError: an unknown activation, or not one activation per layer.
+    """
+
+    def __init__(
+        self,
+        input_size: int = 512,
+        linear_sizes: Sequence[int] = (100, 50),
+        activations: Sequence[str] = ("relu", "relu"),
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if len(linear_sizes) != len(activations):
+            raise ValueError(f"MLP: {len(linear_sizes)} linear_sizes for {len(activations)} activations; give one each")
+        self.input_size = input_size
+        self.linear_sizes = list(linear_sizes)
+        self.activations = list(activations)
+        layers: list[torch.nn.Module] = []
+        for width, size, activation in zip([input_size, *linear_sizes], linear_sizes, activations):
+            layers.append(torch.nn.Linear(width, size))
+            if activation.lower() != "none":
+                if activation not in _ACTIVATIONS:
+                    raise ValueError(f"MLP: activation {activation!r}; expected one of {[*_ACTIVATIONS, 'none']}")
+                layers.append(_ACTIVATIONS[activation]())
+            if dropout > 0:
+                layers.append(torch.nn.Dropout(dropout))
+        self.net = torch.nn.Sequential(*layers)
+
+    def forward(self, X: Tensor) -> Tensor:
+        """``(..., input_size)`` to ``(..., linear_sizes[-1])``."""
+        return self.net(X)
+
+
+def get_feat_dim(feat_ext: torch.nn.Module, input_shape: tuple[int, ...]) -> int:
+    """Width of the features that ``feat_ext`` makes of one instance of ``input_shape``."""
+    parameter = next(feat_ext.parameters(), None)
+    dtype, device = (torch.float32, None) if parameter is None else (parameter.dtype, parameter.device)
+    with torch.no_grad():
+        return feat_ext(torch.zeros((1, *input_shape), dtype=dtype, device=device)).shape[-1]
