@@ -68,7 +68,9 @@ class Adjacency:
         """The same matrix as a torch sparse COO tensor ``(T, T)``."""
         weight = torch.ones(self.num_edges, device=self.col.device) if self.weight is None else self.weight
         size = (self.num_nodes, self.num_nodes)
-        return torch.sparse_coo_tensor(torch.stack([self.rows(), self.col.long()]), weight, size).coalesce()
+        return torch.sparse_coo_tensor(
+            torch.stack([self.rows(), self.col.long()]), weight, size, check_invariants=False
+        ).coalesce()
 
     @staticmethod
     def block_diagonal(parts: Sequence[Adjacency]) -> Adjacency:

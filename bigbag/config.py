@@ -17,6 +17,20 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
+_DATA_KEYS_WITHOUT_EFFECT = (
+    "num_workers",
+    "prefetch_packs",
+    "check_digests",
+    "allow_pipe",
+    "cache_dir",
+    "cache_bytes",
+    "source",
+    "storage_dtype",
+    "shard_bytes",
+    "empty_bags",
+)
+_TRAIN_KEYS_WITHOUT_EFFECT = ("checkpoint_every_steps", "log_every_steps")
+
 
 class ConfigError(ValueError):
     """A setting that can't be used; the message says where it stands and what was expected."""
@@ -64,7 +78,7 @@ class DataConfig(_Section):
     budget_instances: int = 131_072
     """Most instances in one pack; a larger bag is a pack of its own."""
     max_instances: int | None = None
-    """Cap: a random subsample of at most so many instances of each bag, in training and evaluation. None: whole bags."""
+    """Cap: use a random subsample of at most so many instances of each bag, everywhere. None: whole bags."""
     val_fraction: float | None = None
     """Share of the training bags set aside for validation where the set has no validation split."""
     num_workers: int = 1
@@ -221,9 +235,9 @@ class Config(_Section):
     def digest(self) -> str:
         """SHA-256 of the settings that determine the result: a run resumes only under the same digest."""
         settings = self.model_dump(mode="json", exclude={"name": True, "out": True, "report": True})
-        for key in ("num_workers", "prefetch_packs", "check_digests", "allow_pipe", "cache_dir", "cache_bytes", "source"):
+        for key in _DATA_KEYS_WITHOUT_EFFECT:
             settings["data"].pop(key)
-        for key in ("checkpoint_every_steps", "log_every_steps"):
+        for key in _TRAIN_KEYS_WITHOUT_EFFECT:
             settings["train"].pop(key)
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
@@ -258,6 +272,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         key = _apply_override(settings, override)
         places[key] = f"override {override!r}"
+        places.setdefault(key.partition(".")[0], places[key])
     try:
         return Config.model_validate(settings)
     except ValidationError as error:
@@ -321,7 +336,9 @@ def _explain(error: ValidationError, settings: Mapping[str, Any], places: Mappin
         location = [str(part) for part in problem["loc"]]
         known = _field_names(location[:-1])
         key = ".".join(location)
-        place = next((places[k] for i in range(len(location), 0, -1) if (k := ".".join(location[:i])) in places), default)
+        place = next(
+            (places[k] for i in range(len(location), 0, -1) if (k := ".".join(location[:i])) in places), default
+        )
         if problem["type"] == "extra_forbidden":
             messages.append(f"{place}: unknown setting {key!r}{_suggest(location[-1], known)}")
         elif problem["type"] == "missing":

@@ -95,7 +95,9 @@ class TorchBackend:
     def load(self, folder: Path, tag: str) -> None:
         path = folder / tag / "state.pt"
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: was this run started with DeepSpeed? Resume it with its launcher")
+            raise FileNotFoundError(
+                f"{path} is missing: was this run started with DeepSpeed? Resume it with its launcher"
+            )
         state = torch.load(path, map_location="cpu", weights_only=True)
         self.module.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

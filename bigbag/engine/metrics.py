@@ -84,7 +84,8 @@ def instance_metrics(y_inst: np.ndarray, scores: np.ndarray) -> dict[str, float]
         AP    = mean over p of  #{positives scored >= score(p)} / #{instances scored >= score(p)}
 
     Args:
-        y_inst: ``(T,)`` integers: 1 positive, 0 negative, -1 unknown. Unknown instances do not count.
+        y_inst: ``(T,)`` integers: 1 positive, 0 negative, -1 unknown. Unknown instances do not count. With any other
+            value there is no telling what is positive, and the result is empty.
         scores: ``(T,)``, larger meaning more positive: attention (before or after a softmax) or a prediction. Compared
             as float32.
 
@@ -93,13 +94,15 @@ def instance_metrics(y_inst: np.ndarray, scores: np.ndarray) -> dict[str, float]
         ``num_instances``, the number of known ones.
 
     Raises:
-        ValueError: shapes differ, a label other than -1, 0, 1, or a score that is NaN.
+        ValueError: shapes differ, or a score is NaN.
     """
     y_inst, scores = np.asarray(y_inst).reshape(-1), np.asarray(scores).reshape(-1)
     if y_inst.shape != scores.shape:
         raise ValueError(f"y_inst has {len(y_inst)} instances, scores has {len(scores)}: expected one score each")
+    names = "instance_auroc, instance_average_precision"
     if len(y_inst) and (y_inst.min() < -1 or y_inst.max() > 1):
-        raise ValueError(f"y_inst: expected -1, 0 or 1, got values from {y_inst.min()} to {y_inst.max()}")
+        _left_out(names, f"instance labels are -1, 0 or 1; these go from {y_inst.min()} to {y_inst.max()}")
+        return {}
     positive = np.sort(scores[y_inst == 1].astype(np.float32, copy=False))
     negative = scores[y_inst == 0].astype(np.float32, copy=False)
     negative.sort()
@@ -109,7 +112,7 @@ def instance_metrics(y_inst: np.ndarray, scores: np.ndarray) -> dict[str, float]
     result: dict[str, float] = {"num_instances": len(positive) + len(negative)}
     if len(positive) == 0 or len(negative) == 0:
         missing = "positive" if len(positive) == 0 else "negative"
-        _left_out("instance_auroc, instance_average_precision", f"no instance is labelled {missing}")
+        _left_out(names, f"no instance is labelled {missing}")
         return result
     below = np.searchsorted(negative, positive, side="left")
     not_above = np.searchsorted(negative, positive, side="right")

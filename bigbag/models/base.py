@@ -89,9 +89,7 @@ class MILModel(torch.nn.Module):
         Y_pred = self.forward(X, *args, **kwargs)
         return Y_pred, {type(self.criterion).__name__: self.bag_loss(Y_pred, Y)}
 
-    def predict(
-        self, X: Tensor | PackedBags, mask: Tensor | None = None, return_inst_pred: bool = True
-    ) -> Any:
+    def predict(self, X: Tensor | PackedBags, mask: Tensor | None = None, return_inst_pred: bool = True) -> Any:
         """Bag logits and, if ``return_inst_pred``, instance scores; arguments and shapes as in :meth:`forward`."""
         return self.forward(X, mask, return_att=return_inst_pred)
 

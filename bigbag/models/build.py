@@ -1,7 +1,8 @@
 """From settings to a model, and from a model to a file that loads anywhere.
 
 A model's constructor signature is its config schema. A saved model is a folder: ``model.safetensors`` (the state dict)
-beside ``model.json`` (class, arguments, instance shape, task), so loading needs no code but bigbag's and unpickles nothing.
+beside ``model.json`` (class, arguments, instance shape, task): loading needs no code but bigbag's, and unpickles
+nothing.
 """
 
 from __future__ import annotations
@@ -92,9 +93,9 @@ def save_model(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
-    description = {"model": model.model_dump(mode="json"), "in_shape": list(in_shape), "task": task.model_dump(mode="json")}
+    settings = {"model": model.model_dump(mode="json"), "task": task.model_dump(mode="json")}
     write_atomically(folder / "model.safetensors", save(weights))
-    write_json(folder / "model.json", description)
+    write_json(folder / "model.json", {**settings, "in_shape": list(in_shape)})
 
 
 def load_model(path: str | Path) -> MILModel:
@@ -111,7 +112,9 @@ def load_model(path: str | Path) -> MILModel:
     folders = (Path(path), Path(path) / "checkpoints" / "best")
     folder = next((f for f in folders if (f / "model.json").is_file()), None)
     if folder is None:
-        raise FileNotFoundError(f"{path}: no model.json here or in checkpoints/best; give the folder of a run or of a saved model")
+        raise FileNotFoundError(
+            f"{path}: no model.json here or in checkpoints/best; give the folder of a run or of a saved model"
+        )
     description = json.loads((folder / "model.json").read_text())
     model = build_model(
         ModelConfig(**description["model"]), tuple(description["in_shape"]), TaskConfig(**description["task"])

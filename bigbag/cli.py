@@ -1,0 +1,138 @@
+"""The command line: ``bigbag pack | train | evaluate | report | bench``.
+
+``launch/*.py`` call the same functions. Whatever a user can cause ends in one line on standard error and exit status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from bigbag.config import Config, ConfigError, load_config
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["bench"]:
+        from bigbag.bench import main as bench
+
+        return bench(arguments[1:]) or 0
+    options = _parser().parse_args(arguments)
+    _quiet_known_noise()
+    try:
+        options.command(options)
+    except (ValueError, OSError) as error:
+        if options.traceback:
+            raise
+        rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        print(f"{rank}error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="bigbag", description="Deep multiple-instance learning on whole bags.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def add(name: str, function: Any, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(command=function)
+        command.add_argument("--config", required=True, help="YAML file of the run")
+        command.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
+        command.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings over those of the file")
+        return command
+
+    pack = add("pack", _pack, "Pack the bags of data.source into shards.")
+    pack.add_argument("--workers", type=int, default=1, help="processes that load bags")
+    train = add("train", _train, "Train, evaluate and report; resume where the run's folder holds a checkpoint.")
+    train.add_argument("--restart", action="store_true", help="delete the run's folder and start again")
+    evaluate = add("evaluate", _evaluate, "Evaluate the best model of a run again, and report.")
+    report = add("report", _report, "Write report.html of a run from the files in its folder.")
+    report.set_defaults(local_rank=0)
+    for command in (train, evaluate):
+        command.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the DeepSpeed launcher appends it
+    commands.add_parser("bench", help="Microbenchmarks of the operators; see bigbag bench --help.")
+    return parser
+
+
+def _quiet_known_noise() -> None:
+    """DeepSpeed calls names that torch 2.13 deprecates, hundreds of times; nothing that a user could act on."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("bigbag").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*(reduce_scatter|all_gather).*")
+
+
+def _config(options: argparse.Namespace) -> Config:
+    return load_config(options.config, options.overrides)
+
+
+def _pack(options: argparse.Namespace) -> None:
+    from bigbag.data import pack
+    from bigbag.datasets import open_source
+
+    config = _config(options)
+    if config.data.source is None:
+        raise ConfigError(f"{options.config}: data.source says what to pack, and is missing")
+    pack(
+        open_source(config.data.source.name, **config.data.source.arguments),
+        config.data.shards,
+        dtype=config.data.storage_dtype,
+        shard_bytes=config.data.shard_bytes,
+        empty=config.data.empty_bags,
+        workers=options.workers,
+    )
+
+
+def _train(options: argparse.Namespace) -> None:
+    from bigbag.engine.backend import choose_backend
+    from bigbag.engine.run import train
+    from bigbag.engine.world import start_world
+
+    config = _config(options)
+    world = start_world(choose_backend(config.engine.backend), config.engine.threads)
+    if options.restart and world.is_main:
+        shutil.rmtree(config.run_dir, ignore_errors=True)
+    world.barrier()
+    _conclude(config, train(config, world=world), world.is_main)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from bigbag.engine.backend import choose_backend
+    from bigbag.engine.run import evaluate
+    from bigbag.engine.world import start_world
+
+    config = _config(options)
+    world = start_world(choose_backend(config.engine.backend), config.engine.threads)
+    _conclude(config, evaluate(config, world=world), world.is_main)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from bigbag.visualize import write_report
+
+    print(f"report: {write_report(_config(options).run_dir)}")
+
+
+def _conclude(config: Config, results: dict[str, Any], is_main: bool) -> None:
+    """Write the report and say how it went."""
+    if not is_main:
+        return
+    from bigbag.visualize import write_report
+
+    path = write_report(config.run_dir)
+    for split in ("val", "test"):
+        if split in results:
+            shown = "  ".join(f"{k} {v:.4f}" for k, v in results[split].items() if isinstance(v, float))
+            print(f"{split:<5} {results[split]['num_bags']} bags  {shown}")
+    print(f"report: {path}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""One run from settings to results: ``runs/<name>/`` and everything in it but the report."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from bigbag import ops
+from bigbag.config import Config, ConfigError
+from bigbag.data import BagStore, check_labels, open_store, split_bags
+from bigbag.engine.attention_maps import save_attention_maps
+from bigbag.engine.backend import StepModule, build_backend, choose_backend
+from bigbag.engine.environment import banner, describe_environment
+from bigbag.engine.evaluate import Predictions, capped_sizes, predict_bags, score
+from bigbag.engine.metrics import probabilities
+from bigbag.engine.trainer import Trainer
+from bigbag.engine.world import World, start_world
+from bigbag.files import write_atomically, write_json
+from bigbag.models import build_model, load_model
+
+_EVALUATED = ("val", "test")
+
+
+def train(config: Config, store: BagStore | None = None, world: World | None = None) -> dict[str, Any]:
+    """Train, evaluate the best model and write the results; resume where the run's folder holds a checkpoint.
+
+    Args:
+        config: the settings.
+        store: the bags; None opens ``config.data.shards``.
+        world: the ranks; None joins those of the launcher's environment.
+
+    Returns:
+        the content of ``results.json``.
+
+    Raises:
+        ValueError: settings, data or a loss that can't be used; the message names the culprit and the remedy.
+        FileNotFoundError: missing shards.
+    """
+    backend_name = choose_backend(config.engine.backend)
+    world = world or start_world(backend_name, config.engine.threads)
+    ops.use_impl(config.engine.impl)
+    store = store or open_configured_store(config)
+    splits = split_bags(store, val_fraction=config.data.val_fraction, seed=config.seed)
+    _check_run(config, store, splits)
+    _claim_run_dir(config, store, world)
+    torch.manual_seed(config.seed)
+    model = build_model(config.model, store.feature_shape, config.task)
+    model.activation_checkpointing = config.train.activation_checkpointing
+    environment = describe_environment(config, store, splits, model, backend_name, world)
+    if world.is_main:
+        write_json(config.run_dir / "environment.json", environment)
+        print(banner(environment, config.name), flush=True)
+    trainer = Trainer(config, store, splits, model, build_backend(backend_name, model, config, world), world)
+    progress = trainer.fit()
+    world.barrier()
+    return evaluate(config, store, world, splits, best_epoch=progress.best_epoch)
+
+
+def evaluate(
+    config: Config,
+    store: BagStore | None = None,
+    world: World | None = None,
+    splits: dict[str, Sequence[int]] | None = None,
+    best_epoch: int | None = None,
+) -> dict[str, Any]:
+    """Evaluate the best model of a run on its validation and test bags and write results and predictions.
+
+    Args:
+        config: the settings of the run.
+        store: the bags; None opens ``config.data.shards``.
+        world: the ranks; None joins those of the launcher's environment.
+        splits: split name to bag numbers; None takes those of the run.
+        best_epoch: epoch of the best model, from 0; None reads it from the run's earlier results.
+
+    Returns:
+        the content of ``results.json``.
+    """
+    world = world or start_world(choose_backend(config.engine.backend), config.engine.threads)
+    store = store or open_configured_store(config)
+    splits = splits or split_bags(store, val_fraction=config.data.val_fraction, seed=config.seed)
+    model = load_model(config.run_dir).to(world.device)
+    forward = StepModule(model, config.train.precision).eval()
+    if best_epoch is None:
+        best_epoch = _read_results(config)["best_epoch"] - 1
+    results: dict[str, Any] = {}
+    predictions: dict[str, Predictions] = {}
+    for split in (name for name in _EVALUATED if splits.get(name)):
+        predictions[split] = predict_bags(forward, store, splits[split], config, world, with_instances=True)
+        results[split] = score(predictions[split], store, model, config)
+    results |= {"best_epoch": best_epoch + 1, "left_out": list(store.left_out), **_capped(config, store, splits)}
+    if world.is_main:
+        _write_predictions(config, store, predictions)
+        save_attention_maps(config, store, forward, predictions.get("test"), world.device)
+        write_json(config.run_dir / "results.json", results)
+    world.barrier()
+    return results
+
+
+def open_configured_store(config: Config) -> BagStore:
+    """The packed set that the config names."""
+    data = config.data
+    return open_store(
+        data.shards,
+        check_digests=data.check_digests,
+        cache_dir=data.cache_dir,
+        cache_bytes=data.cache_bytes,
+        allow_pipe=data.allow_pipe,
+    )
+
+
+def _check_run(config: Config, store: BagStore, splits: dict[str, Sequence[int]]) -> None:
+    check_labels(store, splits, config.task.type, config.task.num_outputs)
+    monitored = config.train.monitor == "auroc" and config.task.type == "binary" and splits.get("val")
+    if monitored and len({store.infos[bag].label for bag in splits["val"]}) < 2:
+        raise ConfigError(
+            "train.monitor is auroc, but all validation bags have the same label; set train.monitor=loss or use a "
+            "larger validation split"
+        )
+
+
+def _claim_run_dir(config: Config, store: BagStore, world: World) -> None:
+    """Make the run's folder, or make sure that the run in it has the same settings and data."""
+    folder = config.run_dir
+    path = folder / "identity.json"
+    identity = {"config": config.digest(), "data": store.digest()}
+    if path.is_file():
+        there = json.loads(path.read_text())
+        for what, remedy in (("config", "settings"), ("data", "data")):
+            if there[what] != identity[what]:
+                raise ConfigError(
+                    f"{folder} holds a run with other {remedy}{_differences(config) if what == 'config' else ''}: "
+                    f"choose another name (name=...), or train with --restart to delete that run"
+                )
+    world.barrier()
+    if world.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "config.yaml", config.to_yaml())
+        write_json(path, identity)
+    world.barrier()
+
+
+def _differences(config: Config) -> str:
+    """The settings in which the run's folder differs from ``config``, as text."""
+    import yaml
+
+    def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {prefix[:-1]: value}
+        return {k: v for key, below in value.items() for k, v in flatten(below, f"{prefix}{key}.").items()}
+
+    there = flatten(yaml.safe_load((config.run_dir / "config.yaml").read_text()))
+    here = flatten(yaml.safe_load(config.to_yaml()))
+    changed = [f"{key}: {there.get(key)!r} -> {here.get(key)!r}" for key in here if there.get(key) != here[key]]
+    return f" ({'; '.join(changed)})" if changed else ""
+
+
+def _capped(config: Config, store: BagStore, splits: dict[str, Sequence[int]]) -> dict[str, Any]:
+    """What an instance cap left out, for the results."""
+    cap = config.data.max_instances
+    if cap is None:
+        return {}
+    used = capped_sizes(store, config)
+    bags = [bag for part in splits.values() for bag in part]
+    cut = [bag for bag in bags if used[bag] < store.infos[bag].num_instances]
+    left_out = sum(store.infos[bag].num_instances - used[bag] for bag in cut)
+    return {"capped": {"max_instances": cap, "num_bags": len(cut), "instances_left_out": left_out}}
+
+
+def _read_results(config: Config) -> dict[str, Any]:
+    path = config.run_dir / "results.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: train the run first")
+    return json.loads(path.read_text())
+
+
+def _write_predictions(config: Config, store: BagStore, predictions: dict[str, Predictions]) -> None:
+    """``predictions.csv``: one row per evaluated bag."""
+    num = config.task.num_outputs
+    suffixes = [""] if num == 1 else [f"_{k}" for k in range(num)]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    columns = [f"{name}{suffix}" for name in ("logit", "probability") for suffix in suffixes]
+    writer.writerow(["key", "split", "label", *columns, "num_instances"])
+    for split, part in predictions.items():
+        chances = np.asarray(probabilities(part.logits, config.task.type))
+        for bag, logits, row in zip(part.bags, part.logits, chances):
+            info = store.infos[bag]
+            label = info.label if isinstance(info.label, int | float) else json.dumps(info.label)
+            numbers = [f"{value:.9g}" for value in [*logits, *row]]
+            writer.writerow([info.name, split, label, *numbers, info.num_instances])
+    write_atomically(config.run_dir / "predictions.csv", text.getvalue())

@@ -1,0 +1,207 @@
+"""The training loop.
+
+A *global step* is ``batch_bags`` bags, cut by the plan into packs that the ranks share; its loss is the sum over its
+bags divided by their number, which every rank knows from the plan. So neither the number of ranks nor the packing
+changes what is learned.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+
+import torch
+
+from bigbag.bags import PackedBags
+from bigbag.config import Config
+from bigbag.data import BagStore, EpochPlan, PackPlan, plan_epoch, stream
+from bigbag.engine.backend import Backend
+from bigbag.engine.checkpoint import Progress, load_checkpoint, save_checkpoint
+from bigbag.engine.evaluate import capped_sizes, predict_bags, score
+from bigbag.engine.log import RunLog, progress
+from bigbag.engine.optim import learning_rate
+from bigbag.engine.world import World
+from bigbag.models import MILModel, save_model
+
+
+class Trainer:
+    """Trains one model on the training bags of a store, validating after every epoch.
+
+    Args:
+        config: the run's settings.
+        store: the bags.
+        splits: split name to bag numbers: "train", and "val" where there is one.
+        model: the model, already wrapped by ``backend``.
+        backend: what carries the steps.
+        world: the ranks.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        store: BagStore,
+        splits: dict[str, Sequence[int]],
+        model: MILModel,
+        backend: Backend,
+        world: World,
+    ) -> None:
+        self.config, self.store, self.splits = config, store, splits
+        self.model, self.backend, self.world = model, backend, world
+        self.sizes = capped_sizes(store, config)
+        self.checkpoints = config.run_dir / "checkpoints"
+        self.steps_per_epoch = math.ceil(len(splits["train"]) / config.train.batch_bags)
+
+    @property
+    def best_folder(self) -> Path:
+        return self.checkpoints / "best"
+
+    def fit(self) -> Progress:
+        """Train to the end, from the latest checkpoint if there is one."""
+        done = load_checkpoint(self.checkpoints, self.backend, self.world) or Progress()
+        self.log = RunLog(self.config.run_dir, self.world, done.log_position, self._global_step(done))
+        while not done.finished:
+            self._train_epoch(done)
+            self._finish_epoch(done)
+            done.log_position = self.log.position
+            save_checkpoint(self.checkpoints, self.backend, done, self.world)
+        self.log.close()
+        return done
+
+    def _global_step(self, done: Progress) -> int:
+        return done.epoch * self.steps_per_epoch + done.step
+
+    def _train_epoch(self, done: Progress) -> None:
+        train = self.config.train
+        plan = plan_epoch(
+            self.sizes,
+            self.splits["train"],
+            seed=self.config.seed,
+            epoch=done.epoch,
+            world_size=self.world.size,
+            budget_instances=self.config.data.budget_instances,
+            batch_bags=train.batch_bags,
+        )
+        self.backend.train(True)
+        bar = progress(self.steps_per_epoch, done.step, f"epoch {done.epoch + 1}/{train.epochs}", self.world)
+        packs = self._packs(plan, done.step, done.epoch)
+        for step, group in groupby(packs, key=lambda item: item[0]):
+            num_bags = plan.steps[step].num_bags
+            loss = self._step(done, group, num_bags, len(plan.steps[step].micro_steps))
+            done.step = step + 1
+            done.loss_sum += loss * num_bags
+            done.num_bags += num_bags
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.4f}")
+            every = train.checkpoint_every_steps
+            if every and done.step % every == 0 and done.step < self.steps_per_epoch:
+                done.log_position = self.log.position
+                save_checkpoint(self.checkpoints, self.backend, done, self.world)
+        bar.close()
+
+    def _packs(self, plan: EpochPlan, start_step: int, epoch: int) -> Iterator[tuple[int, int, PackPlan, PackedBags]]:
+        data = self.config.data
+        return stream(
+            self.store,
+            plan,
+            rank=self.world.rank,
+            start_step=start_step,
+            num_workers=data.num_workers,
+            prefetch=data.prefetch_packs,
+            pin_memory=self.world.device.type == "cuda",
+            max_instances=data.max_instances,
+            seed=self.config.seed,
+            epoch=epoch,
+        )
+
+    def _step(
+        self,
+        done: Progress,
+        packs: Iterator[tuple[int, int, PackPlan, PackedBags]],
+        num_bags: int,
+        num_micro_steps: int,
+    ) -> float:
+        """One optimiser step; returns the mean loss of its bags, over all ranks."""
+        started = time.perf_counter()
+        losses: list[torch.Tensor] = []
+        names: list[tuple[str, ...]] = []
+        instances = 0
+        for _, micro, pack, host_bags in packs:
+            torch.manual_seed(pack.seed)
+            bags = host_bags.to(self.world.device, non_blocking=True)
+            share = 0.0 if pack.is_filler else len(pack.bags) / num_bags
+            loss = self.backend(bags, "loss") * share
+            self.backend.backward(loss, last=micro == num_micro_steps - 1)
+            losses.append(loss.detach())
+            names.append(bags.keys)
+            instances += 0 if pack.is_filler else bags.num_instances
+        local = torch.stack(losses).double()
+        total = self.world.sum(torch.stack([local.sum(), local.new_tensor(instances)])).tolist()
+        if not math.isfinite(total[0]):
+            self._refuse_loss(local, names, done)
+        global_step = self._global_step(done)
+        lr = learning_rate(self.config.optim, global_step, self.steps_per_epoch, self.config.train.epochs)
+        self.backend.step(lr)
+        if global_step % self.config.train.log_every_steps == 0:
+            rate = total[1] / (time.perf_counter() - started)
+            values = {"epoch": done.epoch, "step": global_step, "loss": total[0], "lr": lr, "instances_per_s": rate}
+            self.log.write("train", global_step, values)
+        return total[0]
+
+    def _refuse_loss(self, losses: torch.Tensor, names: list[tuple[str, ...]], done: Progress) -> None:
+        """Stop all ranks, naming the packs whose loss is not finite."""
+        bad = [name for loss, keys in zip(losses.tolist(), names) if not math.isfinite(loss) for name in keys]
+        everywhere = sorted({name for part in self.world.gather(bad) for name in part})
+        raise ValueError(
+            f"the training loss is not finite in epoch {done.epoch}, step {done.step}, with the bags {everywhere}: "
+            "look for NaN or very large features in them, or lower optim.lr; the last checkpoint is untouched"
+        )
+
+    def _finish_epoch(self, done: Progress) -> None:
+        """Validate, keep the best model, and decide whether to go on; advances ``done`` to the next epoch."""
+        train = self.config.train
+        values: dict = {
+            "epoch": done.epoch,
+            "step": self._global_step(done),
+            "train_loss": done.loss_sum / done.num_bags,
+        }
+        better = True
+        if self.splits.get("val"):
+            self.backend.train(False)
+            predictions = predict_bags(self.backend, self.store, self.splits["val"], self.config, self.world)
+            values["val"] = score(predictions, self.store, self.model, self.config)
+            better = self._is_better(values["val"], done)
+        self.log.write("epoch", self._global_step(done), values)
+        done.stale_epochs += 1
+        if better:
+            state = self.backend.model_state()
+            if self.world.is_main:
+                in_shape = self.store.feature_shape
+                save_model(self.best_folder, state, self.config.model, in_shape, self.config.task)
+            done.best_epoch, done.stale_epochs = done.epoch, 0
+        if self.world.is_main:
+            print(_epoch_line(values, train.epochs, better), flush=True)
+        out_of_patience = train.patience is not None and done.stale_epochs >= train.patience
+        done.finished = done.epoch + 1 >= train.epochs or out_of_patience
+        done.epoch, done.step, done.loss_sum, done.num_bags = done.epoch + 1, 0, 0.0, 0
+
+    def _is_better(self, val: dict, done: Progress) -> bool:
+        """Whether this validation beats the best so far; ties go to the lower loss."""
+        monitor = self.config.train.monitor
+        if val.get(monitor) is None:
+            raise ValueError(f"train.monitor {monitor!r} is not among the validation metrics {sorted(val)}")
+        sign = 1.0 if self.config.train.monitor_mode == "max" else -1.0
+        value, loss = float(val[monitor]), float(val["loss"])
+        first = done.best_value is None or done.best_loss is None
+        if not first and (sign * value, -loss) <= (sign * done.best_value, -done.best_loss):  # type: ignore[operator]
+            return False
+        done.best_value, done.best_loss = value, loss
+        return True
+
+
+def _epoch_line(values: dict, epochs: int, better: bool) -> str:
+    numbers = {"train loss": values["train_loss"], **{f"val {k}": v for k, v in values.get("val", {}).items()}}
+    shown = "  ".join(f"{k} {v:.4f}" for k, v in numbers.items() if isinstance(v, float))
+    return f"epoch {values['epoch'] + 1}/{epochs}  {shown}" + ("  *" if better else "")

@@ -1,0 +1,174 @@
+"""What every model must hold; a new model in ``MODELS`` is picked up by itself."""
+
+import pytest
+import torch
+
+from bigbag import Bag, PackedBags, load_model
+from bigbag.config import ConfigError, ModelConfig, TaskConfig
+from bigbag.models import MODELS, build_model, save_model
+
+WIDTH = 6
+SIZES = (5, 1, 9)
+VARIANTS = [(name, {}) for name in MODELS] + [
+    ("ABMIL", {"gated": True, "att_act": "relu"}),
+    ("ABMIL", {"feat_ext": {"name": "MLP", "linear_sizes": [7], "activations": ["relu"]}}),
+]
+IDS = [f"{name}-{'-'.join(arguments) or 'default'}" for name, arguments in VARIANTS]
+each_model = pytest.mark.parametrize("name, arguments", VARIANTS, ids=IDS)
+
+
+def build(name, arguments, task=None, **kwargs):
+    torch.manual_seed(0)
+    return build_model(ModelConfig(name=name, **arguments, **kwargs), (WIDTH,), task or TaskConfig())
+
+
+def make_pack(sizes=SIZES, labels=(1, 0, 1)) -> PackedBags:
+    generator = torch.Generator().manual_seed(1)
+    return PackedBags.from_bags(
+        [Bag(torch.randn(n, WIDTH, generator=generator), y, f"bag{i}") for i, (n, y) in enumerate(zip(sizes, labels))]
+    )
+
+
+@each_model
+@pytest.mark.parametrize("training", [True, False])
+def test_packed_alone_and_padded_agree(name, arguments, training):
+    model, pack = build(name, arguments).train(training), make_pack()
+    logits, scores = model(pack, return_att=True)
+    assert logits.shape == (3,) and scores.shape == (sum(SIZES),)
+    padded_logits, padded_scores = model(pack.to_padded(pack.x, 99.0), pack.mask().to(torch.uint8), return_att=True)
+    torch.testing.assert_close(padded_logits, logits)
+    assert padded_scores.shape == (3, max(SIZES))
+    torch.testing.assert_close(padded_scores[pack.mask()], scores)
+    for i, rows in enumerate(pack.x.split(SIZES)):
+        torch.testing.assert_close(model(rows[None]), logits[i : i + 1])
+
+
+@each_model
+def test_order_of_instances_does_not_matter(name, arguments):
+    model, x = build(name, arguments).eval(), torch.randn(1, 12, WIDTH)
+    order = torch.randperm(12)
+    logits, scores = model(x, return_att=True)
+    permuted_logits, permuted_scores = model(x[:, order], return_att=True)
+    torch.testing.assert_close(permuted_logits, logits)
+    torch.testing.assert_close(permuted_scores, scores[:, order])
+
+
+@each_model
+def test_every_parameter_gets_a_gradient(name, arguments):
+    model, pack = build(name, arguments), make_pack()
+    logits, losses = model.compute_loss(pack.y, pack)
+    sum(losses.values()).backward()
+    assert logits.shape == (3,) and all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+@each_model
+def test_checkpointing_changes_memory_only(name, arguments):
+    gradients = []
+    for on in (False, True):
+        model, pack = build(name, arguments), make_pack()
+        model.activation_checkpointing = on
+        sum(model.compute_loss(pack.y, pack)[1].values()).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+@each_model
+def test_twenty_steps_lower_the_loss(name, arguments):
+    model, pack = build(name, arguments), make_pack()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    history = []
+    for _ in range(20):
+        loss = sum(model.compute_loss(pack.y, pack)[1].values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history.append(loss.item())
+    assert history[-1] < 0.5 * history[0]
+
+
+@each_model
+def test_bf16_is_close_to_fp32(name, arguments):
+    model, pack = build(name, arguments).eval(), make_pack()
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model(pack)
+    torch.testing.assert_close(low.float(), model(pack), atol=0.05, rtol=0.05)
+
+
+@each_model
+def test_features_stored_in_fp16_are_widened_exactly(name, arguments):
+    model, pack = build(name, arguments).eval(), make_pack()
+    half = pack.with_x(pack.x.half())
+    torch.testing.assert_close(model(half), model(pack.with_x(half.x.float())), atol=2e-3, rtol=2e-3)
+
+
+@each_model
+@pytest.mark.parametrize("task, outputs", [("multiclass", 3), ("multilabel", 2), ("regression", 1), ("regression", 2)])
+def test_other_tasks(name, arguments, task, outputs):
+    model, pack = build(name, arguments, TaskConfig(type=task, num_outputs=outputs)), make_pack()
+    labels = torch.tensor([2, 0, 1]) if task == "multiclass" else torch.rand(3, outputs).squeeze(-1)
+    logits, losses = model.compute_loss(labels, pack)
+    assert logits.shape == ((3, outputs) if outputs > 1 else (3,)) and len(losses) == 1
+    assert torch.isfinite(sum(losses.values()))
+
+
+@each_model
+def test_saved_model_loads_anywhere(name, arguments, tmp_path):
+    model, pack = build(name, arguments).eval(), make_pack()
+    save_model(tmp_path, model.state_dict(), ModelConfig(name=name, **arguments), (WIDTH,), TaskConfig())
+    loaded = load_model(str(tmp_path))
+    assert not loaded.training
+    torch.testing.assert_close(loaded(pack), model(pack), rtol=0, atol=0)
+
+
+@each_model
+def test_empty_bag_in_a_batch_is_finite(name, arguments):
+    model = build(name, arguments)
+    logits = model(torch.randn(2, 3, WIDTH), torch.tensor([[1, 1, 0], [0, 0, 0]]))
+    logits.sum().backward()
+    assert torch.isfinite(logits).all() and all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("att_act", ["tanh", "relu", "gelu"])
+def test_abmil_equals_torchmil(gated, att_act):
+    theirs_class = pytest.importorskip("torchmil.models").ABMIL
+    from bigbag.models import ABMIL
+
+    arguments = {"in_shape": (WIDTH,), "att_dim": 4, "gated": gated, "att_act": att_act}
+    theirs, ours = theirs_class(**arguments).eval(), ABMIL(**arguments).eval()
+    ours.load_state_dict(theirs.state_dict())
+    X, Y = torch.randn(3, 7, WIDTH), torch.tensor([1, 0, 1])
+    mask = torch.tensor([[1] * 7, [1] * 3 + [0] * 4, [1] + [0] * 6], dtype=torch.uint8)
+    (expected, expected_f), (logits, f) = (m(X, mask, return_att=True) for m in (theirs, ours))
+    torch.testing.assert_close(logits, expected)
+    torch.testing.assert_close(f[mask == 1], expected_f[mask == 1])
+    expected_loss, loss = (m.compute_loss(Y, X, mask)[1] for m in (theirs, ours))
+    torch.testing.assert_close(loss, expected_loss)
+
+
+def test_lazy_input_width():
+    from bigbag.models import ABMIL
+
+    model = ABMIL(gated=True)
+    assert model(torch.randn(2, 3, 11)).shape == (2,)
+    assert model.pool.fc_gated.module.weight.shape == (128, 11)
+
+
+def test_errors_name_the_setting():
+    def message(**settings):
+        with pytest.raises(ConfigError) as caught:
+            build_model(ModelConfig(**settings), (WIDTH,), TaskConfig())
+        return str(caught.value)
+
+    assert "known models: ABMIL" in message(name="ABMill")
+    assert "did you mean 'att_dim'" in message(name="ABMIL", att_dims=3)
+    assert "unknown setting 'criterion'" in message(name="ABMIL", criterion="x")
+    assert "(7,)" in message(name="ABMIL", in_shape=[7])
+    assert "not a class of bigbag.nn" in message(name="ABMIL", feat_ext={"name": "Nope"})
+    assert "expected {name" in message(name="ABMIL", feat_ext="MLP")
+    assert "must be 'tanh'" in message(name="ABMIL", att_act="swish")
+
+
+def test_load_model_says_what_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="checkpoints/best"):
+        load_model(str(tmp_path))

@@ -1,0 +1,95 @@
+"""Settings: strict, with errors that name the place and the nearest name."""
+
+from pathlib import Path
+
+import pytest
+
+from bigbag.config import Config, ConfigError, load_config
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+MINIMAL = "name: run\ndata:\n  shards: data/x\nmodel: {name: ABMIL}\n"
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def message(tmp_path: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, text), overrides)
+    return str(caught.value)
+
+
+def test_defaults_and_overrides(tmp_path):
+    config = load_config(write(tmp_path, MINIMAL), ["optim.lr=0.5", "data.max_instances=7", "model.gated=true"])
+    assert (config.optim.lr, config.data.max_instances, config.model.arguments) == (0.5, 7, {"gated": True})
+    assert config.run_dir == Path("runs/run")
+
+
+def test_unknown_key_names_file_line_and_nearest(tmp_path):
+    text = message(tmp_path, MINIMAL + "train:\n  epochs: 3\n  batch_bag: 4\n")
+    assert text.endswith("run.yaml:7: unknown setting 'train.batch_bag'; did you mean 'batch_bags'?")
+
+
+def test_bad_value_names_line_and_value(tmp_path):
+    text = message(tmp_path, MINIMAL + "optim:\n  lr: fast\n")
+    assert "run.yaml:6: setting 'optim.lr'" in text and "'fast'" in text
+
+
+def test_all_problems_are_listed(tmp_path):
+    text = message(tmp_path, "name: run\nmodel: {name: ABMIL}\ntrain: {epochs: 0}\n")
+    assert "'data' is missing" in text and "expected at least 1, got 0" in text
+
+
+@pytest.mark.parametrize("override", ["epochs", "=3", "name.x=3", "optim.lr=[1"])
+def test_bad_override(tmp_path, override):
+    assert repr(override) in message(tmp_path, MINIMAL, override)
+
+
+def test_unknown_override(tmp_path):
+    assert message(tmp_path, MINIMAL, "optim.learning_rate=1").startswith("override 'optim.learning_rate=1': unknown")
+
+
+def test_missing_file_and_not_yaml(tmp_path):
+    with pytest.raises(ConfigError, match="can't read"):
+        load_config(tmp_path / "absent.yaml")
+    assert "not valid YAML" in message(tmp_path, "a: [1")
+    assert "expected a mapping" in message(tmp_path, "- 1")
+
+
+def test_task_must_fit_outputs(tmp_path):
+    assert "num_outputs" in message(tmp_path, MINIMAL + "task: {type: multiclass}\n")
+
+
+def test_yaml_round_trip(tmp_path):
+    config = load_config(write(tmp_path, MINIMAL), ["model.feat_ext={name: MLP, linear_sizes: [8]}", "seed=3"])
+    assert load_config(write(tmp_path, config.to_yaml())) == config
+
+
+def test_digest_ignores_what_cannot_change_the_result(tmp_path):
+    def digest(*overrides: str) -> str:
+        return load_config(write(tmp_path, MINIMAL), overrides).digest()
+
+    assert digest() == digest("data.num_workers=3", "name=other", "train.checkpoint_every_steps=5")
+    assert len({digest(), digest("seed=1"), digest("data.max_instances=9"), digest("optim.lr=1")}) == 4
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_load_and_say_how_to_run_them(path):
+    config = load_config(path)
+    header = path.read_text().split("\nname:")[0]
+    assert isinstance(config, Config) and config.data.source is not None
+    assert f"launch/train.py --config configs/{path.name}" in header
+    assert all(line.startswith("#") for line in header.strip().splitlines())
+
+
+def test_every_setting_is_documented():
+    def walk(section):
+        for name, field in section.model_fields.items():
+            assert field.description, f"{section.__name__}.{name} has no docstring"
+            if isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields"):
+                walk(field.annotation)
+
+    walk(Config)
