@@ -1,1 +1,38 @@
+"""Operators over packs of bags: one meaning, several implementations.
 
+    z, scores = ops.attention_pool(x, bags.segments, w1, b1, w2)
+    print(ops.explain())                                    # what would run here, and why
+    with ops.use_impl({"attention_pool": "reference"}): ...
+
+To add an operator: one file here, at most one each in ``kernels/cpu`` and ``kernels/gpu``, one row below, and its
+samples in ``bigbag.testing``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from bigbag.ops import attention_pool as _attention_pool
+from bigbag.ops import segments as _segments
+from bigbag.ops.attention_pool import attention_pool
+from bigbag.ops.registry import Operator, use_impl
+from bigbag.ops.registry import table as _table
+from bigbag.ops.segments import segment_max, segment_mean, segment_softmax, segment_sum
+
+__all__ = ["attention_pool", "explain", "segment_max", "segment_mean", "segment_softmax", "segment_sum", "use_impl"]
+
+_OPERATORS: tuple[Operator, ...] = (_attention_pool.OPERATOR, *_segments.OPERATORS)
+
+
+def explain(device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> str:
+    """A table of operators and implementations: which one would run on ``device`` with ``dtype``, and why.
+
+    Args:
+        device: default: "cuda" where there is one, else "cpu".
+        dtype: of the operator's first argument (``attention_pool``: of the computation).
+    """
+    kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
+    rows = _table(_OPERATORS, kind, dtype)
+    head = {name: name for name in rows[0]}
+    width = {name: max(len(row[name]) for row in [head, *rows]) for name in head}
+    return "\n".join("  ".join(row[name].ljust(width[name]) for name in head).rstrip() for row in [head, *rows])

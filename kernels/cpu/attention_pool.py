@@ -1,0 +1,189 @@
+"""Attention pooling on CPU.
+
+    h = act(x W1^T + b1) [* sigmoid(x Wg^T + bg)],  scores = h w2^T,  a = softmax of scores per bag,  z = a^T x
+
+The scores do not know bags: they are computed in chunks of ``CHUNK_ROWS`` instances, one GEMM per chunk with the
+concatenated weight [W1; Wg] into a reused buffer, activations in place. What knows bags (softmax, a^T x, and x dz in
+backward) is bound by memory and runs over the whole pack with the kernels of ``segments``.
+Backward walks over the chunks again; it recomputes the pre-activations unless they were kept.
+
+Reads: x three times (scores, z; twice more in backward). FLOPs: 2 T P D' forward, 4 T P D' backward with
+recomputation (D' = 2D if gated, else D), 2 T P D' more for the gradient of x. Working memory: about
+CHUNK_ROWS * (2 P + 5 D') floats, and 3 T H floats.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from bigbag.kernels.cpu import segments
+from bigbag.kernels.cpu.segments import accumulation_dtype
+
+CHUNK_ROWS = 1024
+
+
+class _Chunks:
+    """Chunks of x in the compute dtype, through one reused buffer."""
+
+    def __init__(self, x: Tensor, dtype: torch.dtype) -> None:
+        self.x, self.dtype = x, dtype
+        rows = min(CHUNK_ROWS, x.shape[0])
+        self.buffer = torch.empty(rows, x.shape[1], dtype=dtype) if x.dtype != dtype else None
+        # torch converts float16 to bfloat16 element by element; by way of float32 both steps are vectorised.
+        by_way = {x.dtype, dtype} == {torch.float16, torch.bfloat16}
+        self.wide = torch.empty(rows, x.shape[1], dtype=torch.float32) if by_way else None
+
+    def bounds(self) -> list[tuple[int, int]]:
+        rows = self.x.shape[0]
+        return [(start, min(start + CHUNK_ROWS, rows)) for start in range(0, rows, CHUNK_ROWS)]
+
+    def load(self, start: int, end: int) -> Tensor:
+        chunk = self.x[start:end]
+        if self.buffer is None:
+            return chunk
+        if self.wide is not None:
+            chunk = self.wide[: end - start].copy_(chunk)
+        return self.buffer[: end - start].copy_(chunk)
+
+
+def _activate(pre: Tensor, act: str, out: Tensor) -> Tensor:
+    if act == "tanh":
+        return torch.tanh(pre, out=out)
+    if act == "relu":
+        return torch.clamp_min(pre, 0, out=out)
+    assert act == "gelu", act
+    return out.copy_(torch.nn.functional.gelu(pre))
+
+
+def _scale_by_derivative(grad: Tensor, pre: Tensor, value: Tensor, act: str, scratch: Tensor) -> None:
+    """grad *= act'(pre), where value = act(pre)."""
+    if act == "tanh":
+        torch.mul(value, value, out=scratch)
+        grad.addcmul_(grad, scratch, value=-1)
+    elif act == "relu":
+        grad.mul_(value > 0)
+    else:
+        torch.mul(pre, math.sqrt(0.5), out=scratch).erf_().add_(1).mul_(0.5)
+        density = torch.mul(pre, pre).mul_(-0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
+        grad.mul_(scratch.addcmul_(pre, density))
+
+
+class _Scorer:
+    """Buffers and weights for the scores of one chunk at a time."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, w2: Tensor, act: str, gated: bool, rows: int) -> None:
+        self.weight, self.bias, self.w2, self.act, self.gated = weight, bias, w2, act, gated
+        self.width = weight.shape[0]
+        self.dim = self.width // 2 if gated else self.width
+        self.pre_low = torch.empty(rows, self.width, dtype=weight.dtype)
+        self.pre = torch.empty(rows, self.width, dtype=bias.dtype)
+        self.hidden = torch.empty(rows, self.dim, dtype=bias.dtype)
+
+    def project(self, chunk: Tensor, out: Tensor | None = None) -> Tensor:
+        """chunk W^T, without the bias."""
+        return torch.mm(chunk, self.weight.t(), out=self.pre_low[: len(chunk)] if out is None else out)
+
+    def activate(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Pre-activations (m, D), act of them (m, D), and the gate (m, D) or None, in the accumulation dtype."""
+        rows = len(projected)
+        pre = self.pre[:rows]
+        if projected.dtype != pre.dtype:
+            pre.copy_(projected).add_(self.bias)
+        else:
+            torch.add(projected, self.bias, out=pre)
+        hidden = _activate(pre[:, : self.dim], self.act, self.hidden[:rows])
+        gate = pre[:, self.dim :].sigmoid_() if self.gated else None
+        return pre[:, : self.dim], hidden, gate
+
+
+def forward(
+    x: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor, w2: Tensor, act: str, gated: bool, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x (T, P), weight (D', P) in the compute dtype, bias (D',) and w2 (H, D) in the accumulation dtype
+    -> z (B, H, P), scores (T, H), a (T, H), kept (T, D') or (0,)."""
+    x = x.contiguous()
+    num_rows = x.shape[0]
+    chunks = _Chunks(x, weight.dtype)
+    scorer = _Scorer(weight, bias, w2, act, gated, min(CHUNK_ROWS, num_rows))
+    scores = torch.empty(num_rows, w2.shape[0], dtype=bias.dtype)
+    kept = torch.empty((num_rows, weight.shape[0]) if keep else (0,), dtype=weight.dtype)
+    for start, end in chunks.bounds():
+        projected = scorer.project(chunks.load(start, end), kept[start:end] if keep else None)
+        _, hidden, gate = scorer.activate(projected)
+        if gate is not None:
+            hidden.mul_(gate)
+        torch.mm(hidden, w2.t(), out=scores[start:end])
+    a = segments.softmax(scores, offsets)
+    return segments.weighted_sum(x, a, offsets), scores, a, kept
+
+
+def backward(
+    grad_z: Tensor | None,
+    grad_scores: Tensor | None,
+    x: Tensor,
+    offsets: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    w2: Tensor,
+    a: Tensor,
+    kept: Tensor,
+    act: str,
+    gated: bool,
+    need_x: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x (T, P) or (0,), weight (D', P), bias (D',), w2 (H, D)."""
+    x = x.contiguous()
+    num_rows = x.shape[0]
+    acc = accumulation_dtype(weight.dtype)
+    ds = torch.zeros_like(a)
+    if grad_z is not None:
+        ds = segments.softmax_backward(a, segments.row_dots(x, grad_z, offsets), offsets)
+    if grad_scores is not None:
+        ds += grad_scores
+
+    chunks = _Chunks(x, weight.dtype)
+    scorer = _Scorer(weight, bias, w2, act, gated, min(CHUNK_ROWS, num_rows))
+    dim, width = scorer.dim, scorer.width
+    grad_pre_buffer = torch.empty(min(CHUNK_ROWS, num_rows), width, dtype=bias.dtype)
+    scratch_buffer = torch.empty(min(CHUNK_ROWS, num_rows), dim, dtype=bias.dtype)
+    grad_weight = torch.zeros(weight.shape, dtype=acc)
+    grad_bias, grad_w2 = torch.zeros_like(bias), torch.zeros_like(w2)
+    grad_x = torch.empty(x.shape if need_x else (0,), dtype=x.dtype)
+    bags = torch.repeat_interleave(offsets.diff(), output_size=num_rows) if need_x else None
+    low = torch.empty_like(weight) if weight.dtype != acc else None
+
+    for start, end in chunks.bounds():
+        rows = end - start
+        chunk = chunks.load(start, end)
+        pre, hidden, gate = scorer.activate(kept[start:end] if kept.numel() else scorer.project(chunk))
+        grad_pre, scratch = grad_pre_buffer[:rows], scratch_buffer[:rows]
+        grad_hidden = torch.mm(ds[start:end], w2, out=scratch)
+        left = grad_pre[:, :dim]
+        if gate is None:
+            left.copy_(grad_hidden)
+            grad_w2.addmm_(ds[start:end].t(), hidden)
+        else:
+            right = grad_pre[:, dim:]
+            torch.mul(grad_hidden, gate, out=left)
+            torch.mul(hidden, gate, out=scratch)
+            grad_w2.addmm_(ds[start:end].t(), scratch)
+            # d sigmoid: dh * h * g * (1 - g), where dh * g is what ``left`` holds so far.
+            torch.mul(left, hidden, out=right)
+            right.addcmul_(right, gate, value=-1)
+        _scale_by_derivative(left, pre, hidden, act, scratch)
+        grad_bias += grad_pre.sum(0)
+        if low is None:
+            grad_weight.addmm_(grad_pre.t(), chunk)
+        else:
+            grad_pre = scorer.pre_low[:rows].copy_(grad_pre)
+            grad_weight += torch.mm(grad_pre.t(), chunk, out=low)
+        if bags is not None:
+            grad_chunk = torch.mm(grad_pre, weight).to(acc)
+            if grad_z is not None:
+                for head in range(a.shape[1]):
+                    grad_chunk.addcmul_(a[start:end, head : head + 1], grad_z[bags[start:end], head])
+            grad_x[start:end] = grad_chunk
+    return grad_x, grad_weight.to(weight.dtype), grad_bias, grad_w2
