@@ -1,0 +1,295 @@
+"""The report's sections on how well a run predicts bags: training curves, ROC, confusion, bag sizes, mistakes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from bigbag.engine.metrics import THRESHOLD, bag_metrics
+from bigbag.visualize import charts
+from bigbag.visualize.html import absent, chart, details, esc, note, table
+from bigbag.visualize.run_folder import Predictions, RunFolder
+
+NAMES = {
+    "auroc": "AUROC",
+    "average_precision": "Average precision",
+    "accuracy": "Accuracy",
+    "balanced_accuracy": "Balanced accuracy",
+    "f1": "F1 score",
+    "mae": "Mean absolute error",
+    "rmse": "Root mean square error",
+    "r2": "R²",
+    "loss": "Loss",
+    "instance_auroc": "Instance AUROC",
+    "instance_average_precision": "Instance average precision",
+    "num_bags": "Bags",
+    "num_instances": "Instances with a label",
+}
+_SHOWN_MISTAKES = 12
+_LISTED_BAGS = 500
+
+
+def metric_name(key: str) -> str:
+    return NAMES.get(key, key.replace("_", " "))
+
+
+def number(value: Any) -> str:
+    """A metric as text: counts whole, the rest to three decimals."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.3f}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.3g}"
+
+
+def training_section(run: RunFolder) -> str:
+    """Loss, validation metric, speed; learning rate and gradient norm behind a click."""
+    steps = [event for event in run.log if event["kind"] == "train"]
+    epochs = [event for event in run.log if event["kind"] == "epoch"]
+    if not steps and not epochs:
+        return "<p>This run has no <code>metrics.jsonl</code>: there are no training curves.</p>"
+    best = run.results.get("best_epoch")
+    at_best = next((event["step"] for event in epochs if event["epoch"] + 1 == best), None)
+    marked = None if at_best is None else (float(at_best), f"best epoch ({best})")
+    faint = _series(steps, "loss")
+    averages = [("training", *_series(epochs, "train_loss")), ("validation", *_series(epochs, "val", "loss"))]
+    lines = [line for line in averages if len(line[1])]
+    last = ", ".join(f"{name} {y[-1]:.3g}" for name, _, y in lines)
+    svg = charts.series_chart(lines, "step", "loss", faint=faint if len(faint[0]) else None, marked=marked)
+    figures = [chart(svg, "Loss", f"Loss over training steps; at the end: {last or 'no epoch was finished'}.")]
+    figures.append(_validation_chart(run, epochs, marked))
+    figures += _step_charts(steps, (("instances_per_s", "Speed", "instances / s"),))
+    more = _step_charts(steps, (("lr", "Learning rate", "learning rate"), ("grad_norm", "Gradient norm", "norm")))
+    rest = details("Learning rate and gradient norm", f'<div class="charts">{"".join(more)}</div>') if more else ""
+    counted = f"{len(epochs)} epochs" if len(epochs) != 1 else "1 epoch"
+    chosen = "" if best is None else f"; the weights of epoch {best} were kept, and everything below is theirs"
+    return f'<p>{esc(counted)}{esc(chosen)}.</p><div class="charts">{"".join(figures)}</div>{rest}'
+
+
+def _validation_chart(run: RunFolder, epochs: Sequence[dict[str, Any]], marked: tuple[float, str] | None) -> str:
+    monitor = run.config["train"].get("monitor") if isinstance(run.config.get("train"), dict) else None
+    for name in dict.fromkeys([monitor, "auroc", "accuracy", "r2", "mae"]):
+        steps, values = _series(epochs, "val", str(name))
+        if name != "loss" and len(steps):
+            svg = charts.series_chart(
+                [(metric_name(str(name)), steps, values)], "step", metric_name(str(name)), marked=marked
+            )
+            alt = f"Validation {metric_name(str(name))} over training steps, from {values[0]:.3f} to {values[-1]:.3f}."
+            return chart(svg, f"Validation {metric_name(str(name))}", alt)
+    return absent("Validation", "No validation metric was logged: the run has no validation split, or too small a one.")
+
+
+def _step_charts(steps: Sequence[dict[str, Any]], wanted: Sequence[tuple[str, str, str]]) -> list[str]:
+    figures = []
+    for key, title, ylabel in wanted:
+        x, y = _series(steps, key)
+        if len(x):
+            svg = charts.series_chart([(title, x, y)], "step", ylabel)
+            figures.append(chart(svg, title, f"{title} over training steps: median {np.median(y):.3g} {ylabel}."))
+    return figures
+
+
+def _series(events: Sequence[dict[str, Any]], *path: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of the events that have a number at ``path``."""
+    points: dict[int, float] = {}
+    for event in events:
+        value: Any = event
+        for key in path:
+            value = value.get(key) if isinstance(value, dict) else None
+        if isinstance(value, int | float) and np.isfinite(value):
+            points[event.get("step", len(points))] = value  # a step that was run again counts once
+    return np.array(list(points), dtype=np.float64), np.array(list(points.values()), dtype=np.float64)
+
+
+def lead(run: RunFolder, split: str, bags: Predictions) -> str:
+    """One sentence that says how good the model is."""
+    if run.task == "binary" and len(bags.keys):
+        (right_negative, false_alarms), (missed, right_positive) = _counts(bags, 2).tolist()
+        return (
+            f"Of {missed + right_positive} positive {split} bags the model misses {missed}; of "
+            f"{right_negative + false_alarms} negative ones it calls {false_alarms} positive (threshold {THRESHOLD})."
+        )
+    if run.task == "multiclass" and len(bags.keys):
+        num_right = int(np.trace(_counts(bags, bags.logits.shape[1])))
+        return f"{num_right} of {len(bags.keys)} {split} bags get the right class."
+    return f"{len(bags.keys)} {split} bags with a label."
+
+
+def performance_section(run: RunFolder, split: str, bags: Predictions) -> str:
+    """Curves, confusion and bag sizes of the labelled bags of ``split``."""
+    if not len(bags.keys):
+        return f"<p>No bag of the {esc(split)} split has both a prediction and a label.</p>"
+    figures: list[str] = []
+    if run.task == "regression":
+        figures += _agreement(bags)
+    else:
+        figures += _ranking(run.task, bags)
+        if run.task != "multilabel":
+            figures.append(_confusion(run.task, bags))
+    figures += _sizes(run.task, bags)
+    return f'{_cross_check(run, split, bags)}<div class="charts">{"".join(figures)}</div>'
+
+
+def _cross_check(run: RunFolder, split: str, bags: Predictions) -> str:
+    """Say so where the metrics of predictions.csv and those in results.json differ."""
+    stated = run.metrics(split)
+    found = bag_metrics(bags.labels, bags.logits, run.task)
+    differ = [k for k, v in found.items() if isinstance(stated.get(k), int | float) and abs(stated[k] - v) > 2e-3]
+    text = ", ".join(f"{metric_name(k)} {number(found[k])} against {number(stated[k])}" for k in differ)
+    return note(f"predictions.csv and results.json do not agree on {split}: {text}.") if differ else ""
+
+
+def _ranking(task: str, bags: Predictions) -> list[str]:
+    """ROC and precision-recall; one curve per class or label where there are several."""
+    if task == "binary":
+        curves = [("", bags.labels, bags.logits)]
+    elif task == "multiclass":
+        curves = [(f"class {k}", bags.labels == k, bags.probabilities[:, k]) for k in range(bags.logits.shape[1])]
+    else:
+        curves = [(f"label {k}", bags.labels[:, k], bags.logits[:, k]) for k in range(bags.logits.shape[1])]
+    drawn = [(name, y.astype(np.int64), s) for name, y, s in curves if 0 < y.sum() < len(y)]
+    if not drawn:
+        reason = "Not defined: these bags all have the same label."
+        return [absent("ROC", reason), absent("Precision and recall", reason)]
+    figures = []
+    for title, key, draw in (
+        ("ROC", "auroc", charts.roc_chart),
+        ("Precision and recall", "average_precision", charts.precision_recall_chart),
+    ):
+        values = [bag_metrics(y, s if task != "multiclass" else _logit(s), "binary")[key] for _, y, s in drawn]
+        short = {"auroc": "AUROC", "average_precision": "AP"}[key]
+        named = [(f"{name} {short} {v:.3f}".strip(), y, s) for (name, y, s), v in zip(drawn, values)]
+        dropped = (
+            "" if len(drawn) == len(curves) else f" {len(curves) - len(drawn)} without bags of both kinds not drawn."
+        )
+        figures.append(chart(draw(named), title, f"{title}: {'; '.join(name for name, _, _ in named)}.", esc(dropped)))
+    return figures
+
+
+def _logit(probability: np.ndarray) -> np.ndarray:
+    clipped = np.clip(probability, 1e-300, 1 - 1e-16)
+    return np.log(clipped) - np.log1p(-clipped)
+
+
+def _counts(bags: Predictions, num_classes: int) -> np.ndarray:
+    """``(K, K)``: bags by true class (row) and predicted class (column)."""
+    decided = bags.logits.argmax(1) if bags.logits.ndim == 2 else (bags.logits >= 0).astype(np.int64)
+    cells = bags.labels.astype(np.int64) * num_classes + decided
+    return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def _confusion(task: str, bags: Predictions) -> str:
+    classes = ["negative", "positive"] if task == "binary" else [f"class {k}" for k in range(bags.logits.shape[1])]
+    counts = _counts(bags, len(classes))
+    rows = []
+    for i, name in enumerate(classes):
+        total = int(counts[i].sum())
+        cells = []
+        for j, count in enumerate(counts[i].tolist()):
+            share = count / total if total else 0.0
+            colour = "35, 114, 74" if i == j else "181, 51, 46"
+            text = f"<b>{count}</b><span>{share:.0%}</span>" if total else f"<b>{count}</b>"
+            cells.append(f'<td style="background: rgba({colour}, {0.06 + 0.34 * share:.2f})">{text}</td>')
+        rows.append(f'<tr><th scope="row">{name}</th>{"".join(cells)}</tr>')
+    head = "".join(f'<th scope="col">{name}</th>' for name in classes)
+    rule = f"at threshold {THRESHOLD}" if task == "binary" else "most probable class"
+    return (
+        f'<figure><p class="title">Confusion matrix, {rule}</p><div class="scroll"><table class="confusion">'
+        f'<thead><tr><th scope="col">true \\ predicted</th>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+        "<figcaption>Bags, and their share of the row.</figcaption></figure>"
+    )
+
+
+def _groups(task: str, bags: Predictions) -> list[tuple[str, np.ndarray]]:
+    """Names and indices of the bags by label, for colouring."""
+    if task == "binary":
+        pairs = [(name, np.flatnonzero(bags.labels == k)) for k, name in enumerate(("negative", "positive"))]
+    elif task == "multiclass":
+        pairs = [(f"class {k}", np.flatnonzero(bags.labels == k)) for k in range(bags.logits.shape[1])]
+    else:
+        pairs = [("bags", np.arange(len(bags.keys)))]
+    return pairs
+
+
+def _sizes(task: str, bags: Predictions) -> list[str]:
+    groups = _groups(task, bags)
+    sizes = bags.sizes
+    svg = charts.histogram_chart([(n, sizes[i]) for n, i in groups], "instances in the bag", log_x=True)
+    spread = f"Bag sizes from {sizes.min():,} to {sizes.max():,} instances, median {int(np.median(sizes)):,}."
+    figures = [chart(svg, "Bag sizes", spread, esc(spread))]
+    if task in ("multilabel", "regression"):
+        return figures
+    scores = (
+        bags.probabilities if task == "binary" else bags.probabilities[np.arange(len(sizes)), bags.labels.astype(int)]
+    )
+    what = "predicted probability" if task == "binary" else "probability of the true class"
+    threshold = THRESHOLD if task == "binary" else None
+    svg = charts.histogram_chart([(n, scores[i]) for n, i in groups], what, marked=threshold)
+    figures.append(chart(svg, "Scores", f"Histogram of the {what} by true label."))
+    svg = charts.size_chart([(n, sizes[i], scores[i]) for n, i in groups], what, threshold=threshold)
+    alt = f"The {what} of each bag over its number of instances."
+    figures.append(chart(svg, "Score by bag size", alt, "A cloud that tilts means that size decides, not content."))
+    return figures
+
+
+def _agreement(bags: Predictions) -> list[str]:
+    labels, values = bags.labels.reshape(-1), bags.logits.reshape(-1)
+    svg = charts.agreement_chart(labels, values)
+    error = charts.histogram_chart([("bags", values - labels)], "predicted - label")
+    return [
+        chart(svg, "Predicted and true values", "Predicted values over labels."),
+        chart(error, "Errors", f"Histogram of the errors; mean {np.mean(values - labels):.3g}."),
+    ]
+
+
+def mistakes_section(task: str, bags: Predictions) -> str:
+    """All bags, the worst predictions first."""
+    if not len(bags.keys):
+        return "<p>No labelled bag.</p>"
+    error = _error(task, bags)
+    order = np.argsort(-error, kind="stable")
+    columns = ["Bag", "Label", "Predicted" if task == "regression" else "Probability", "Instances", "Verdict"]
+    rows = [_row(task, bags, int(i), float(error[i])) for i in order[:_LISTED_BAGS]]
+    wrong = (
+        "" if task == "regression" else f"{sum('wrong' in row[4] for row in rows)} of {len(bags.keys)} bags are wrong. "
+    )
+    if len(bags.keys) > _LISTED_BAGS:
+        wrong = ""
+    page = f"<p>{wrong}Sorted by how far the prediction is from the label.</p>"
+    page += table(columns, rows[:_SHOWN_MISTAKES])
+    if len(rows) > _SHOWN_MISTAKES:
+        page += details(f"The other {len(rows) - _SHOWN_MISTAKES} bags", table(columns, rows[_SHOWN_MISTAKES:]))
+    if len(bags.keys) > _LISTED_BAGS:
+        page += (
+            f'<p class="muted">{len(bags.keys) - _LISTED_BAGS} better predicted bags are in predictions.csv only.</p>'
+        )
+    return page
+
+
+def _error(task: str, bags: Predictions) -> np.ndarray:
+    if task == "multiclass":
+        return 1 - bags.probabilities[np.arange(len(bags.keys)), bags.labels.astype(np.int64)]
+    values = bags.logits if task == "regression" else bags.probabilities
+    return np.abs(values - bags.labels).reshape(len(bags.keys), -1).max(1)
+
+
+def _row(task: str, bags: Predictions, i: int, error: float) -> list[str]:
+    label, values = np.atleast_1d(bags.labels[i]), np.atleast_1d(bags.probabilities[i])
+    if task == "regression":
+        verdict = f"off by {error:.3g}"
+    elif task == "binary":
+        called = bool(bags.logits[i] >= 0)
+        kind = "false alarm" if called else "missed"
+        verdict = (
+            '<span class="right">right</span>' if called == bool(label[0]) else f'<span class="wrong">{kind}</span>'
+        )
+    else:
+        right = values.argmax() == label[0] if task == "multiclass" else np.array_equal(values >= THRESHOLD, label > 0)
+        verdict = '<span class="right">right</span>' if right else '<span class="wrong">wrong</span>'
+    shown = values[[int(label[0])]] if task == "multiclass" else values
+    labels = {"binary": ["negative", "positive"][int(label[0])]} if task == "binary" else {}
+    name = labels.get(task, " ".join(f"{v:g}" for v in label))
+    return [esc(bags.keys[i]), name, " ".join(f"{v:.3f}" for v in shown), f"{bags.sizes[i]:,}", verdict]
