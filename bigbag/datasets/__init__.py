@@ -1,1 +1,50 @@
+"""Named data sets and generators: what ``data.source`` of a config may name."""
 
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from typing import Any
+
+from bigbag.data.sources.base import Source
+
+SOURCES = {
+    "camelyon16": ("bigbag.data.sources.torchmil", "TorchmilFolder"),
+    "digits": ("bigbag.datasets.digits", "Digits"),
+    "musk1": ("bigbag.data.sources.tables", "Musk1"),
+    "musk2": ("bigbag.data.sources.tables", "Musk2"),
+    "torchmil_folder": ("bigbag.data.sources.torchmil", "TorchmilFolder"),
+}
+"""Name of each source and where its class is; imported when asked for, since some need scikit-learn."""
+
+__all__ = ["SOURCES", "open_source"]
+
+
+def open_source(name: str, **params: Any) -> Source:
+    """The source ``name`` with the constructor arguments ``params``.
+
+    Args:
+        name: one of ``SOURCES``.
+        params: arguments of its class.
+
+    Raises:
+        ValueError: no such source, an argument it does not take, or one that it needs and is not given.
+    """
+    if name not in SOURCES:
+        raise ValueError(f"no source is called {name!r}{_nearest(name, SOURCES)}; there are {', '.join(SOURCES)}")
+    module, class_name = SOURCES[name]
+    cls = getattr(importlib.import_module(module), class_name)
+    known = inspect.signature(cls).parameters
+    for key in params:
+        if key not in known:
+            raise ValueError(f"source {name} takes no {key!r}{_nearest(key, known)}; it takes {', '.join(known)}")
+    missing = [key for key, value in known.items() if value.default is value.empty and key not in params]
+    if missing:
+        raise ValueError(f"source {name} needs {missing[0]!r}; give it in the config under data.source")
+    return cls(**params)
+
+
+def _nearest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f", did you mean {close[0]!r}?" if close else ""

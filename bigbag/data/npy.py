@@ -1,0 +1,55 @@
+"""Arrays as ``.npy`` bytes and back, without copies and without ever unpickling."""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import Any
+
+import numpy as np
+from numpy.lib import format as npy_format
+
+_MAX_HEADER_BYTES = 16_384
+_KINDS = "biuf"
+
+
+def npy_bytes(array: np.ndarray) -> bytearray:
+    """``array`` as the bytes of an ``.npy`` file, little-endian and C-ordered."""
+    assert array.dtype.kind in _KINDS, array.dtype
+    array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+    header = io.BytesIO()
+    npy_format.write_array_header_1_0(header, npy_format.header_data_from_array_1_0(array))
+    start = header.tell()
+    content = bytearray(start + array.nbytes)
+    content[:start] = header.getbuffer()
+    np.frombuffer(content, dtype=array.dtype, offset=start, count=array.size)[:] = array.reshape(-1)
+    return content
+
+
+def npy_view(buffer: Any, where: str) -> np.ndarray:
+    """The array in the ``.npy`` bytes ``buffer``, as a view of them.
+
+    Nothing is allocated by what the header says: it must describe exactly the bytes that are there.
+
+    Raises:
+        ValueError: not an ``.npy``, an array of Python objects or text, or a header that does not fit the bytes.
+    """
+    view = memoryview(buffer).cast("B")
+    head = io.BytesIO(bytes(view[:_MAX_HEADER_BYTES]))
+    try:
+        version = npy_format.read_magic(head)
+        read_header = {(1, 0): npy_format.read_array_header_1_0, (2, 0): npy_format.read_array_header_2_0}[version]
+        shape, fortran, dtype = read_header(head)
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{where}: damaged .npy header ({error}); check the set with check_digests") from None
+    if dtype.hasobject or dtype.kind not in _KINDS:
+        raise ValueError(f"{where}: array of {dtype}, expected plain numbers: Python objects are never unpickled")
+    if fortran and len(shape) > 1:
+        raise ValueError(f"{where}: Fortran-ordered array, expected C order")
+    start, count = head.tell(), math.prod(shape)
+    if start + count * dtype.itemsize != len(view):
+        raise ValueError(
+            f"{where}: the header promises an array {tuple(shape)} of {dtype}, {count * dtype.itemsize} bytes, but "
+            f"{len(view) - start} bytes follow; check the set with check_digests"
+        )
+    return np.frombuffer(view, dtype=dtype, offset=start, count=count).reshape(shape)

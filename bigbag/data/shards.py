@@ -1,0 +1,245 @@
+"""One bag in a shard: members of an uncompressed WebDataset tar, written and read back without a copy.
+
+A bag ``k`` is stored as ``k.x.npy`` and, where present, ``k.coords.npy``, ``k.y_inst.npy``, ``k.adj.crow.npy``,
+``k.adj.col.npy``, ``k.adj.weight.npy``, and as ``k.json`` with its true name, label, patient, split and the SHA-256 of
+each member. WebDataset alone can read a shard; nothing in it is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import mmap
+import os
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+
+from bigbag.bags import Adjacency, Bag
+from bigbag.data.manifest import BagInfo, Manifest
+from bigbag.data.npy import npy_bytes, npy_view
+
+Members = dict[str, Any]
+MAX_MEMBER_BYTES = 8**11 - 1
+"""Largest file that the USTAR format can hold: 8 GiB."""
+
+
+def encode_bag(bag: Bag, info: BagInfo) -> Members:
+    """The members of ``bag``: name without the key -> bytes. ``info.shard`` and ``info.sha256`` are not used."""
+    members: Members = {"x.npy": npy_bytes(bag.x)}
+    if bag.coords is not None:
+        members["coords.npy"] = npy_bytes(bag.coords)
+    if bag.y_inst is not None:
+        members["y_inst.npy"] = npy_bytes(_smallest_int(bag.y_inst))
+    if bag.adj is not None:
+        members["adj.crow.npy"] = npy_bytes(bag.adj.crow.numpy())
+        members["adj.col.npy"] = npy_bytes(bag.adj.col.numpy())
+        if bag.adj.weight is not None:
+            members["adj.weight.npy"] = npy_bytes(bag.adj.weight.numpy())
+    about = {
+        "name": info.name,
+        "label": info.label,
+        "patient": info.patient,
+        "split": info.split,
+        "num_instances": bag.num_instances,
+        "symmetric": bag.adj is not None and bag.adj.symmetric,
+        "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in sorted(members.items())},
+    }
+    members["json"] = json.dumps(about, allow_nan=False).encode()
+    return members
+
+
+def decode_bag(members: Mapping[str, Any], info: BagInfo, manifest: Manifest, where: str) -> Bag:
+    """The bag stored in ``members``, its arrays being views of them.
+
+    Raises:
+        ValueError: a member is missing or damaged, or does not fit the manifest.
+    """
+    missing = {"x.npy", "json"} - members.keys()
+    if missing:
+        raise ValueError(f"{where}: member {sorted(missing)[0]} is missing; pack the set again")
+    x = npy_view(members["x.npy"], f"{where}, x.npy")
+    if x.shape[1:] != manifest.feature_shape or x.dtype.name != manifest.feature_dtype:
+        raise ValueError(
+            f"{where}: features {x.shape[1:]} {x.dtype}, but the manifest says {manifest.feature_shape} "
+            f"{manifest.feature_dtype}: shard and manifest do not belong together; pack the set again"
+        )
+    if len(x) != info.num_instances:
+        raise ValueError(
+            f"{where}: {len(x)} instances, but the manifest says {info.num_instances}: shard and manifest do not "
+            "belong together; pack the set again"
+        )
+    optional = {
+        name: npy_view(members[f"{name}.npy"], f"{where}, {name}.npy")
+        for name in ("coords", "y_inst")
+        if f"{name}.npy" in members
+    }
+    return Bag(x=x, y=info.label, key=info.name, adj=_decode_adjacency(members, where), **optional)
+
+
+def _decode_adjacency(members: Mapping[str, Any], where: str) -> Adjacency | None:
+    if "adj.crow.npy" not in members:
+        return None
+    # Copied, since torch has no read-only tensors: kernels would write to a map of the shard unchecked.
+    arrays = {
+        name: torch.from_numpy(npy_view(members[f"adj.{name}.npy"], f"{where}, adj.{name}.npy").copy())
+        for name in ("crow", "col", "weight")
+        if f"adj.{name}.npy" in members
+    }
+    symmetric = bool(json.loads(bytes(members["json"])).get("symmetric", False))
+    adj = Adjacency(arrays["crow"], arrays["col"], arrays.get("weight"), symmetric)
+    if int(adj.crow[-1]) != adj.num_edges:
+        raise ValueError(f"{where}: adj.crow promises {int(adj.crow[-1])} edges, adj.col has {adj.num_edges}")
+    return adj
+
+
+def check_digests(members: Mapping[str, Any], info: BagInfo, where: str) -> None:
+    """Compare every member of a bag with its SHA-256.
+
+    Raises:
+        ValueError: the first member that differs.
+    """
+
+    def fail(member: str) -> None:
+        raise ValueError(
+            f"{where}: member {member} does not have the SHA-256 it was packed with, so its bytes have changed: copy "
+            "the shard again, or pack the set again"
+        )
+
+    if hashlib.sha256(members["json"]).hexdigest() != info.sha256:
+        fail("json")
+    digests = json.loads(bytes(members["json"]))["sha256"]
+    for name, expected in digests.items():
+        if name not in members or hashlib.sha256(members[name]).hexdigest() != expected:
+            fail(name)
+
+
+def _smallest_int(values: np.ndarray) -> np.ndarray:
+    for dtype in (np.int8, np.int16, np.int32):
+        limits = np.iinfo(dtype)
+        if values.size == 0 or (values.min() >= limits.min and values.max() <= limits.max):
+            return values.astype(dtype)
+    return values.astype(np.int64)
+
+
+class _HashingFile:
+    """A file being written, with the SHA-256 and number of all bytes so far."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file: BinaryIO = file
+        self.sha256 = hashlib.sha256()
+        self.num_bytes = 0
+
+    def write(self, data: Any) -> int:
+        self.sha256.update(data)
+        self.num_bytes += len(data)
+        return self.file.write(data)
+
+
+class ShardWriter:
+    """Writes one shard under a temporary name and renames it when it is whole.
+
+    The same bags give the same bytes: USTAR headers, time 0, members in alphabetical order.
+    """
+
+    def __init__(self, path: Path, temporary: Path) -> None:
+        from webdataset import TarWriter
+
+        self.path, self.temporary = path, temporary
+        self.num_bags = 0
+        self._file = open(temporary, "wb", buffering=1 << 20)  # noqa: SIM115, closed by publish or discard
+        self._stream = _HashingFile(self._file)
+        self._tar = TarWriter(
+            self._stream, encoder=False, mtime=0, format=tarfile.USTAR_FORMAT, user="bigbag", group="bigbag"
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        return self._stream.num_bytes
+
+    def add(self, key: str, members: Members) -> None:
+        self._tar.write({"__key__": key, **members})
+        self.num_bags += 1
+
+    @property
+    def sha256(self) -> str:
+        return self._stream.sha256.hexdigest()
+
+    def close(self) -> None:
+        """End the tar and flush it to disk, still under its temporary name."""
+        self._tar.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def publish(self) -> None:
+        """Give the closed shard its name."""
+        self._file.close()
+        os.replace(self.temporary, self.path)
+
+    def discard(self) -> None:
+        """Forget what was written; the space on disk is free again."""
+        self._stream.file = io.BytesIO()  # where the tar writer puts what it still holds when it is collected
+        os.ftruncate(self._file.fileno(), 0)
+        with contextlib.suppress(OSError):
+            self._file.close()
+        self.temporary.unlink(missing_ok=True)
+
+
+class MappedShard:
+    """A shard mapped into memory, and where in it the members of each bag are.
+
+    Args:
+        file: the shard; it may be closed afterwards.
+        where: name of the shard in error messages.
+        num_bytes: its size according to the manifest.
+
+    Raises:
+        ValueError: not a tar, or not as large as the manifest says.
+    """
+
+    def __init__(self, file: BinaryIO, where: str, num_bytes: int) -> None:
+        found = os.fstat(file.fileno()).st_size
+        if found != num_bytes:
+            raise ValueError(wrong_size(where, found, num_bytes))
+        self.where = where
+        self._index: dict[str, dict[str, tuple[int, int]]] = {}
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for item in tar:
+                    key, _, name = item.name.partition(".")
+                    self._index.setdefault(key, {})[name] = (item.offset_data, item.size)
+        except tarfile.TarError as error:
+            raise ValueError(f"{where}: damaged tar file ({error}); copy it again, or pack the set again") from None
+        self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def members(self, key: str) -> Members:
+        """Name -> bytes of the members of bag ``key``, as views of the map; the kernel is told to read them now.
+
+        Raises:
+            ValueError: no such bag.
+        """
+        if key not in self._index:
+            raise ValueError(f"{self.where}: bag {key!r} is not in the shard; pack the set again")
+        places = self._index[key].values()
+        start = min(offset for offset, _ in places) // mmap.PAGESIZE * mmap.PAGESIZE
+        end = max(offset + size for offset, size in places)
+        if end > len(self._map):
+            raise ValueError(f"{self.where}: bag {key!r} ends behind the end of the file; copy the shard again")
+        # Page faults alone read a cold file in pieces of 128 KiB, several times slower than the disk can.
+        self._map.madvise(mmap.MADV_WILLNEED, start, end - start)
+        view = memoryview(self._map)
+        return {name: view[offset : offset + size] for name, (offset, size) in self._index[key].items()}
+
+
+def wrong_size(where: str, found: int, expected: int) -> str:
+    """The message about a shard of another size than the manifest says."""
+    return (
+        f"{where}: {found} bytes, expected {expected}: the shard is truncated or belongs to another set; copy it "
+        "again, or pack the set again"
+    )

@@ -1,0 +1,115 @@
+"""Small data sets in tables of numbers: one line per instance, with the number of its bag."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bigbag.bags import Bag
+from bigbag.data.sources.base import SourceEntry
+
+
+class TableSource:
+    """Bags of a table (a :class:`bigbag.data.sources.Source`); a bag is positive where any of its lines is.
+
+    Args:
+        x: ``(T, P)`` features of all instances.
+        bag_ids: ``(T,)`` bag of each instance; bags come in the order of their first instance.
+        labels: ``(T,)`` label of the bag that each instance belongs to.
+        name: name of the data set, the first part of each bag's name.
+        path: file that the table was read from, for error messages.
+
+    Raises:
+        ValueError: columns of different lengths, or a bag with two labels.
+    """
+
+    patch_shape: tuple[int, int] | None = None
+
+    def __init__(
+        self, x: np.ndarray, bag_ids: np.ndarray, labels: np.ndarray, name: str = "table", path: str = ""
+    ) -> None:
+        if not len(x) == len(bag_ids) == len(labels):
+            raise ValueError(f"{name}: {len(x)} rows of features, {len(bag_ids)} bag ids, {len(labels)} labels")
+        self.name = name
+        ids, first, member = np.unique(bag_ids, return_index=True, return_inverse=True)
+        self._x = x
+        self._rows: dict[str, np.ndarray] = {}
+        self._entries: list[SourceEntry] = []
+        for i in np.argsort(first):
+            rows = np.flatnonzero(member == i)
+            found = np.unique(labels[rows])
+            if len(found) != 1:
+                raise ValueError(f"{name}: bag {ids[i]} has the labels {found.tolist()}, expected one ({path})")
+            bag = f"{name}-{ids[i]}"
+            self._rows[bag] = rows
+            self._entries.append(SourceEntry(bag, label=found[0].item(), path=path))
+
+    def entries(self) -> Sequence[SourceEntry]:
+        return self._entries
+
+    def load(self, entry: SourceEntry) -> Bag:
+        return Bag(x=self._x[self._rows[entry.name]], y=entry.label, key=entry.name)
+
+    def description(self) -> dict[str, Any]:
+        return {"name": self.name, "sha256": hashlib.sha256(np.ascontiguousarray(self._x).tobytes()).hexdigest()}
+
+
+class Musk1(TableSource):
+    """MUSK1: 92 molecules (47 musks), 476 conformations, 166 features (Dietterich et al. 1997).
+
+    Args:
+        root: folder of ``musk1_data``, ``musk1_bagids`` and ``musk1_labels`` (``.csv`` or ``.csv.gz``): features x
+            instances, and the bag and the label of each instance.
+    """
+
+    def __init__(self, root: str) -> None:
+        x = read_table(_find(root, "musk1_data")).T
+        ids = read_table(_find(root, "musk1_bagids"))[:, 0].astype(np.int64)
+        labels = read_table(_find(root, "musk1_labels"))[:, 0].astype(np.int64)
+        super().__init__(np.ascontiguousarray(x, np.float32), ids, labels, "musk1", str(_find(root, "musk1_data")))
+
+
+class Musk2(TableSource):
+    """MUSK2: 102 molecules (39 musks), 6,598 conformations, 166 features (Dietterich et al. 1997).
+
+    Args:
+        root: folder of ``musk2`` (``.csv`` or ``.csv.gz``): label, bag and features of each instance.
+    """
+
+    def __init__(self, root: str) -> None:
+        table = read_table(_find(root, "musk2"))
+        labels, ids = table[:, 0].astype(np.int64), table[:, 1].astype(np.int64)
+        super().__init__(
+            np.ascontiguousarray(table[:, 2:], np.float32), ids, labels, "musk2", str(_find(root, "musk2"))
+        )
+
+
+def read_table(path: Path) -> np.ndarray:
+    """A table of numbers without a header, its columns divided by tabs or commas, plain or gzipped.
+
+    Returns:
+        ``(rows, columns)`` float64.
+
+    Raises:
+        ValueError: a cell that is no number, or lines of different lengths.
+    """
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt") as file:
+        lines = [line.replace(",", "\t").split("\t") for line in file.read().splitlines() if line.strip()]
+    try:
+        return np.array(lines, dtype=np.float64)
+    except ValueError as error:
+        raise ValueError(f"{path}: not a table of numbers ({error})") from None
+
+
+def _find(root: str, stem: str) -> Path:
+    for suffix in (".csv.gz", ".csv"):
+        path = Path(root) / f"{stem}{suffix}"
+        if path.is_file():
+            return path
+    raise ValueError(f"{Path(root) / stem}.csv: no such file (nor .csv.gz); check root of the source")
