@@ -79,7 +79,7 @@ def series_chart(
         if log_y:
             axes.set_yscale("log")
         if len(series) + (faint is not None) + (marked is not None) > 1:
-            axes.legend()
+            _legend_above(axes)
 
     return _svg(draw)
 
@@ -143,7 +143,7 @@ def histogram_chart(
         axes.set(xlabel=xlabel, ylabel="bags")
         axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
         _plain_log_ticks(axes, log_x, values)
-        axes.legend()
+        _legend_above(axes)
 
     return _svg(draw)
 
@@ -161,7 +161,7 @@ def size_chart(groups: Sequence[tuple[str, np.ndarray, np.ndarray]], ylabel: str
         axes.set_xscale("log")
         axes.set(xlabel="instances in the bag", ylabel=ylabel)
         _plain_log_ticks(axes, True, sizes)
-        axes.legend(loc="best")
+        _legend_above(axes)
 
     return _svg(draw)
 
@@ -174,7 +174,7 @@ def agreement_chart(labels: np.ndarray, predictions: np.ndarray) -> str:
         axes.plot([low, high], [low, high], color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), label="exact")
         axes.scatter(labels, predictions, s=20, color=NEGATIVE, alpha=0.75, linewidth=0)
         axes.set(xlabel="label", ylabel="predicted")
-        axes.legend()
+        _legend_above(axes)
 
     return _svg(draw)
 
@@ -193,9 +193,23 @@ def ranked_chart(values: np.ndarray, marked: np.ndarray | None, ylabel: str) -> 
         axes.set_xscale("log")
         axes.set(xlabel="rank of the instance", ylabel=ylabel)
         _plain_log_ticks(axes, True, rank)
-        axes.legend()
+        _legend_above(axes)
 
     return _svg(draw)
+
+
+def _legend_above(axes: Axes) -> None:
+    """A legend over the plot, where it covers no data."""
+    count = len(axes.get_legend_handles_labels()[1])
+    axes.legend(
+        ncols=count if count <= 3 else 2,
+        loc="lower left",
+        bbox_to_anchor=(-0.02, 1.0),
+        borderpad=0.2,
+        handlelength=1.4,
+        handletextpad=0.5,
+        columnspacing=1.1,
+    )
 
 
 def _colours(count: int, two_classes: bool = False) -> list[str]:

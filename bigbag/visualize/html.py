@@ -42,14 +42,15 @@ def note(text: str) -> str:
     return f'<p class="note">{esc(text)}</p>'
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "") -> str:
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "", css: str = "") -> str:
     """A table whose cells are markup already; the first cell of each row is its heading."""
     head = "".join(f'<th scope="col">{esc(name)}</th>' for name in columns)
     body = "".join(
         f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>' for row in rows
     )
     title = f"<caption>{esc(caption)}</caption>" if caption else ""
-    return f'<div class="scroll"><table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    kind = f' class="{css}"' if css else ""
+    return f'<div class="scroll"><table{kind}>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def details(summary: str, body: str, is_open: bool = False) -> str:

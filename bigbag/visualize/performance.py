@@ -36,11 +36,13 @@ def metric_name(key: str) -> str:
 
 
 def number(value: Any) -> str:
-    """A metric as text: counts whole, the rest to three decimals."""
+    """A metric as text: counts whole, the rest to three decimals, but nothing short of 1 as 1.000."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     if isinstance(value, int):
         return f"{value:,}"
+    if 0.9995 <= value < 1:
+        return f"{value:.4f}" if value < 0.99995 else "> 0.9999"
     return f"{value:.3f}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.3g}"
 
 
@@ -64,7 +66,7 @@ def training_section(run: RunFolder) -> str:
     more = _step_charts(steps, (("lr", "Learning rate", "learning rate"), ("grad_norm", "Gradient norm", "norm")))
     rest = details("Learning rate and gradient norm", f'<div class="charts">{"".join(more)}</div>') if more else ""
     counted = f"{len(epochs)} epochs" if len(epochs) != 1 else "1 epoch"
-    chosen = "" if best is None else f"; the weights of epoch {best} were kept, and everything below is theirs"
+    chosen = "" if best is None else f"; the weights of epoch {best} were kept, and all predictions here are theirs"
     return f'<p>{esc(counted)}{esc(chosen)}.</p><div class="charts">{"".join(figures)}</div>{rest}'
 
 
@@ -251,7 +253,7 @@ def mistakes_section(task: str, bags: Predictions) -> str:
         return "<p>No labelled bag.</p>"
     error = _error(task, bags)
     order = np.argsort(-error, kind="stable")
-    columns = ["Bag", "Label", "Predicted" if task == "regression" else "Probability", "Instances", "Verdict"]
+    columns = ["Bag", "Label", "Value" if task == "regression" else "Probability", "Instances", "Verdict"]
     rows = [_row(task, bags, int(i), float(error[i])) for i in order[:_LISTED_BAGS]]
     wrong = (
         "" if task == "regression" else f"{sum('wrong' in row[4] for row in rows)} of {len(bags.keys)} bags are wrong. "
@@ -259,9 +261,11 @@ def mistakes_section(task: str, bags: Predictions) -> str:
     if len(bags.keys) > _LISTED_BAGS:
         wrong = ""
     page = f"<p>{wrong}Sorted by how far the prediction is from the label.</p>"
-    page += table(columns, rows[:_SHOWN_MISTAKES])
+    page += table(columns, rows[:_SHOWN_MISTAKES], css="bags")
     if len(rows) > _SHOWN_MISTAKES:
-        page += details(f"The other {len(rows) - _SHOWN_MISTAKES} bags", table(columns, rows[_SHOWN_MISTAKES:]))
+        page += details(
+            f"The other {len(rows) - _SHOWN_MISTAKES} bags", table(columns, rows[_SHOWN_MISTAKES:], css="bags")
+        )
     if len(bags.keys) > _LISTED_BAGS:
         page += (
             f'<p class="muted">{len(bags.keys) - _LISTED_BAGS} better predicted bags are in predictions.csv only.</p>'

@@ -101,7 +101,7 @@ def _headline(run: RunFolder, split: str, bags: Predictions) -> str:
         if key == "instance_auroc" and key not in metrics:
             continue
         value = metrics.get(key)
-        shown = '<dd class="none">not defined</dd>' if value is None else f"<dd>{number(value)}</dd>"
+        shown = '<dd class="none">not defined</dd>' if value is None else f"<dd>{esc(number(value))}</dd>"
         first = ' class="first"' if not cards else ""
         cards.append(f"<div{first}><dt>{esc(split.capitalize())} {esc(_in_sentence(key))}</dt>{shown}</div>")
     notes = ""

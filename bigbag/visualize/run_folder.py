@@ -47,7 +47,8 @@ class Predictions:
 
     def labelled(self, split: str) -> Predictions:
         """The bags of ``split`` whose labels are known."""
-        known = ~np.isnan(self.labels.reshape(len(self.keys), -1)).any(1)
+        unknown = np.isnan(self.labels)
+        known = ~(unknown.any(1) if unknown.ndim == 2 else unknown)
         return self.take(np.flatnonzero(known & (np.array(self.splits) == split)))
 
 

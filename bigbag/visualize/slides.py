@@ -19,6 +19,7 @@ from bigbag.visualize.figures import (
     slide_image,
 )
 from bigbag.visualize.html import chart, esc, png_uri
+from bigbag.visualize.performance import number
 from bigbag.visualize.run_folder import BagAttention, RunFolder, read_attention
 
 _MAX_SLIDES = 8
@@ -35,9 +36,9 @@ def slides_section(run: RunFolder) -> str:
         return "<p>This run saved no attention: <code>attention/</code> holds no file.</p>"
     shown = files[:_MAX_SLIDES]
     intro = (
-        "<p>Each bag is drawn from its own instances, each in its place. Attention is given against the average of the "
-        "bag: 10× means ten times the weight of the average instance. An outline marks the instances whose label is "
-        "known to be positive; the model has not seen these labels. The dashed square is the close-up.</p>"
+        "<p class='wide'>Each bag is drawn from its own instances, each in its place. Attention is given against the "
+        "average of the bag: 10× means ten times the weight of the average instance. An outline marks the instances "
+        "that are known to be positive; training saw labels of bags only. The dashed square is the close-up.</p>"
     )
     views = [_slide(run, read_attention(path), _BUDGET_BYTES // len(shown)) for path in shown]
     rest = len(files) - len(shown)
@@ -86,10 +87,10 @@ def _facts(bag: BagAttention, positive: np.ndarray | None) -> str:
     facts = [f"{len(bag.scores):,} instances"]
     if positive is not None and positive.any():
         num = int(positive.sum())
-        facts.append(f"{num:,} labelled positive ({num / len(positive):.2%})")
+        facts.append(f"{num:,} known to be positive ({num / len(positive):.2%})")
         metrics = instance_metrics(np.asarray(bag.y_inst), bag.scores)
         if "instance_auroc" in metrics:
-            facts.append(f"instance AUROC {metrics['instance_auroc']:.3f}")
+            facts.append(f"instance AUROC {number(metrics['instance_auroc'])}")
         top = np.argpartition(-bag.scores, num - 1)[:num]
         facts.append(f"{int(positive[top].sum()):,} of the {num:,} most attended are positive")
     return "; ".join(facts)
@@ -134,7 +135,7 @@ def _views(bag: BagAttention, values: np.ndarray, positive: np.ndarray | None, b
     if picture is None:
         note = "There are neither patches nor colours to draw the slide from."
         return (
-            f'<div class="views two"><figure>{attention}{bar}<figcaption><b>Attention.</b> {note}</figcaption></figure>'
+            f'<div class="views two"><figure>{attention}<figcaption><b>Attention.</b> {note}</figcaption>{bar}</figure>'
             f"<figure>{attention_close}<figcaption><b>Close-up</b> of the peak.</figcaption></figure></div>"
         )
     slide = _frame(
@@ -157,7 +158,7 @@ def _views(bag: BagAttention, values: np.ndarray, positive: np.ndarray | None, b
     what = "drawn from its patches" if bag.patches is not None else "in colours made from its features"
     return (
         f'<div class="views"><figure>{slide}<figcaption><b>Slide</b>, {what}.</figcaption></figure>'
-        f"<figure>{attention}{bar}<figcaption><b>Attention.</b></figcaption></figure>"
+        f"<figure>{attention}<figcaption><b>Attention</b>, against the average.</figcaption>{bar}</figure>"
         f'<div class="closeups"><figure>{slide_close}<figcaption><b>Close-up</b> of the peak.</figcaption></figure>'
         f"<figure>{attention_close}<figcaption>Its attention.</figcaption></figure></div></div>"
     )
@@ -214,7 +215,7 @@ def _colour_bar(low: float, high: float) -> str:
     bar = png_uri(np.ascontiguousarray(colours(_COLOUR_MAP)[None, :, :3]))
     return (
         f'<div class="colours"><span>≤ {_times(low)}</span><img src="{bar}" alt="colour scale, logarithmic">'
-        f"<span>≥ {_times(high)} average</span></div>"
+        f"<span>≥ {_times(high)}</span></div>"
     )
 
 
@@ -229,19 +230,15 @@ def _strip(bag: BagAttention, values: np.ndarray, positive: np.ndarray | None) -
         return ""
     num = min(_TOP_PATCHES, len(values))
     top = np.argsort(-values, kind="stable")[:num]
-    # every second cell, so that a gap is left between patches
-    grid = Lattice(np.zeros(num, np.int64), np.arange(num), (1, num), crowded=False)
-    image = png_uri(slide_image(grid, patches=bag.patches[top], max_side=96 * num))
+    row = Lattice(np.zeros(num, np.int64), np.arange(num), (1, num), crowded=False)
+    tiles = np.split(slide_image(row, patches=bag.patches[top], max_side=96 * num), num, axis=1)
     true = np.zeros(num, bool) if positive is None else positive[top]
-    frames = "".join(
-        f'<rect x="{i + 0.03:.2f}" y="0.03" width="0.94" height="0.94" fill="none" stroke-width="{2.5 if hit else 4}" '
-        f'vector-effect="non-scaling-stroke" stroke="{"#007a5e" if hit else "#fff"}"/>'
-        for i, hit in enumerate(true.tolist())
+    images = "".join(
+        f'<img src="{png_uri(tile)}" alt=""{" class=hit" if hit else ""}>' for tile, hit in zip(tiles, true.tolist())
     )
-    known = "" if positive is None else f" {int(true.sum())} of {num} are labelled positive (framed)."
+    known = "" if positive is None else f" {int(true.sum())} of {num} are known to be positive (framed)."
+    label = f"The {num} most attended patches of {esc(bag.key)}.{known}"
     return (
-        f'<figure class="strip"><svg viewBox="0 0 {num} 1" role="img" aria-label="The {num} most attended patches of '
-        f'{esc(bag.key)}.{known}"><image href="{image}" width="{num}" height="1" preserveAspectRatio="none" '
-        f'style="image-rendering: pixelated"/>{frames}</svg>'
-        f"<figcaption><b>Most attended patches</b>, from left to right.{known}</figcaption></figure>"
+        f'<figure><div class="strip" role="img" aria-label="{label}">{images}</div>'
+        f"<figcaption><b>Most attended patches</b>, highest first.{known}</figcaption></figure>"
     )

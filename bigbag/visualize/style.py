@@ -17,9 +17,10 @@ h2 { font-size: 1.25rem; margin: 52px 0 4px; padding-top: 14px; border-top: 1px 
 h3 { font-size: 1.02rem; margin: 0 0 2px; overflow-wrap: anywhere; }
 p { margin: 6px 0 12px; max-width: 76ch; }
 a { color: var(--accent); }
-.lead { font-size: 1.1rem; margin: 22px 0 16px; }
+.lead { font-size: 1.1rem; margin: 22px 0 16px; max-width: none; }
+.wide { max-width: 110ch; }
 .muted, figcaption, .facts { color: var(--muted); font-size: .9rem; }
-.facts { margin: 0; }
+.facts { margin: 0; max-width: none; }
 nav ul { display: flex; flex-wrap: wrap; gap: 4px 18px; list-style: none; padding: 0; margin: 14px 0 0;
   font-size: .92rem; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 0;
@@ -61,8 +62,9 @@ tbody th { font-weight: 500; }
 .views svg { display: block; width: 100%; height: auto; max-height: 640px; background: #fff;
   border: 1px solid var(--line); border-radius: 6px; }
 .closeups { display: grid; gap: 12px; }
-.strip { margin-top: 12px; }
-.strip svg { display: block; width: 100%; height: auto; }
+.strip { display: grid; grid-template-columns: repeat(12, minmax(0, 1fr)); gap: 6px; margin-top: 14px; }
+.strip img { width: 100%; height: auto; display: block; image-rendering: pixelated; border: 3px solid #fff; }
+.strip .hit { border-color: #007a5e; }
 .lesion { fill: none; stroke-width: 1.6; vector-effect: non-scaling-stroke; }
 .on-slide .lesion { stroke: #007a5e; }
 .on-map .lesion { stroke: #35f0d0; }
@@ -92,8 +94,11 @@ footer { color: var(--muted); font-size: .86rem; padding-top: 32px; padding-bott
   .cards dd { font-size: 1.4rem; }
   .views, .views.two { grid-template-columns: minmax(0, 1fr); }
   .closeups { grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); }
-  th, td { padding: 6px 6px; }
-  table { font-size: .86rem; }
+  .strip { grid-template-columns: repeat(6, minmax(0, 1fr)); }
+  table { font-size: .8rem; }
+  th, td { padding: 6px 4px; }
+  .bags th:first-child { min-width: 5.5em; }
+  .bags td:last-child, .bags th:last-child { padding-right: 0; }
   .settings { grid-template-columns: minmax(0, 1fr); gap: 0; }
   .settings dd { margin-bottom: 6px; }
 }

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ def make_slide(rng: np.random.Generator, side: int, lesion: bool) -> dict[str, A
         y_inst, rng.choice(np.flatnonzero(digits == 0), len(row)), rng.choice(np.flatnonzero(digits), len(row))
     )
     stain = rng.uniform(0.75, 1.0)
-    scores = rng.normal(0, 0.9, len(row)) + 5.5 * y_inst
+    scores = rng.normal(0, 0.9, len(row)) + rng.choice([0, 2.5], len(row), p=[0.985, 0.015]) + 3.8 * y_inst
     return {
         "scores": scores.astype(np.float32),
         "coords": np.stack([col, row], 1).astype(np.int32),
@@ -121,3 +120,257 @@ def write_log(folder: Path, rng: np.random.Generator) -> None:
         train_loss = 0.7 * np.exp(-epoch / 3.4) + 0.03
         lines.append({"kind": "epoch", "epoch": epoch, "step": 15 * epoch + 15, "train_loss": train_loss, "val": val})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("runs") / "digits")
+
+
+@pytest.fixture(scope="module")
+def page(run_dir: Path) -> str:
+    return write_report(run_dir).read_text()
+
+
+def small_run(folder: Path, **changes: Any) -> Path:
+    return make_run(folder / "run", side=30, **{"num_slides": 1, "num_test": 20, **changes})
+
+
+def section(page: str, anchor: str) -> str:
+    found = re.search(rf'<section id="{anchor}">(.*?)</section>', page, re.S)
+    assert found, anchor
+    return found[1]
+
+
+def rows_of(part: str) -> list[list[str]]:
+    rows = re.findall(r"<tr><th scope=\"row\">(.*?)</tr>", part)
+    return [[html.unescape(re.sub("<.*?>", "", cell)) for cell in re.split("</t[hd]>", row)[:-1]] for row in rows]
+
+
+def test_headline_is_what_the_results_say(run_dir: Path, page: str) -> None:
+    results = json.loads((run_dir / "results.json").read_text())["test"]
+    cards = dict(re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd></div>", page))
+    assert cards["Test AUROC"] == f"{results['auroc']:.3f}"
+    assert cards["Test F1 score"] == f"{results['f1']:.3f}"
+    assert cards["Test instance AUROC"] == f"{results['instance_auroc']:.3f}"
+
+
+def test_lead_and_confusion_matrix_count_the_predictions(run_dir: Path, page: str) -> None:
+    with (run_dir / "predictions.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["split"] == "test"]
+    counts = [[0, 0], [0, 0]]
+    for row in rows:
+        counts[int(row["label"])][float(row["probability"]) >= 0.5] += 1
+    confusion = section(page, "performance")
+    assert [int(n) for n in re.findall(r"<b>(\d+)</b><span>", confusion)] == [*counts[0], *counts[1]]
+    assert (
+        f"Of 30 positive test bags the model misses {counts[1][0]}; of 30 negative ones it calls {counts[0][1]}" in page
+    )
+
+
+def test_every_bag_is_listed_worst_first(run_dir: Path, page: str) -> None:
+    rows = rows_of(section(page, "mistakes"))
+    errors = [round(abs((row[1] == "positive") - float(row[2])), 3) for row in rows]
+    assert len(rows) == 60 and errors == sorted(errors, reverse=True) and errors[0] > errors[-1]
+    wrong = [row[4] for row in rows if row[4] != "right"]
+    assert wrong == [{"positive": "missed", "negative": "false alarm"}[row[1]] for row in rows[: len(wrong)]]
+    assert f"{len(wrong)} of 60 bags are wrong" in page
+
+
+def test_text_from_the_run_is_escaped(page: str) -> None:
+    assert "<b>x</b>" not in page
+    assert rows_of(section(page, "left-out")) == [["train-0013", "no instance"], ["test_<b>x</b>", "features hold NaN"]]
+
+
+def test_page_is_self_contained_and_small(run_dir: Path, page: str) -> None:
+    sources = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert len(sources) > 20
+    assert all(source.startswith(("data:", "#")) for source in sources)
+    assert "<script" not in page and "@import" not in page and "url(" not in page
+    assert (run_dir / "report.html").stat().st_size < 6_000_000
+    assert all(re.search(r' alt="', image) for image in re.findall("<img[^>]*>", page))
+    assert all("aria-label=" in svg for svg in re.findall("<svg[^>]*>", page))
+
+
+def test_same_run_gives_the_same_page(run_dir: Path, page: str) -> None:
+    assert write_report(str(run_dir)).read_text() == page
+
+
+def test_slides_tell_how_attention_meets_truth(run_dir: Path, page: str) -> None:
+    slides = section(page, "slides")
+    assert slides.count("<article") == 3 and slides.count('class="strip"') == 3
+    with np.load(run_dir / "attention/00-test.npz") as stored:
+        scores, y_inst = stored["scores"], stored["y_inst"]
+    num = int(y_inst.sum())
+    hits = int(y_inst[np.argsort(-scores)[:num]].sum())
+    assert f"{hits} of the {num} most attended are positive" in slides
+    assert f"{int(y_inst[np.argsort(-scores)[:12]].sum())} of 12 are known to be positive" in slides
+    assert slides.count('<path class="lesion" d="M') == 4 * 3
+
+
+def test_disagreement_of_files_is_shown(tmp_path: Path) -> None:
+    folder = small_run(tmp_path)
+    assert "do not agree" not in write_report(folder).read_text()
+    results = json.loads((folder / "results.json").read_text())
+    results["test"]["auroc"] = 0.5
+    (folder / "results.json").write_text(json.dumps(results))
+    assert re.search(r"do not agree on test: AUROC [01]\.\d+ against 0\.500\.", write_report(folder).read_text())
+
+
+@pytest.mark.parametrize("task", ["multiclass", "multilabel", "regression"])
+def test_other_tasks(tmp_path: Path, task: str) -> None:
+    folder = small_run(tmp_path, task=task)
+    run, page = read_run(folder), write_report(folder).read_text()
+    assert run.task == task
+    metrics = json.loads((folder / "results.json").read_text())["test"]
+    key, name = ("r2", "R²") if task == "regression" else ("auroc", "AUROC")
+    assert f"<dt>Test {name}</dt><dd>{metrics[key]:.3f}</dd>" in page
+    assert len(rows_of(section(page, "mistakes"))) == 20
+    assert "do not agree" not in page
+    if task == "multiclass":
+        counts = [int(n) for n in re.findall(r"<b>(\d+)</b>", section(page, "performance"))]
+        right = sum(counts[k * 5] for k in range(4))
+        assert sum(counts) == 20 and f"{right} of 20 test bags get the right class" in page
+        config = (folder / "config.yaml").read_text()
+        (folder / "config.yaml").write_text(config.replace("type: multiclass", "type: binary"))
+        with pytest.raises(ValueError, match="task binary does not go with"):
+            read_run(folder)
+
+
+def test_without_the_optional_parts(tmp_path: Path) -> None:
+    folder = small_run(tmp_path)
+    for name in ("metrics.jsonl", "environment.json"):
+        (folder / name).unlink()
+    shutil.rmtree(folder / "attention")
+    (folder / "config.yaml").write_text("{}")
+    lines = (folder / "predictions.csv").read_text().splitlines()
+    (folder / "predictions.csv").write_text("\n".join([lines[0], *(line for line in lines if ",val," in line)]) + "\n")
+    page = write_report(folder).read_text()
+    for text in ("there are no training curves", "saved no attention", "no predictions for a test split", "not known"):
+        assert text in page
+    assert len(rows_of(section(page, "mistakes"))) == 30
+
+
+def test_test_bags_of_one_class(tmp_path: Path) -> None:
+    folder = small_run(tmp_path)
+    lines = (folder / "predictions.csv").read_text().splitlines()
+    (folder / "predictions.csv").write_text("\n".join(line for line in lines if not re.search("test,0", line)) + "\n")
+    (folder / "results.json").write_text(json.dumps({"test": {"num_bags": 10, "accuracy": 1.0}, "best_epoch": 3}))
+    page = write_report(folder).read_text()
+    assert '<dt>Test AUROC</dt><dd class="none">not defined</dd>' in page
+    assert "these bags all have the same label" in section(page, "performance")
+
+
+def test_no_bag_at_all(tmp_path: Path) -> None:
+    folder = small_run(tmp_path)
+    header = (folder / "predictions.csv").read_text().splitlines()[0]
+    (folder / "predictions.csv").write_text(header + "\n")
+    page = write_report(folder).read_text()
+    assert "No bag of the test split" in page
+
+
+@pytest.mark.parametrize("missing", ["coords", "y_inst", "patches", "patches, then colours"])
+def test_slides_with_less(tmp_path: Path, missing: str) -> None:
+    folder = small_run(tmp_path)
+    path = next((folder / "attention").iterdir())
+    with np.load(path) as stored:
+        arrays = {name: stored[name] for name in stored.files if name != missing.split(",")[0]}
+    if "," in missing:
+        arrays["rgb"] = np.full((len(arrays["scores"]), 3), 90, np.uint8)
+    np.savez(path, **arrays)
+    slides = section(write_report(folder).read_text(), "slides")
+    expected = {
+        "coords": "no positions, so there is no map",
+        "y_inst": '<svg class="on-slide"',
+        "patches": "neither patches nor colours",
+        "patches, then colours": "in colours made from its features",
+    }
+    assert expected[missing] in slides
+    assert ("known to be positive (" in slides) == (missing != "y_inst")
+
+
+def test_a_log_that_breaks_off_is_read_to_there(tmp_path: Path) -> None:
+    folder = small_run(tmp_path)
+    whole = read_run(folder).log
+    text = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(text[:-20])
+    assert read_run(folder).log == whole[:-1]
+    (folder / "metrics.jsonl").write_text(text.replace('{"kind": "epoch"', '{"kind" "epoch"', 1))
+    with pytest.raises(ValueError, match=r"metrics.jsonl:16: not JSON"):
+        read_run(folder)
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="does not exist, so there is no config"):
+        write_report(tmp_path / "nowhere")
+    folder = small_run(tmp_path)
+    (folder / "results.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no results\.json; a run writes"):
+        write_report(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("predictions.csv", "key,split,label\na,test,1\n", "expected the columns num_instances, logit, got key, split"),
+        ("predictions.csv", "key,split,label,logit,num_instances\na,test,1,oops,5\n", r"csv:2: logit: .*'oops'"),
+        ("predictions.csv", "key,split,label,logit,num_instances\na,test,7,0.5,5\n", r"labels 0 to 1, got \[7.0\]"),
+        ("results.json", "{\n oops", "results.json:2: not JSON"),
+        ("config.yaml", "- a\n", "expected settings by name, got list"),
+    ],
+)
+def test_malformed_files_are_named(tmp_path: Path, name: str, content: str, message: str) -> None:
+    folder = small_run(tmp_path)
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        write_report(folder)
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+def in_browser(page: str, folder: Path) -> tuple[dict[str, dict[str, int]], str]:
+    """Load a page in frames of 390 and 1280 px; what they measure, and what the browser's console says."""
+    frames = "".join(
+        f'<iframe id="w{w}" style="width:{w}px;border:0" srcdoc="{html.escape(page)}"></iframe>' for w in (390, 1280)
+    )
+    script = """<pre id="out"></pre><script>addEventListener("load", () => {
+      const out = {};
+      for (const frame of document.querySelectorAll("iframe")) {
+        const page = frame.contentDocument, images = [...page.images];
+        out[frame.id] = {scroll: page.documentElement.scrollWidth, images: images.length,
+          broken: images.filter(i => !i.complete || i.naturalWidth === 0).length,
+          headings: page.querySelectorAll("h1, h2, h3").length, articles: page.querySelectorAll("article").length,
+          maps: [...page.querySelectorAll("svg image")].filter(i => i.getBoundingClientRect().width > 80).length};
+      }
+      document.getElementById("out").textContent = JSON.stringify(out);
+    })</script>"""
+    path = folder / "frames.html"
+    path.write_text(f"<!DOCTYPE html><title>frames</title>{frames}{script}")
+    quiet = ("background-networking", "sync", "gpu")
+    flags = ["--headless", "--no-sandbox", "--no-first-run", "--hide-scrollbars", *(f"--disable-{x}" for x in quiet)]
+    profile = f"--user-data-dir={folder / 'profile'}"
+    command = [str(CHROMIUM), *flags, profile, "--enable-logging=stderr", "--virtual-time-budget=20000", "--dump-dom"]
+    done = subprocess.run([*command, path.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    measured = re.search(r'<pre id="out">(.*?)</pre>', done.stdout)
+    assert measured, done.stderr
+    console = "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
+    return json.loads(html.unescape(measured[1])), console
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="neither chromium nor chromium-browser is installed")
+def test_page_in_a_real_browser(page: str, tmp_path: Path) -> None:
+    measured, console = in_browser(page, tmp_path)
+    assert console == ""
+    for width in (390, 1280):
+        view = measured[f"w{width}"]
+        assert view["scroll"] == width, f"the page is {view['scroll']} px wide on a screen of {width} px"
+        assert view["images"] > 10 and view["broken"] == 0
+        assert (view["articles"], view["headings"], view["maps"]) == (3, 1 + 6 + 3, 12)
+    spoiled = page.replace(
+        "<main>", '<main><img src="http://127.0.0.1:9/x.png" alt=""><p style="min-width: 999px">wide</p>'
+    )
+    measured, console = in_browser(spoiled, tmp_path)
+    assert "Content Security Policy" in console, "the console is not being read"
+    assert measured["w390"]["scroll"] > 390 and measured["w390"]["broken"] == 1
