@@ -222,7 +222,9 @@ class PackedBags:
         return replace(self, x=x)
 
     @staticmethod
-    def from_bags(bags: Sequence[Bag], *, shared: bool = False) -> PackedBags:
+    def from_bags(
+        bags: Sequence[Bag], *, shared: bool = False, allocate: Callable[[int], Tensor] | None = None
+    ) -> PackedBags:
         """Lay ``bags`` end to end in one buffer, so that moving the pack to a device is a single copy.
 
         Optional fields (``y``, ``y_inst``, ``coords``, ``adj``) are kept where every bag has them.
@@ -230,6 +232,7 @@ class PackedBags:
         Args:
             bags: at least one bag, all of the same feature shape and dtype.
             shared: put the buffer in shared memory, for handing it to another process without a copy.
+            allocate: gives a byte tensor of at least so many bytes to lay the pack in; None: a new one.
 
         Raises:
             ValueError: no bag, or bags of different feature shapes (both keys are named).
@@ -253,7 +256,7 @@ class PackedBags:
             arrays |= {"crow": [adj.crow.numpy()], "col": [adj.col.numpy()]}
             if adj.weight is not None:
                 arrays["weight"] = [adj.weight.numpy()]
-        parts = _concatenate_in_one_buffer(arrays, shared)
+        parts = _concatenate_in_one_buffer(arrays, allocate or (_new_shared_buffer if shared else _new_buffer))
         if adj is not None:
             adj = Adjacency(parts.pop("crow"), parts.pop("col"), parts.pop("weight", None), adj.symmetric)
         return PackedBags(sizes=sizes, adj=adj, keys=tuple(bag.key for bag in bags), **parts)
@@ -371,7 +374,17 @@ def _check_same_features(bags: Sequence[Bag]) -> None:
             )
 
 
-def _concatenate_in_one_buffer(arrays: dict[str, list[np.ndarray]], shared: bool) -> dict[str, Tensor]:
+def _new_buffer(num_bytes: int) -> Tensor:
+    return torch.empty(num_bytes, dtype=torch.uint8)
+
+
+def _new_shared_buffer(num_bytes: int) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(num_bytes))
+
+
+def _concatenate_in_one_buffer(
+    arrays: dict[str, list[np.ndarray]], allocate: Callable[[int], Tensor]
+) -> dict[str, Tensor]:
     """Concatenate each list along its first axis, all results being views of one byte buffer."""
     layout: dict[str, tuple[int, tuple[int, ...], np.dtype]] = {}
     end = 0
@@ -379,10 +392,7 @@ def _concatenate_in_one_buffer(arrays: dict[str, list[np.ndarray]], shared: bool
         shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
         layout[name] = (end, shape, parts[0].dtype)
         end += -(-parts[0].dtype.itemsize * int(np.prod(shape)) // _ALIGN_BYTES) * _ALIGN_BYTES
-    if shared:
-        buffer = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(end))
-    else:
-        buffer = torch.empty(end, dtype=torch.uint8)
+    buffer = allocate(end)
     tensors = {}
     for name, (start, shape, dtype) in layout.items():
         size = dtype.itemsize * int(np.prod(shape))

@@ -5,7 +5,9 @@ from bigbag.data.manifest import BagInfo, Manifest, ShardInfo
 from bigbag.data.pack import pack
 from bigbag.data.plan import EpochPlan, PackPlan, StepPlan, plan_epoch
 from bigbag.data.sources.base import Source, SourceEntry
+from bigbag.data.splits import check_binary_labels, check_leakage, hold_out, split_bags
 from bigbag.data.stores import BagStore, MemoryStore, ShardStore, open_store
+from bigbag.data.stream import stream
 
 __all__ = [
     "BagInfo",
@@ -21,8 +23,13 @@ __all__ = [
     "StepPlan",
     "cap_instances",
     "capped_sizes",
+    "check_binary_labels",
+    "check_leakage",
     "count_capped",
+    "hold_out",
     "open_store",
     "pack",
     "plan_epoch",
+    "split_bags",
+    "stream",
 ]

@@ -145,7 +145,9 @@ def _write_shards(
 
     keys = make_keys([entry.name for entry in entries])
     todo = list(zip(entries, keys))[state.num_entries :]
-    bar = tqdm(total=len(entries), initial=state.num_entries, desc="pack", unit="bag", disable=None if progress else True)
+    bar = tqdm(
+        total=len(entries), initial=state.num_entries, desc="pack", unit="bag", disable=None if progress else True
+    )
     shard: _OpenShard | None = None
     try:
         with bar:

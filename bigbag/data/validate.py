@@ -15,7 +15,7 @@ from bigbag.data.sources.base import SourceEntry
 
 _CHUNK = 1 << 22
 # Sign, exponent, mantissa: NaN and infinity are the numbers whose exponent bits are all ones.
-_EXPONENT = {
+_EXPONENT: dict[np.dtype, tuple[Any, int]] = {
     np.dtype(np.float16): (np.uint16, 0x7C00),
     np.dtype(np.float32): (np.uint32, 0x7F800000),
     np.dtype(np.float64): (np.uint64, 0x7FF0000000000000),
