@@ -135,16 +135,17 @@ def _rows_of_bags(values: Tensor, offsets: Tensor, num_rows: int) -> Tensor:
 
 
 def _register(impl: str, module: str) -> None:
-    """Custom operators ``bigbag::segment_{sum,max,softmax,softmax_backward}_{impl}`` around ``module``."""
+    """Custom operators ``bigbag::segment_{sum_rows,max_rows,softmax,softmax_backward}_{impl}`` around ``module``."""
 
     def call(function: str) -> Any:
         return lambda *args: getattr(importlib.import_module(module), function)(*args)
 
-    def define(name: str, schema: str) -> Any:
-        return torch.library.custom_op(f"bigbag::segment_{name}_{impl}", call(name), mutates_args=(), schema=schema)
+    def define(function: str, schema: str) -> Any:
+        name = f"bigbag::segment_{function}_{impl}"
+        return torch.library.custom_op(name, call(function), mutates_args=(), schema=schema)
 
-    total = define("sum", "(Tensor x, Tensor offsets) -> Tensor")
-    largest = define("max", "(Tensor x, Tensor offsets) -> (Tensor, Tensor)")
+    total = define("sum_rows", "(Tensor x, Tensor offsets) -> Tensor")
+    largest = define("max_rows", "(Tensor x, Tensor offsets) -> (Tensor, Tensor)")
     softmax = define("softmax", "(Tensor x, Tensor offsets) -> Tensor")
     softmax_backward = define("softmax_backward", "(Tensor a, Tensor grad, Tensor offsets) -> Tensor")
     _OPS["sum", impl], _OPS["max", impl], _OPS["softmax", impl] = total, largest, softmax

@@ -191,7 +191,7 @@ def array(x: Tensor) -> np.ndarray:
     return x.numpy()
 
 
-def sum(x: Tensor, offsets: Tensor) -> Tensor:
+def sum_rows(x: Tensor, offsets: Tensor) -> Tensor:
     """(T, C) -> (B, C) in the accumulation dtype."""
     pieces = Pieces(offsets)
     parts = torch.empty(len(pieces), x.shape[1], dtype=accumulation_dtype(x.dtype))
@@ -199,7 +199,7 @@ def sum(x: Tensor, offsets: Tensor) -> Tensor:
     return pieces.add(parts)
 
 
-def max(x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+def max_rows(x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     """(T, C) -> maxima (B, C) in the accumulation dtype and their first rows (B, C), 0 and -1 for an empty bag."""
     pieces = Pieces(offsets)
     parts = torch.empty(len(pieces), x.shape[1], dtype=accumulation_dtype(x.dtype))
@@ -216,10 +216,10 @@ def softmax(x: Tensor, offsets: Tensor) -> Tensor:
     pieces = Pieces(offsets)
     out = torch.empty(x.shape, dtype=accumulation_dtype(x.dtype))
     where = (pieces.bags, pieces.starts, pieces.ends)
-    _subtract(array(x), max(x, offsets)[0].numpy(), *where, out.numpy())
+    _subtract(array(x), max_rows(x, offsets)[0].numpy(), *where, out.numpy())
     # torch's exp is vectorised; Numba's is not without Intel's SVML.
     out.exp_()
-    _divide(out.numpy(), sum(out, offsets).numpy(), *where)
+    _divide(out.numpy(), sum_rows(out, offsets).numpy(), *where)
     return out
 
 

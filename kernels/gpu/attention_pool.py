@@ -1,0 +1,250 @@
+"""Attention pooling on the GPU.
+
+    h = act(x W1^T + b1) [* sigmoid(x Wg^T + bg)],  scores = h w2^T,  a = softmax of scores per bag,  z = a^T x
+
+The scores do not know bags. ``_scores``: one program owns BLOCK_T instances; it walks over blocks of D, multiplies
+[W1; Wg] by x in tiles of P with tensor cores, and reduces to H scores without writing the (T, D) activations.
+``_grad_projection`` does the same in backward, recomputing the pre-activations unless they were kept; it writes the
+gradient of the pre-activations for one chunk of instances, whose product with x is cuBLAS's, and partial sums for the
+gradients of the biases and of w2, one row per program (no atomics). Softmax, a^T x and x dz are ``segments``'.
+
+Reads x from memory twice forward and three times backward. FLOPs as in kernels/cpu/attention_pool. Working memory:
+CHUNK_ROWS * (D' + P) elements, three (T, H) float32, and (D' + H D) floats per BLOCK_T instances of a chunk.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bigbag.kernels.gpu import segments
+
+CHUNK_ROWS = 65536
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+@triton.jit
+def _tanh(v):
+    # From exp, since Triton's core has no tanh; the form for |v| does not overflow.
+    e = tl.exp(-2.0 * tl.abs(v))
+    t = (1.0 - e) / (1.0 + e)
+    return tl.where(v < 0, -t, t)
+
+
+@triton.jit
+def _activate(v, ACT: tl.constexpr):
+    if ACT == "tanh":
+        out = _tanh(v)
+    elif ACT == "relu":
+        out = tl.where(v < 0, 0.0, v)
+    else:
+        out = 0.5 * v * (1.0 + tl.math.erf(v * 0.7071067811865476))
+    return out
+
+
+@triton.jit
+def _derivative(v, value, ACT: tl.constexpr):
+    if ACT == "tanh":
+        out = 1.0 - value * value
+    elif ACT == "relu":
+        out = tl.where(value > 0, 1.0, 0.0)
+    else:
+        cdf = 0.5 * (1.0 + tl.math.erf(v * 0.7071067811865476))
+        out = cdf + v * tl.exp(-0.5 * v * v) * 0.3989422804014327
+    return out
+
+
+@triton.jit
+def _project(
+    x, weight, rows, T, units, D, P, GATED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """x W1^T and x Wg^T for BLOCK_T rows and BLOCK_D units, float32, without biases."""
+    left = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    right = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    for first in range(0, P, BLOCK_P):
+        cols = first + tl.arange(0, BLOCK_P)
+        tile = tl.load(x + rows[:, None] * P + cols[None, :], mask=(rows < T)[:, None] & (cols < P)[None, :], other=0.0)
+        inside = (units < D)[None, :] & (cols < P)[:, None]
+        pointer = weight + units[None, :].to(tl.int64) * P + cols[:, None]
+        w = tl.load(pointer, mask=inside, other=0.0)
+        if UPCAST:  # the interpreter has no bfloat16 arithmetic
+            tile = tile.to(tl.float32)
+            w = w.to(tl.float32)
+        tile = tile.to(w.dtype)
+        left = tl.dot(tile, w, left, input_precision=PRECISION)
+        if GATED:
+            w = tl.load(pointer + D.to(tl.int64) * P, mask=inside, other=0.0)
+            if UPCAST:
+                w = w.to(tl.float32)
+            right = tl.dot(tile, w, right, input_precision=PRECISION)
+    return left, right
+
+
+@triton.jit
+def _scores(
+    x, weight, bias, w2, scores, kept, T, P, D, H,
+    ACT: tl.constexpr, GATED: tl.constexpr, KEEP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    heads = tl.arange(0, BLOCK_H)
+    width = D * 2 if GATED else D
+    acc = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
+    for first in range(0, D, BLOCK_D):
+        units = first + tl.arange(0, BLOCK_D)
+        left, right = _project(
+            x, weight, rows, T, units, D, P, GATED, UPCAST, PRECISION, BLOCK_T, BLOCK_D, BLOCK_P
+        )
+        if KEEP:
+            inside = (rows < T)[:, None] & (units < D)[None, :]
+            place = kept + rows[:, None] * width + units[None, :]
+            tl.store(place, left.to(kept.dtype.element_ty), mask=inside)
+            if GATED:
+                tl.store(place + D, right.to(kept.dtype.element_ty), mask=inside)
+        hidden = _activate(left + tl.load(bias + units, mask=units < D, other=0.0)[None, :], ACT)
+        if GATED:
+            hidden *= tl.sigmoid(right + tl.load(bias + D + units, mask=units < D, other=0.0)[None, :])
+        for head in range(0, H):
+            row = tl.load(w2 + head * D + units, mask=units < D, other=0.0)
+            score = tl.sum(hidden * row[None, :], 1)
+            acc += tl.where(heads[None, :] == head, score[:, None], 0.0)
+    inside = (rows < T)[:, None] & (heads < H)[None, :]
+    tl.store(scores + rows[:, None] * H + heads[None, :], acc, mask=inside)
+
+
+@triton.jit
+def _grad_projection(
+    x, weight, bias, w2, kept, ds, grad_pre, bias_parts, w2_parts, T, P, D, H,
+    ACT: tl.constexpr, GATED: tl.constexpr, KEEP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0).to(tl.int64)
+    rows = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    width = D * 2 if GATED else D
+    units = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = (rows < T)[:, None] & (units < D)[None, :]
+    place = rows[:, None] * width + units[None, :]
+    if KEEP:
+        left = tl.load(kept + place, mask=inside, other=0.0).to(tl.float32)
+        right = left
+        if GATED:
+            right = tl.load(kept + place + D, mask=inside, other=0.0).to(tl.float32)
+    else:
+        left, right = _project(
+            x, weight, rows, T, units, D, P, GATED, UPCAST, PRECISION, BLOCK_T, BLOCK_D, BLOCK_P
+        )
+    left += tl.load(bias + units, mask=units < D, other=0.0)[None, :]
+    value = _activate(left, ACT)
+    hidden = value
+    gate = value
+    if GATED:
+        gate = tl.sigmoid(right + tl.load(bias + D + units, mask=units < D, other=0.0)[None, :])
+        hidden = value * gate
+    grad = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    for head in range(0, H):
+        grad_score = tl.load(ds + rows * H + head, mask=rows < T, other=0.0)
+        grad += grad_score[:, None] * tl.load(w2 + head * D + units, mask=units < D, other=0.0)[None, :]
+        # Rows beyond T have grad_score = 0, so they add nothing here, nor to grad.
+        tl.store(w2_parts + (block * H + head) * D + units, tl.sum(grad_score[:, None] * hidden, 0), mask=units < D)
+    if GATED:
+        grad_gate = grad * hidden * (1.0 - gate)
+        tl.store(grad_pre + place + D, grad_gate.to(grad_pre.dtype.element_ty), mask=inside)
+        tl.store(bias_parts + block * width + D + units, tl.sum(grad_gate, 0), mask=units < D)
+        grad *= gate
+    grad *= _derivative(left, value, ACT)
+    tl.store(grad_pre + place, grad.to(grad_pre.dtype.element_ty), mask=inside)
+    tl.store(bias_parts + block * width + units, tl.sum(grad, 0), mask=units < D)
+
+
+def _options(weight: Tensor, dim: int, act: str, gated: bool, keep: bool) -> dict[str, object]:
+    """Compile-time arguments. The tiles are those without register spills on sm_80 and sm_90."""
+    exact = weight.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    tiles: dict[str, object] = {"BLOCK_T": 64, "BLOCK_D": 64, "BLOCK_P": 64, "num_warps": 4, "num_stages": 3}
+    if weight.dtype == torch.float32:
+        tiles |= {"BLOCK_T": 32, "BLOCK_P": 32, "num_warps": 8, "num_stages": 2}
+    if INTERPRETED:
+        tiles |= {"BLOCK_T": 256, "BLOCK_D": max(16, triton.next_power_of_2(dim)), "BLOCK_P": 128}
+    precision = "ieee" if exact else "tf32"
+    return {"ACT": act, "GATED": gated, "KEEP": keep, "UPCAST": INTERPRETED, "PRECISION": precision, **tiles}
+
+
+def forward(
+    x: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor, w2: Tensor, act: str, gated: bool, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x (T, P), weight (D', P) in the compute dtype, bias (D',) and w2 (H, D) float32
+    -> z (B, H, P) float32, scores (T, H), a (T, H), kept (T, D') or (0,)."""
+    x, weight, bias, w2 = x.contiguous(), weight.contiguous(), bias.contiguous(), w2.contiguous()
+    (num_rows, width), (heads, dim) = x.shape, w2.shape
+    scores = x.new_empty(num_rows, heads, dtype=torch.float32)
+    kept = weight.new_empty((num_rows, weight.shape[0]) if keep else (0,))
+    if num_rows:
+        options = _options(weight, dim, act, gated, keep)
+        grid = (triton.cdiv(num_rows, options["BLOCK_T"]),)
+        block_h = triton.next_power_of_2(heads)
+        _scores[grid](x, weight, bias, w2, scores, kept, num_rows, width, dim, heads, BLOCK_H=block_h, **options)
+    a = segments.softmax(scores, offsets)
+    return segments.weighted_sum(x, a, offsets), scores, a, kept
+
+
+def _matmul(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right with a float32 result: partial sums over chunks must not be rounded to 16 bits."""
+    if left.dtype == torch.float32:
+        return left @ right
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
+
+
+def backward(
+    grad_z: Tensor | None,
+    grad_scores: Tensor | None,
+    x: Tensor,
+    offsets: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    w2: Tensor,
+    a: Tensor,
+    kept: Tensor,
+    act: str,
+    gated: bool,
+    need_x: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x (T, P) or (0,), weight (D', P), bias (D',), w2 (H, D)."""
+    x, weight, bias, w2 = x.contiguous(), weight.contiguous(), bias.contiguous(), w2.contiguous()
+    (num_rows, width), (heads, dim) = x.shape, w2.shape
+    total = weight.shape[0]
+    ds = torch.zeros_like(a)
+    if grad_z is not None:
+        ds = segments.softmax_backward(a, segments.row_dots(x, grad_z, offsets), offsets)
+    if grad_scores is not None:
+        ds = ds + grad_scores
+    keep = kept.numel() > 0
+    options = _options(weight, dim, act, gated, keep)
+    block_t, block_d = int(options["BLOCK_T"]), int(options["BLOCK_D"])
+    grad_x = torch.empty_like(x) if need_x else x.new_empty(0)
+    grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+    grad_bias, grad_w2 = torch.zeros_like(bias), torch.zeros_like(w2)
+    bags = torch.repeat_interleave(offsets.diff(), output_size=num_rows) if need_x else offsets
+    for start in range(0, num_rows, CHUNK_ROWS):
+        end = min(start + CHUNK_ROWS, num_rows)
+        chunk, rows = x[start:end], end - start
+        blocks = triton.cdiv(rows, block_t)
+        grad_pre = weight.new_empty(rows, total)
+        bias_parts, w2_parts = bias.new_empty(blocks, total), w2.new_empty(blocks, heads, dim)
+        _grad_projection[blocks, triton.cdiv(dim, block_d)](
+            chunk, weight, bias, w2, kept[start:end] if keep else kept, ds[start:end], grad_pre, bias_parts, w2_parts,
+            rows, width, dim, heads, **options,
+        )  # fmt: skip
+        grad_bias += bias_parts.sum(0)
+        grad_w2 += w2_parts.sum(0)
+        grad_weight += _matmul(grad_pre.t(), chunk.to(weight.dtype))
+        if need_x:
+            grad_chunk = _matmul(grad_pre, weight)
+            if grad_z is not None:
+                for head in range(heads):
+                    grad_chunk.addcmul_(a[start:end, head : head + 1], grad_z[bags[start:end], head])
+            grad_x[start:end] = grad_chunk
+    return grad_x, grad_weight.to(weight.dtype), grad_bias, grad_w2

@@ -1,0 +1,206 @@
+"""Reductions of (T, C) rows over segments, on the GPU, with Triton.
+
+    sum, max, softmax  as in kernels/cpu/segments;   weighted_sum  z[b, h] = sum_t a[t, h] x[t];
+    row_dots  d[t, h] = x[t] . y[b(t), h]
+
+Segments are cut into splits of at most ``SPLIT_ROWS`` rows; one program owns one split and one block of columns, and
+writes one partial row. A second kernel, one program per bag and block of columns, combines the partial rows of a bag in
+order. No atomics, so two runs give the same bits. x is read once (once per head in weighted_sum and row_dots);
+partials are 1 / SPLIT_ROWS of it. The splits are planned on the device from ``offsets`` alone: nothing waits for it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+SPLIT_ROWS = 512
+COMBINE_SPLITS = 16
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+@triton.jit
+def _sum_splits(x, a, starts, ends, out, C, H, WEIGHTED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
+    split = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(2)
+    cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    start, end = tl.load(starts + split), tl.load(ends + split)
+    acc = tl.zeros([BLOCK_C], tl.float32)
+    for first in range(start, end, BLOCK_T):
+        rows = first + tl.arange(0, BLOCK_T).to(tl.int64)
+        inside = (rows < end)[:, None] & (cols < C)[None, :]
+        tile = tl.load(x + rows[:, None] * C + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            tile *= tl.load(a + rows * H + head, mask=rows < end, other=0.0)[:, None]
+        acc += tl.sum(tile, 0)
+    tl.store(out + (split * H + head) * C + cols, acc, mask=cols < C)
+
+
+@triton.jit
+def _combine_sums(parts, first, out, C, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
+    bag = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    start, end = tl.load(first + bag), tl.load(first + bag + 1)
+    acc = tl.zeros([BLOCK_C], tl.float32)
+    for split in range(start, end, BLOCK_S):
+        rows = split + tl.arange(0, BLOCK_S).to(tl.int64)
+        inside = (rows < end)[:, None] & (cols < C)[None, :]
+        acc += tl.sum(tl.load(parts + rows[:, None] * C + cols[None, :], mask=inside, other=0.0), 0)
+    tl.store(out + bag * C + cols, acc, mask=cols < C)
+
+
+@triton.jit
+def _max_splits(x, rows_in, starts, ends, out, index, C, INDEXED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
+    # First level: x are the rows themselves. Second level (INDEXED): x are partial maxima, rows_in their rows.
+    split = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    start, end = tl.load(starts + split), tl.load(ends + split)
+    best = tl.full([BLOCK_C], -float("inf"), tl.float32)
+    where = tl.full([BLOCK_C], -1, tl.int64)
+    for first in range(start, end, BLOCK_T):
+        rows = first + tl.arange(0, BLOCK_T).to(tl.int64)
+        inside = (rows < end)[:, None] & (cols < C)[None, :]
+        tile = tl.load(x + rows[:, None] * C + cols[None, :], mask=inside, other=-float("inf")).to(tl.float32)
+        # A NaN wins over every number, as in torch.max.
+        tile = tl.where(tile != tile, float("inf"), tile)
+        top = tl.max(tile, 0)
+        if INDEXED:
+            ids = tl.load(rows_in + rows[:, None] * C + cols[None, :], mask=inside, other=-1)
+        else:
+            ids = rows[:, None] + tl.zeros([BLOCK_T, BLOCK_C], tl.int64)
+        # The first row that attains the maximum, masked rows excluded.
+        candidates = tl.where((tile == top[None, :]) & inside, ids, 0x7FFFFFFFFFFFFFFF)
+        top_row = tl.min(candidates, 0)
+        better = (where < 0) | (top > best)
+        best = tl.where(better, top, best)
+        where = tl.where(better, top_row, where)
+    tl.store(out + split * C + cols, best, mask=cols < C)
+    tl.store(index + split * C + cols, where, mask=cols < C)
+
+
+@triton.jit
+def _row_dots(x, y, bags, out, T, P, H, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    head = tl.program_id(1)
+    bag = tl.load(bags + rows, mask=rows < T, other=0)
+    acc = tl.zeros([BLOCK_T], tl.float32)
+    for first in range(0, P, BLOCK_P):
+        cols = first + tl.arange(0, BLOCK_P)
+        inside = (rows < T)[:, None] & (cols < P)[None, :]
+        left = tl.load(x + rows[:, None] * P + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+        right = tl.load(y + (bag * H + head)[:, None] * P + cols[None, :], mask=inside, other=0.0)
+        acc += tl.sum(left * right, 1)
+    tl.store(out + rows * H + head, acc, mask=rows < T)
+
+
+class Splits:
+    """First and last row of each split, and the first split of each bag, all on the device.
+
+    There are at most T // SPLIT_ROWS + B splits; those beyond the last one are empty.
+    """
+
+    def __init__(self, offsets: Tensor, num_rows: int) -> None:
+        num_bags = offsets.shape[0] - 1
+        self.bound = num_rows // SPLIT_ROWS + num_bags
+        counts = (offsets.diff() + SPLIT_ROWS - 1) // SPLIT_ROWS
+        self.first = torch.cat([offsets.new_zeros(1), counts.cumsum(0)])
+        split = torch.arange(self.bound, device=offsets.device)
+        bag = torch.searchsorted(self.first[1:], split, right=True).clamp_max(max(num_bags - 1, 0))
+        if num_bags == 0:
+            bag = split
+        self.ends = offsets[bag + 1]
+        self.starts = torch.minimum(offsets[bag] + (split - self.first[bag]) * SPLIT_ROWS, self.ends)
+        self.ends = torch.minimum(self.starts + SPLIT_ROWS, self.ends)
+
+
+def _tiles(num_cols: int) -> dict[str, int]:
+    if INTERPRETED:  # the interpreter's cost is per operation, not per element
+        return {"BLOCK_T": SPLIT_ROWS, "BLOCK_C": triton.next_power_of_2(num_cols)}
+    columns = min(128, triton.next_power_of_2(num_cols))
+    return {"BLOCK_T": min(64, 4096 // columns), "BLOCK_C": columns}
+
+
+def _reduce(x: Tensor, a: Tensor | None, offsets: Tensor) -> Tensor:
+    """(T, C) -> (B, H, C) float32, weighted by a (T, H) if given."""
+    x = x.contiguous()
+    num_cols, heads = x.shape[1], 1 if a is None else a.shape[1]
+    num_bags = offsets.shape[0] - 1
+    out = x.new_empty(num_bags, heads, num_cols, dtype=torch.float32)
+    if out.numel() == 0 or heads * num_cols == 0:
+        return out
+    splits = Splits(offsets, x.shape[0])
+    parts = x.new_empty(splits.bound, heads, num_cols, dtype=torch.float32)
+    tiles = _tiles(num_cols)
+    grid = (splits.bound, triton.cdiv(num_cols, tiles["BLOCK_C"]), heads)
+    weights = x if a is None else a.contiguous()
+    _sum_splits[grid](x, weights, splits.starts, splits.ends, parts, num_cols, heads, WEIGHTED=a is not None, **tiles)
+    columns = _tiles(heads * num_cols)["BLOCK_C"]
+    grid = (num_bags, triton.cdiv(heads * num_cols, columns))
+    _combine_sums[grid](parts, splits.first, out, heads * num_cols, BLOCK_S=COMBINE_SPLITS, BLOCK_C=columns)
+    return out
+
+
+def sum_rows(x: Tensor, offsets: Tensor) -> Tensor:
+    """(T, C) -> (B, C) float32."""
+    return _reduce(x, None, offsets)[:, 0].clone()
+
+
+def weighted_sum(x: Tensor, a: Tensor, offsets: Tensor) -> Tensor:
+    """x (T, P), a (T, H) float32 -> (B, H, P) float32."""
+    return _reduce(x, a, offsets)
+
+
+def max_rows(x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """(T, C) -> maxima (B, C) float32 and their first rows (B, C), 0 and -1 for an empty bag."""
+    x = x.contiguous()
+    num_cols, num_bags = x.shape[1], offsets.shape[0] - 1
+    out = x.new_zeros(num_bags, num_cols, dtype=torch.float32)
+    index = offsets.new_full((num_bags, num_cols), -1)
+    if out.numel() == 0 or x.numel() == 0:
+        return out, index
+    splits = Splits(offsets, x.shape[0])
+    parts = x.new_empty(splits.bound, num_cols, dtype=torch.float32)
+    rows = offsets.new_empty(splits.bound, num_cols)
+    tiles = _tiles(num_cols)
+    columns = triton.cdiv(num_cols, tiles["BLOCK_C"])
+    _max_splits[splits.bound, columns](
+        x, offsets, splits.starts, splits.ends, parts, rows, num_cols, INDEXED=False, **tiles
+    )
+    tiles["BLOCK_T"] = COMBINE_SPLITS
+    _max_splits[num_bags, columns](
+        parts, rows, splits.first[:-1], splits.first[1:], out, index, num_cols, INDEXED=True, **tiles
+    )
+    # The kernels compare a NaN as +inf; the value itself comes from x. Empty bags stay 0.
+    values = x.gather(0, index.clamp_min(0)).float()
+    return torch.where(index < 0, 0.0, values), index
+
+
+def _spread(values: Tensor, offsets: Tensor, num_rows: int) -> Tensor:
+    return torch.repeat_interleave(values, offsets.diff(), 0, output_size=num_rows)
+
+
+def softmax(x: Tensor, offsets: Tensor) -> Tensor:
+    """(T, C) -> (T, C) float32."""
+    a = (x.float() - _spread(max_rows(x, offsets)[0], offsets, x.shape[0])).exp_()
+    return a.div_(_spread(sum_rows(a, offsets), offsets, x.shape[0]))
+
+
+def softmax_backward(a: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
+    """a * (grad - sum over the bag of a * grad), all (T, C) float32."""
+    return (grad - _spread(sum_rows(a * grad, offsets), offsets, a.shape[0])).mul_(a)
+
+
+def row_dots(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
+    """x (T, P), y (B, H, P) float32 -> (T, H) float32."""
+    x, y = x.contiguous(), y.contiguous()
+    num_rows, width = x.shape
+    heads = y.shape[1]
+    out = x.new_empty(num_rows, heads, dtype=torch.float32)
+    if out.numel() == 0:
+        return out
+    bags = _spread(torch.arange(y.shape[0], device=x.device), offsets, num_rows)
+    tiles = {"BLOCK_T": 1024, "BLOCK_P": triton.next_power_of_2(width)} if INTERPRETED else {"BLOCK_T": 32, "BLOCK_P": 128}
+    _row_dots[triton.cdiv(num_rows, tiles["BLOCK_T"]), heads](x, y, bags, out, num_rows, width, heads, **tiles)
+    return out
