@@ -101,7 +101,10 @@ def _views(bag: BagAttention, values: np.ndarray, positive: np.ndarray | None, b
     assert bag.coords is not None
     grid = lattice(bag.coords)
     low, high = colour_range(values)
-    window = grid.window(int(values.argmax()), _CLOSE_UP_CELLS)
+    seen = values if positive is None or not positive.any() else np.where(positive, values, -np.inf)
+    centre = int(seen.argmax())
+    window = grid.window(centre, _CLOSE_UP_CELLS)
+    where = "of the peak" if seen is values else "around known positives"
     close, kept = grid.crop(window)
     outline = "" if positive is None else outline_path(grid, positive)
     close_outline = "" if positive is None else outline_path(close, positive[kept])
@@ -126,7 +129,7 @@ def _views(bag: BagAttention, values: np.ndarray, positive: np.ndarray | None, b
         png_uri(attention_image(close, values[kept], low, high, _COLOUR_MAP)),
         close_outline,
         None,
-        f"Close-up of the attention of {name} around its peak",
+        f"Close-up of the attention of {name}, {where}",
         "on-map",
         pixelated=True,
     )
@@ -136,7 +139,7 @@ def _views(bag: BagAttention, values: np.ndarray, positive: np.ndarray | None, b
         note = "There are neither patches nor colours to draw the slide from."
         return (
             f'<div class="views two"><figure>{attention}<figcaption><b>Attention.</b> {note}</figcaption>{bar}</figure>'
-            f"<figure>{attention_close}<figcaption><b>Close-up</b> of the peak.</figcaption></figure></div>"
+            f"<figure>{attention_close}<figcaption><b>Close-up</b> {where}.</figcaption></figure></div>"
         )
     slide = _frame(
         grid,
@@ -151,7 +154,7 @@ def _views(bag: BagAttention, values: np.ndarray, positive: np.ndarray | None, b
         png_uri(picture(close, kept, 640)),
         close_outline,
         None,
-        f"Close-up of {name} where attention peaks",
+        f"Close-up of {name}, {where}",
         "on-slide",
         pixelated=True,
     )
@@ -159,7 +162,7 @@ def _views(bag: BagAttention, values: np.ndarray, positive: np.ndarray | None, b
     return (
         f'<div class="views"><figure>{slide}<figcaption><b>Slide</b>, {what}.</figcaption></figure>'
         f"<figure>{attention}<figcaption><b>Attention</b>, against the average.</figcaption>{bar}</figure>"
-        f'<div class="closeups"><figure>{slide_close}<figcaption><b>Close-up</b> of the peak.</figcaption></figure>'
+        f'<div class="closeups"><figure>{slide_close}<figcaption><b>Close-up</b> {where}.</figcaption></figure>'
         f"<figure>{attention_close}<figcaption>Its attention.</figcaption></figure></div></div>"
     )
 

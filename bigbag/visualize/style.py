@@ -8,7 +8,7 @@ STYLE = """
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; }
 body { margin: 0; background: #fff; color: var(--ink);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+  font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 main, header, footer { max-width: 1180px; margin: 0 auto; padding: 0 28px; }
 header { padding-top: 36px; }
 header .kind { margin: 0; color: var(--accent); font-weight: 600; font-size: .82rem; letter-spacing: .04em; }
@@ -55,6 +55,7 @@ tbody th { font-weight: 500; }
 .confusion td b { display: block; font-size: 1.35rem; line-height: 1.2; }
 .confusion td span { font-size: .82rem; }
 .confusion tbody th { text-align: left; }
+.confusion tr > :first-child { overflow-wrap: normal; }
 .slide { margin: 26px 0 40px; }
 .views { display: grid; gap: 14px; margin-top: 12px; align-items: start;
   grid-template-columns: minmax(0, 5fr) minmax(0, 5fr) minmax(0, 2.42fr); }
@@ -103,7 +104,10 @@ footer { color: var(--muted); font-size: .86rem; padding-top: 32px; padding-bott
   .settings dd { margin-bottom: 6px; }
 }
 @media print {
-  body { font-size: 11pt; }
+  html { font-size: 9pt; }
+  h2 { margin-top: 26px; }
+  .slide { break-inside: avoid; margin: 14px 0 20px; }
+  h2 + p, .facts { break-after: avoid; }
   nav { display: none; }
   h2, h3 { break-after: avoid; }
   figure, .cards div, .note, tr { break-inside: avoid; }
