@@ -354,7 +354,10 @@ class PackedBags:
                 start = t.storage_offset() * t.element_size()
                 return moved[start : start + t.numel() * t.element_size()].view(t.dtype).view(t.shape)
         else:
-            view = move
+
+            def view(t: Tensor) -> Tensor:
+                return move(t)
+
         changes: dict[str, Any] = {
             f.name: view(value) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
         }
@@ -384,7 +387,7 @@ def _new_shared_buffer(num_bytes: int) -> Tensor:
 
 def _concatenate_in_one_buffer(
     arrays: dict[str, list[np.ndarray]], allocate: Callable[[int], Tensor]
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """Concatenate each list along its first axis, all results being views of one byte buffer."""
     layout: dict[str, tuple[int, tuple[int, ...], np.dtype]] = {}
     end = 0
