@@ -10,7 +10,7 @@ import numpy as np
 from bigbag.engine.metrics import THRESHOLD, bag_metrics
 from bigbag.visualize import charts
 from bigbag.visualize.html import absent, chart, details, esc, note, table
-from bigbag.visualize.run_folder import Predictions, RunFolder
+from bigbag.visualize.run_folder import PredictionTable, RunFolder
 
 NAMES = {
     "auroc": "AUROC",
@@ -105,7 +105,7 @@ def _series(events: Sequence[dict[str, Any]], *path: str) -> tuple[np.ndarray, n
     return np.array(list(points), dtype=np.float64), np.array(list(points.values()), dtype=np.float64)
 
 
-def lead(run: RunFolder, split: str, bags: Predictions) -> str:
+def lead(run: RunFolder, split: str, bags: PredictionTable) -> str:
     """One sentence that says how good the model is."""
     if run.task == "binary" and len(bags.keys):
         (right_negative, false_alarms), (missed, right_positive) = _counts(bags, 2).tolist()
@@ -119,7 +119,7 @@ def lead(run: RunFolder, split: str, bags: Predictions) -> str:
     return f"{len(bags.keys)} {split} bags with a label."
 
 
-def performance_section(run: RunFolder, split: str, bags: Predictions) -> str:
+def performance_section(run: RunFolder, split: str, bags: PredictionTable) -> str:
     """Curves, confusion and bag sizes of the labelled bags of ``split``."""
     if not len(bags.keys):
         return f"<p>No bag of the {esc(split)} split has both a prediction and a label.</p>"
@@ -134,7 +134,7 @@ def performance_section(run: RunFolder, split: str, bags: Predictions) -> str:
     return f'{_cross_check(run, split, bags)}<div class="charts">{"".join(figures)}</div>'
 
 
-def _cross_check(run: RunFolder, split: str, bags: Predictions) -> str:
+def _cross_check(run: RunFolder, split: str, bags: PredictionTable) -> str:
     """Say so where the metrics of predictions.csv and those in results.json differ."""
     stated = run.metrics(split)
     found = bag_metrics(bags.labels, bags.logits, run.task)
@@ -143,7 +143,7 @@ def _cross_check(run: RunFolder, split: str, bags: Predictions) -> str:
     return note(f"predictions.csv and results.json do not agree on {split}: {text}.") if differ else ""
 
 
-def _ranking(task: str, bags: Predictions) -> list[str]:
+def _ranking(task: str, bags: PredictionTable) -> list[str]:
     """ROC and precision-recall; one curve per class or label where there are several."""
     if task == "binary":
         curves = [("", bags.labels, bags.logits)]
@@ -175,14 +175,14 @@ def _logit(probability: np.ndarray) -> np.ndarray:
     return np.log(clipped) - np.log1p(-clipped)
 
 
-def _counts(bags: Predictions, num_classes: int) -> np.ndarray:
+def _counts(bags: PredictionTable, num_classes: int) -> np.ndarray:
     """``(K, K)``: bags by true class (row) and predicted class (column)."""
     decided = bags.logits.argmax(1) if bags.logits.ndim == 2 else (bags.logits >= 0).astype(np.int64)
     cells = bags.labels.astype(np.int64) * num_classes + decided
     return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
-def _confusion(task: str, bags: Predictions) -> str:
+def _confusion(task: str, bags: PredictionTable) -> str:
     classes = ["negative", "positive"] if task == "binary" else [f"class {k}" for k in range(bags.logits.shape[1])]
     counts = _counts(bags, len(classes))
     rows = []
@@ -205,7 +205,7 @@ def _confusion(task: str, bags: Predictions) -> str:
     )
 
 
-def _groups(task: str, bags: Predictions) -> list[tuple[str, np.ndarray]]:
+def _groups(task: str, bags: PredictionTable) -> list[tuple[str, np.ndarray]]:
     """Names and indices of the bags by label, for colouring."""
     if task == "binary":
         pairs = [(name, np.flatnonzero(bags.labels == k)) for k, name in enumerate(("negative", "positive"))]
@@ -216,7 +216,7 @@ def _groups(task: str, bags: Predictions) -> list[tuple[str, np.ndarray]]:
     return pairs
 
 
-def _sizes(task: str, bags: Predictions) -> list[str]:
+def _sizes(task: str, bags: PredictionTable) -> list[str]:
     groups = _groups(task, bags)
     sizes = bags.sizes
     svg = charts.histogram_chart([(n, sizes[i]) for n, i in groups], "instances in the bag", log_x=True)
@@ -237,7 +237,7 @@ def _sizes(task: str, bags: Predictions) -> list[str]:
     return figures
 
 
-def _agreement(bags: Predictions) -> list[str]:
+def _agreement(bags: PredictionTable) -> list[str]:
     labels, values = bags.labels.reshape(-1), bags.logits.reshape(-1)
     svg = charts.agreement_chart(labels, values)
     error = charts.histogram_chart([("bags", values - labels)], "predicted - label")
@@ -247,7 +247,7 @@ def _agreement(bags: Predictions) -> list[str]:
     ]
 
 
-def mistakes_section(task: str, bags: Predictions) -> str:
+def mistakes_section(task: str, bags: PredictionTable) -> str:
     """All bags, the worst predictions first."""
     if not len(bags.keys):
         return "<p>No labelled bag.</p>"
@@ -273,14 +273,14 @@ def mistakes_section(task: str, bags: Predictions) -> str:
     return page
 
 
-def _error(task: str, bags: Predictions) -> np.ndarray:
+def _error(task: str, bags: PredictionTable) -> np.ndarray:
     if task == "multiclass":
         return 1 - bags.probabilities[np.arange(len(bags.keys)), bags.labels.astype(np.int64)]
     values = bags.logits if task == "regression" else bags.probabilities
     return np.abs(values - bags.labels).reshape(len(bags.keys), -1).max(1)
 
 
-def _row(task: str, bags: Predictions, i: int, error: float) -> list[str]:
+def _row(task: str, bags: PredictionTable, i: int, error: float) -> list[str]:
     label, values = np.atleast_1d(bags.labels[i]), np.atleast_1d(bags.probabilities[i])
     if task == "regression":
         verdict = f"off by {error:.3g}"

@@ -15,7 +15,7 @@ from bigbag.visualize.performance import (
     performance_section,
     training_section,
 )
-from bigbag.visualize.run_folder import SPLITS, Predictions, RunFolder, read_run
+from bigbag.visualize.run_folder import SPLITS, PredictionTable, RunFolder, read_run
 from bigbag.visualize.slides import slides_section
 from bigbag.visualize.style import STYLE
 
@@ -94,7 +94,7 @@ def _facts(run: RunFolder) -> str:
     return esc(" · ".join(parts))
 
 
-def _headline(run: RunFolder, split: str, bags: Predictions) -> str:
+def _headline(run: RunFolder, split: str, bags: PredictionTable) -> str:
     metrics = run.metrics(split)
     cards: list[str] = []
     for key in _HEADLINE[run.task]:

@@ -19,7 +19,7 @@ _COLUMNS = ("label", "logit", "probability", "num_instances")
 
 
 @dataclass(frozen=True)
-class Predictions:
+class PredictionTable:
     """The rows of ``predictions.csv``, B bags.
 
     Attributes:
@@ -38,14 +38,14 @@ class Predictions:
     probabilities: np.ndarray
     sizes: np.ndarray
 
-    def take(self, index: np.ndarray) -> Predictions:
+    def take(self, index: np.ndarray) -> PredictionTable:
         """The rows ``index`` (integers)."""
         chosen = [int(i) for i in index]
         keys, splits = tuple(self.keys[i] for i in chosen), tuple(self.splits[i] for i in chosen)
         rest = (values[chosen] for values in (self.labels, self.logits, self.probabilities, self.sizes))
-        return Predictions(keys, splits, *rest)
+        return PredictionTable(keys, splits, *rest)
 
-    def labelled(self, split: str) -> Predictions:
+    def labelled(self, split: str) -> PredictionTable:
         """The bags of ``split`` whose labels are known."""
         unknown = np.isnan(self.labels)
         known = ~(unknown.any(1) if unknown.ndim == 2 else unknown)
@@ -74,7 +74,7 @@ class RunFolder:
     config_text: str
     environment: dict[str, Any]
     results: dict[str, Any]
-    predictions: Predictions
+    predictions: PredictionTable
     log: tuple[dict[str, Any], ...]
 
     def metrics(self, split: str) -> dict[str, Any]:
@@ -183,7 +183,7 @@ def _numbers(rows: list[dict[str, str]], names: list[str], path: Path) -> np.nda
     return array[:, 0] if width == 1 and names[0] in _COLUMNS else array
 
 
-def _read_predictions(path: Path) -> tuple[Predictions, list[str]]:
+def _read_predictions(path: Path) -> tuple[PredictionTable, list[str]]:
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         rows, columns = list(reader), list(reader.fieldnames or ())
@@ -201,7 +201,7 @@ def _read_predictions(path: Path) -> tuple[Predictions, list[str]]:
     sizes = _numbers(rows, ["num_instances"], path)
     if not np.isfinite(sizes).all():
         raise ValueError(f"{path}:{int(np.flatnonzero(~np.isfinite(sizes))[0]) + 2}: num_instances is missing")
-    return Predictions(keys, splits, labels, logits, probabilities, sizes.astype(np.int64)), columns
+    return PredictionTable(keys, splits, labels, logits, probabilities, sizes.astype(np.int64)), columns
 
 
 def _numbered(name: str, columns: list[str]) -> list[str]:
@@ -217,7 +217,7 @@ def _task_of(config: dict[str, Any]) -> str | None:
     return name if name in TASKS else None
 
 
-def _task_of_columns(columns: list[str], predictions: Predictions) -> str:
+def _task_of_columns(columns: list[str], predictions: PredictionTable) -> str:
     """What the predictions look like, for a config that does not say."""
     if predictions.labels.ndim == 2:
         return "multilabel" if "probability_0" in columns else "regression"
@@ -227,7 +227,7 @@ def _task_of_columns(columns: list[str], predictions: Predictions) -> str:
     return "binary" if np.isin(known, [0, 1]).all() else "regression"
 
 
-def _check_task_fits(task: str, predictions: Predictions, path: Path) -> None:
+def _check_task_fits(task: str, predictions: PredictionTable, path: Path) -> None:
     labels, logits = predictions.labels, predictions.logits
     top = {"binary": 1, "multilabel": 1, "multiclass": logits.shape[-1] - 1}.get(task)
     if (task == "multiclass") != (logits.ndim == 2 and labels.ndim == 1) or (task == "binary" and labels.ndim == 2):
