@@ -78,7 +78,7 @@ def instance_metrics(y_inst: np.ndarray, scores: np.ndarray) -> dict[str, float]
     """AUROC and average precision of instance scores against instance labels.
 
     Both are exact, ties included, and equal scikit-learn's; the work is one in-place float32 sort, so tens of
-    millions of instances need about 6 bytes each. With positives ``p`` and negatives ``n``::
+    millions of instances need about 5 bytes each. With positives ``p`` and negatives ``n``::
 
         AUROC = mean over pairs of  [score(p) > score(n)] + [score(p) = score(n)] / 2
         AP    = mean over p of  #{positives scored >= score(p)} / #{instances scored >= score(p)}

@@ -139,4 +139,4 @@ def test_instance_metrics_is_lean() -> None:
         peak_bytes = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak_bytes < 6.5 * len(scores)
+    assert peak_bytes < 5.5 * len(scores)
