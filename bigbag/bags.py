@@ -17,78 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bigbag.adjacency import Adjacency
+
 Label = int | float | Sequence[float]
 
 _ALIGN_BYTES = 64
-
-
-@dataclass(frozen=True)
-class Adjacency:
-    """A sparse ``(T, T)`` matrix over instances in CSR form.
-
-    Row ``i`` has the columns ``col[crow[i]:crow[i + 1]]`` with the weights ``weight[...]`` (ones where ``weight`` is
-    None). In a pack it is block-diagonal: no edge joins two bags.
-
-    Attributes:
-        crow: ``(T + 1,)`` int64.
-        col: ``(E,)`` int32.
-        weight: ``(E,)`` floating, or None for a binary graph.
-        symmetric: True promises ``A == A.T``, so that the backward of a product needs no transposed copy.
-    """
-
-    crow: Tensor
-    col: Tensor
-    weight: Tensor | None = None
-    symmetric: bool = False
-
-    @property
-    def num_nodes(self) -> int:
-        return self.crow.numel() - 1
-
-    @property
-    def num_edges(self) -> int:
-        return self.col.numel()
-
-    @staticmethod
-    def from_edges(
-        row: Tensor, col: Tensor, weight: Tensor | None, num_nodes: int, symmetric: bool = False
-    ) -> Adjacency:
-        """CSR of the edges ``(row[e], col[e])``, sorted by row, then column. Duplicate edges are kept."""
-        order = torch.argsort(row.long() * num_nodes + col.long())
-        crow = torch.zeros(num_nodes + 1, dtype=torch.int64, device=row.device)
-        torch.cumsum(torch.bincount(row, minlength=num_nodes), 0, out=crow[1:])
-        return Adjacency(crow, col[order].to(torch.int32), None if weight is None else weight[order], symmetric)
-
-    def rows(self) -> Tensor:
-        """``(E,)`` int64: the row of every edge."""
-        nodes = torch.arange(self.num_nodes, device=self.crow.device)
-        return torch.repeat_interleave(nodes, self.crow.diff(), output_size=self.num_edges)
-
-    def to_coo(self) -> Tensor:
-        """The same matrix as a torch sparse COO tensor ``(T, T)``."""
-        weight = torch.ones(self.num_edges, device=self.col.device) if self.weight is None else self.weight
-        size = (self.num_nodes, self.num_nodes)
-        return torch.sparse_coo_tensor(
-            torch.stack([self.rows(), self.col.long()]), weight, size, check_invariants=False
-        ).coalesce()
-
-    @staticmethod
-    def block_diagonal(parts: Sequence[Adjacency]) -> Adjacency:
-        """One matrix with ``parts`` along its diagonal; binary only if every part is, symmetric only if every part is.
-
-        Raises:
-            ValueError: ``parts`` is empty.
-        """
-        if not parts:
-            raise ValueError("block_diagonal: expected at least one Adjacency, got none")
-        nodes = [0, *accumulate(part.num_nodes for part in parts)]
-        edges = [0, *accumulate(part.num_edges for part in parts)]
-        crow = torch.cat([parts[0].crow[:1], *(part.crow[1:] + first for part, first in zip(parts, edges))])
-        col = torch.cat([part.col + first for part, first in zip(parts, nodes)])
-        weight = None
-        if any(part.weight is not None for part in parts):
-            weight = torch.cat([torch.ones(p.num_edges) if p.weight is None else p.weight for p in parts])
-        return Adjacency(crow, col, weight, all(part.symmetric for part in parts))
 
 
 def _as_array(value: Any, what: str) -> np.ndarray | None:
@@ -307,7 +240,7 @@ class PackedBags:
             y=y,
             y_inst=pack(y_inst),
             coords=pack(coords),
-            adj=None if adj is None else _adjacency_from_padded(adj, index, segments.num_instances),
+            adj=None if adj is None else Adjacency.from_padded(adj, index, segments.num_instances),
             keys=tuple(str(i) for i in range(batch)),
             padded_size=length,
             padded_index=index,
@@ -404,16 +337,3 @@ def _concatenate_in_one_buffer(
         torch_dtype = torch.from_numpy(np.empty(0, dtype)).dtype
         tensors[name] = buffer[start : start + size].view(torch_dtype).view(shape)
     return tensors
-
-
-def _adjacency_from_padded(adj: Tensor, index: Tensor | None, num_instances: int) -> Adjacency:
-    """Block-diagonal CSR of a padded ``(B, N, N)`` adjacency, restricted to the instances in ``index``."""
-    batch, length, _ = adj.shape
-    sparse = (adj if adj.is_sparse else adj.to_sparse()).coalesce()
-    bag, row, col = sparse.indices()
-    place = torch.full((batch * length,), -1, dtype=torch.int64, device=adj.device)
-    kept = torch.arange(batch * length, device=adj.device) if index is None else index
-    place[kept] = torch.arange(num_instances, device=adj.device)
-    row, col = place[bag * length + row], place[bag * length + col]
-    inside = (row >= 0) & (col >= 0)
-    return Adjacency.from_edges(row[inside], col[inside], sparse.values()[inside], num_instances)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import urllib.error
 import urllib.request
@@ -34,6 +35,7 @@ class BagStore(ABC):
         feature_dtype: numpy name of the precision of the features.
         patch_shape: ``(height, width)`` where the features are the pixels of a patch, else None.
         description: JSON-able: where the bags come from.
+        left_out: bags that are not in the set though its source has them, ``{"name": ..., "reason": ...}`` each.
     """
 
     infos: tuple[BagInfo, ...]
@@ -41,6 +43,11 @@ class BagStore(ABC):
     feature_dtype: str
     patch_shape: tuple[int, int] | None
     description: dict[str, Any]
+    left_out: tuple[dict[str, str], ...] = ()
+
+    def digest(self) -> str:
+        """SHA-256 that tells sets of bags apart: of the manifest, or of what is known of bags in memory."""
+        return hashlib.sha256(repr((self.infos, self.feature_shape, self.feature_dtype)).encode()).hexdigest()
 
     @abstractmethod
     def read(self, index: int) -> Bag:
@@ -133,11 +140,15 @@ class ShardStore(BagStore):
         self.feature_dtype = manifest.feature_dtype
         self.patch_shape = manifest.patch_shape
         self.description = manifest.source
+        self.left_out = manifest.left_out
         self.check_digests = check_digests
         self._cache = cache
         self._shards = {shard.file: shard for shard in manifest.shards}
         self._open: OrderedDict[str, MappedShard] = OrderedDict()
         self._checked: set[int] = set()
+
+    def digest(self) -> str:
+        return self.manifest.digest()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict(), "_checked": set()}

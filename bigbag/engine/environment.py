@@ -37,7 +37,7 @@ def describe_environment(
             "backend": backend + (f", ZeRO {config.engine.zero_stage}" if backend == "deepspeed" else ""),
             "precision": config.train.precision,
         },
-        "operators": {row["operator"]: row["chosen"] for row in ops.choices(world.device)},
+        "operators": ops.chosen(world.device),
         "memory": _memory(config, store, splits, model),
         "data": {
             "shards": config.data.shards,

@@ -11,7 +11,7 @@ import torch
 
 from bigbag.bags import PackedBags
 from bigbag.config import Config
-from bigbag.data import BagStore, plan_epoch, stream
+from bigbag.data import BagStore, capped_sizes, plan_epoch, stream
 from bigbag.engine.metrics import bag_metrics, instance_metrics
 from bigbag.engine.world import World
 from bigbag.models import MILModel
@@ -53,9 +53,8 @@ def predict_bags(
         with_instances: also collect the scores of instances whose label is known.
     """
     data = config.data
-    sizes = capped_sizes(store, config)
     plan = plan_epoch(
-        sizes,
+        capped_sizes(store.sizes, data.max_instances),
         bags,
         seed=config.seed,
         epoch=0,
@@ -109,9 +108,3 @@ def score(predictions: Predictions, store: BagStore, model: MILModel, config: Co
     if len(predictions.scores):
         metrics |= instance_metrics(predictions.y_inst, predictions.scores)
     return metrics
-
-
-def capped_sizes(store: BagStore, config: Config) -> list[int]:
-    """Instances of each bag that the run uses: all, unless the config caps them."""
-    cap = config.data.max_instances
-    return [info.num_instances if cap is None else min(info.num_instances, cap) for info in store.infos]

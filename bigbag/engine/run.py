@@ -13,11 +13,12 @@ import torch
 
 from bigbag import ops
 from bigbag.config import Config, ConfigError
-from bigbag.data import BagStore, check_labels, open_store, split_bags
+from bigbag.data import BagStore, count_capped, open_store, split_bags
 from bigbag.engine.attention_maps import save_attention_maps
 from bigbag.engine.backend import StepModule, build_backend, choose_backend
 from bigbag.engine.environment import banner, describe_environment
-from bigbag.engine.evaluate import Predictions, capped_sizes, predict_bags, score
+from bigbag.engine.evaluate import Predictions, predict_bags, score
+from bigbag.engine.labels import check_labels
 from bigbag.engine.metrics import probabilities
 from bigbag.engine.trainer import Trainer
 from bigbag.engine.world import World, start_world
@@ -115,7 +116,7 @@ def open_configured_store(config: Config) -> BagStore:
 
 
 def _check_run(config: Config, store: BagStore, splits: dict[str, Sequence[int]]) -> None:
-    check_labels(store, splits, config.task.type, config.task.num_outputs)
+    check_labels(store, splits, config.task)
     monitored = config.train.monitor == "auroc" and config.task.type == "binary" and splits.get("val")
     if monitored and len({store.infos[bag].label for bag in splits["val"]}) < 2:
         raise ConfigError(
@@ -165,11 +166,8 @@ def _capped(config: Config, store: BagStore, splits: dict[str, Sequence[int]]) -
     cap = config.data.max_instances
     if cap is None:
         return {}
-    used = capped_sizes(store, config)
-    bags = [bag for part in splits.values() for bag in part]
-    cut = [bag for bag in bags if used[bag] < store.infos[bag].num_instances]
-    left_out = sum(store.infos[bag].num_instances - used[bag] for bag in cut)
-    return {"capped": {"max_instances": cap, "num_bags": len(cut), "instances_left_out": left_out}}
+    num_bags, left_out = count_capped([store.sizes[bag] for part in splits.values() for bag in part], cap)
+    return {"capped": {"max_instances": cap, "num_bags": num_bags, "instances_left_out": left_out}}
 
 
 def _read_results(config: Config) -> dict[str, Any]:

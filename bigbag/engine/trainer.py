@@ -17,10 +17,10 @@ import torch
 
 from bigbag.bags import PackedBags
 from bigbag.config import Config
-from bigbag.data import BagStore, EpochPlan, PackPlan, plan_epoch, stream
+from bigbag.data import BagStore, EpochPlan, PackPlan, capped_sizes, plan_epoch, stream
 from bigbag.engine.backend import Backend
 from bigbag.engine.checkpoint import Progress, load_checkpoint, save_checkpoint
-from bigbag.engine.evaluate import capped_sizes, predict_bags, score
+from bigbag.engine.evaluate import predict_bags, score
 from bigbag.engine.log import RunLog, progress
 from bigbag.engine.optim import learning_rate
 from bigbag.engine.world import World
@@ -50,7 +50,7 @@ class Trainer:
     ) -> None:
         self.config, self.store, self.splits = config, store, splits
         self.model, self.backend, self.world = model, backend, world
-        self.sizes = capped_sizes(store, config)
+        self.sizes = capped_sizes(store.sizes, config.data.max_instances)
         self.checkpoints = config.run_dir / "checkpoints"
         self.steps_per_epoch = math.ceil(len(splits["train"]) / config.train.batch_bags)
 

@@ -51,7 +51,8 @@ _ACT_LAYERS = {"tanh": torch.nn.Tanh, "relu": torch.nn.ReLU, "gelu": torch.nn.GE
 class AttentionPool(torch.nn.Module):
     r"""Attention pooling (Ilse, Tomczak and Welling 2018, arXiv 1802.04712).
 
-    ``f = act(X W1 + b1) w`` or, gated, ``f = (act(X W1 + b1) * sigmoid(X Wg + bg)) w``; then ``z = sum_n softmax(f)_n x_n``.
+    ``f = act(X W1 + b1) w`` or, gated, ``f = (act(X W1 + b1) * sigmoid(X Wg + bg)) w``; then
+    ``z = sum_n softmax(f)_n x_n``.
 
     Args:
         in_dim: instance width; None learns it from the first input.

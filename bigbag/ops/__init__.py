@@ -19,9 +19,15 @@ from bigbag.ops.registry import Operator, use_impl
 from bigbag.ops.registry import table as _table
 from bigbag.ops.segments import segment_max, segment_mean, segment_softmax, segment_sum
 
-__all__ = ["attention_pool", "explain", "segment_max", "segment_mean", "segment_softmax", "segment_sum", "use_impl"]
+__all__ = ["attention_pool", "chosen", "explain", "segment_max", "segment_mean", "segment_softmax", "segment_sum", "use_impl"]
 
 _OPERATORS: tuple[Operator, ...] = (_attention_pool.OPERATOR, *_segments.OPERATORS)
+
+
+def chosen(device: torch.device | str, dtype: torch.dtype = torch.float32) -> dict[str, str]:
+    """Operator -> the implementation that ``impl=None`` runs on ``device`` with ``dtype``."""
+    rows = _table(_OPERATORS, torch.device(device).type, dtype)
+    return {row["operator"]: row["impl"] for row in rows if row["chosen"]}
 
 
 def explain(device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> str:

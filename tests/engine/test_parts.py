@@ -1,0 +1,56 @@
+"""The parts of the engine one by one."""
+
+import math
+
+import pytest
+import torch
+
+from bigbag.config import OptimConfig, build_config
+from bigbag.engine.backend import choose_backend, deepspeed_config
+from bigbag.engine.optim import build_optimizer, learning_rate
+from bigbag.engine.world import World, start_world
+
+
+def test_learning_rate_warms_up_and_decays():
+    optim = OptimConfig(lr=2.0, warmup_epochs=0.5, final_lr_fraction=0.1)
+    rates = [learning_rate(optim, step, steps_per_epoch=8, epochs=3) for step in range(24)]
+    assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
+    for step in range(4, 24):
+        t = (step - 4) / 20
+        assert rates[step] == pytest.approx(2.0 * (0.1 + 0.9 * (1 + math.cos(math.pi * t)) / 2))
+    assert learning_rate(optim, 24, 8, 3) == pytest.approx(0.2)
+
+
+def test_constant_schedule_without_warmup():
+    optim = OptimConfig(lr=0.3, schedule="constant", warmup_epochs=0)
+    assert {learning_rate(optim, step, 5, 2) for step in range(10)} == {0.3}
+
+
+def test_weight_decay_spares_vectors():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
+    matrices, vectors = build_optimizer(model, OptimConfig(weight_decay=0.5)).param_groups
+    assert [p.dim() for p in matrices["params"]] == [2] and matrices["weight_decay"] == 0.5
+    assert [p.dim() for p in vectors["params"]] == [1, 1, 1] and vectors["weight_decay"] == 0.0
+
+
+def test_deepspeed_settings_are_derived_and_merged():
+    settings = {"name": "x", "data": {"shards": "y"}, "model": {"name": "ABMIL"}, "optim": {"clip_norm": None}}
+    extra = {"zero_optimization": {"overlap_comm": True}, "comms_logger": {"enabled": True}}
+    derived = deepspeed_config(build_config({**settings, "engine": {"zero_stage": 2, "deepspeed": extra}}))
+    assert derived["zero_optimization"] == {"stage": 2, "overlap_comm": True}
+    assert derived["gradient_clipping"] == 0.0 and derived["comms_logger"] == {"enabled": True}
+
+
+def test_backend_follows_the_launcher(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert choose_backend("auto") == "torch" and choose_backend("deepspeed") == "deepspeed"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert choose_backend("auto") == "deepspeed"
+    with pytest.raises(ValueError, match="WORLD_SIZE is 2; use deepspeed"):
+        start_world("torch")
+
+
+def test_a_world_of_one():
+    world = World()
+    assert world.is_main and world.gather({"a": 1}) == [{"a": 1}]
+    assert world.sum(torch.tensor([2.0])).item() == 2.0

@@ -1,0 +1,205 @@
+"""The training loop: the same run for any backend, ZeRO stage and number of ranks, resumed or not."""
+
+import copy
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from bigbag.testing import run_ranks
+from safetensors.torch import load_file
+
+from bigbag import load_model
+from bigbag.config import build_config
+from bigbag.engine.run import evaluate, train
+from bigbag.engine.world import World, start_world
+
+STAGES = (0, 1, 2, 3)
+
+
+def with_changes(settings: dict, **sections) -> dict:
+    settings = copy.deepcopy(settings)
+    for section, values in sections.items():
+        if isinstance(values, dict):
+            settings.setdefault(section, {}).update(values)
+        else:
+            settings[section] = values
+    return settings
+
+
+def lines(run_dir: Path, kind: str) -> list[dict]:
+    everything = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in everything if line["kind"] == kind]
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [line["loss"] for line in lines(run_dir, "train")]
+
+
+def train_alone(settings: dict) -> Path:
+    config = build_config(settings)
+    train(config, world=World())
+    return config.run_dir
+
+
+@pytest.fixture
+def without_dropout(run_settings) -> dict:
+    settings = copy.deepcopy(run_settings)
+    settings["model"]["feat_ext"]["dropout"] = 0.0
+    return settings
+
+
+def train_every_stage(settings: dict) -> int:
+    world = start_world("deepspeed")
+    for stage in STAGES:
+        changed = with_changes(settings, name=f"stage{stage}", engine={"backend": "deepspeed", "zero_stage": stage})
+        train(build_config(changed), world=world)
+    return world.size
+
+
+@pytest.mark.slow
+def test_every_zero_stage_on_two_ranks_is_the_single_process_run(without_dropout):
+    """7 bags on 2 ranks: uneven packs and fillers, and still the loss curve and the results of one process."""
+    assert run_ranks(train_every_stage, 2, without_dropout) == [2, 2]
+    alone = train_alone(without_dropout)
+    expected = json.loads((alone / "results.json").read_text())
+    assert len(losses(alone)) == 12 and losses(alone)[-1] < 0.7 * losses(alone)[0]
+    for stage in STAGES:
+        run_dir = alone.parent / f"stage{stage}"
+        assert losses(run_dir) == pytest.approx(losses(alone), rel=2e-4, abs=1e-5)
+        results = json.loads((run_dir / "results.json").read_text())
+        assert results["best_epoch"] == expected["best_epoch"]
+        for split in ("val", "test"):
+            assert results[split] == pytest.approx(expected[split], rel=1e-3)
+        weights, reference = (load_file(d / "checkpoints/best/model.safetensors") for d in (run_dir, alone))
+        for name in reference:
+            torch.testing.assert_close(weights[name], reference[name], rtol=1e-3, atol=1e-4)
+
+
+def test_packing_and_accumulation_do_not_change_the_run(without_dropout):
+    """One pack per step, or one per bag: the same losses."""
+    large = train_alone(with_changes(without_dropout, name="large", data={"budget_instances": 10_000}))
+    small = train_alone(with_changes(without_dropout, name="small", data={"budget_instances": 1}))
+    assert losses(small) == pytest.approx(losses(large), rel=1e-4, abs=1e-5)
+
+
+def test_results_hold_what_they_promise(run_settings):
+    run_dir = train_alone(run_settings)
+    results = json.loads((run_dir / "results.json").read_text())
+    names = {"auroc", "accuracy", "f1", "balanced_accuracy", "loss", "num_bags", "instance_auroc"}
+    assert names <= set(results["test"]) and results["test"]["num_bags"] == 9 and results["val"]["num_bags"] == 6
+    assert 1 <= results["best_epoch"] <= 4 and results["left_out"] == []
+    rows = list(csv.DictReader((run_dir / "predictions.csv").open()))
+    assert list(rows[0]) == ["key", "split", "label", "logit", "probability", "num_instances"]
+    assert [row["key"] for row in rows if row["split"] == "test"] == [f"test.{i}" for i in range(9)]
+    for row in rows:
+        assert float(row["probability"]) == pytest.approx(torch.tensor(float(row["logit"])).sigmoid().item(), abs=1e-6)
+    accuracy = sum((float(r["logit"]) > 0) == int(r["label"]) for r in rows if r["split"] == "test") / 9
+    assert results["test"]["accuracy"] == pytest.approx(accuracy)
+    assert len(list((run_dir / "attention").glob("*.npz"))) == 2
+    assert list((run_dir / "tensorboard").iterdir()) and (run_dir / "environment.json").is_file()
+    assert build_config(__import__("yaml").safe_load((run_dir / "config.yaml").read_text())) == build_config(
+        run_settings
+    )
+
+
+def test_saved_model_gives_the_predictions_of_the_run(run_settings, shards):
+    from bigbag import PackedBags
+    from bigbag.data import open_store
+
+    run_dir = train_alone(run_settings)
+    model, store = load_model(str(run_dir)), open_store(shards)
+    rows = {row["key"]: float(row["logit"]) for row in csv.DictReader((run_dir / "predictions.csv").open())}
+    for i, info in enumerate(store.infos):
+        if info.name in rows:
+            with torch.no_grad():
+                assert model(PackedBags.from_bags([store.read(i)])).item() == pytest.approx(rows[info.name], abs=1e-5)
+
+
+def test_evaluating_again_changes_nothing(run_settings):
+    run_dir = train_alone(run_settings)
+    before = (run_dir / "results.json").read_bytes(), (run_dir / "predictions.csv").read_bytes()
+    evaluate(build_config(run_settings), world=World())
+    assert ((run_dir / "results.json").read_bytes(), (run_dir / "predictions.csv").read_bytes()) == before
+
+
+class Killed(Exception):
+    """Stands for a process that dies."""
+
+
+@pytest.mark.parametrize("steps_until_death", [1, 2, 3, 5, 8, 11])
+def test_resumed_run_equals_the_unbroken_one(run_settings, monkeypatch, steps_until_death):
+    """Dropout included: bitwise the same weights, log and results, whenever the run died."""
+    from bigbag.engine.backend import TorchBackend
+
+    run_settings["train"]["checkpoint_every_steps"] = 2
+    unbroken = train_alone(run_settings)
+    broken = with_changes(run_settings, name="broken")
+    step, calls = TorchBackend.step, []
+
+    def dying_step(self, lr):
+        calls.append(lr)
+        if len(calls) == steps_until_death:
+            raise Killed
+        step(self, lr)
+
+    monkeypatch.setattr(TorchBackend, "step", dying_step)
+    with pytest.raises(Killed):
+        train_alone(broken)
+    monkeypatch.setattr(TorchBackend, "step", step)
+    run_dir = train_alone(broken)
+    assert (run_dir / "results.json").read_bytes() == (unbroken / "results.json").read_bytes()
+    assert (run_dir / "predictions.csv").read_bytes() == (unbroken / "predictions.csv").read_bytes()
+    assert losses(run_dir) == losses(unbroken)
+    weights, expected = (load_file(d / "checkpoints/best/model.safetensors") for d in (run_dir, unbroken))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_finished_run_is_not_trained_again(run_settings, monkeypatch):
+    from bigbag.engine.trainer import Trainer
+
+    run_dir = train_alone(run_settings)
+    before = losses(run_dir)
+    monkeypatch.setattr(Trainer, "_train_epoch", lambda *_: pytest.fail("trained again"))
+    assert losses(train_alone(run_settings)) == before
+
+
+def test_other_settings_in_the_same_folder_are_refused(run_settings):
+    train_alone(run_settings)
+    with pytest.raises(ValueError, match=r"optim\.lr: 0\.02 -> 0\.5.*--restart"):
+        train_alone(with_changes(run_settings, optim={"lr": 0.5}))
+
+
+def test_patience_stops_and_best_epoch_is_kept(run_settings):
+    run_dir = train_alone(with_changes(run_settings, train={"patience": 1, "epochs": 50}, optim={"lr": 0.1}))
+    epochs = lines(run_dir, "epoch")
+    best = max(epochs, key=lambda line: (line["val"]["auroc"], -line["val"]["loss"]))["epoch"]
+    assert len(epochs) < 50
+    assert json.loads((run_dir / "results.json").read_text())["best_epoch"] == best + 1
+
+
+def test_monitored_metric_must_exist(run_settings):
+    with pytest.raises(ValueError, match=r"monitor 'aurok' is not among"):
+        train_alone(with_changes(run_settings, train={"monitor": "aurok"}))
+
+
+def test_cap_is_counted(run_settings):
+    run_dir = train_alone(with_changes(run_settings, data={"max_instances": 30}))
+    capped = json.loads((run_dir / "results.json").read_text())["capped"]
+    sizes = [50, 31, 120, 1, 44, 67, 29, 40, 30, 25, 60, 33, 21, 20, 30, 25, 41, 9, 33, 5, 8, 64]
+    assert capped["num_bags"] == sum(n > 30 for n in sizes)
+    assert capped["instances_left_out"] == sum(max(0, n - 30) for n in sizes)
+
+
+def test_bf16_follows_fp32(without_dropout):
+    fp32 = train_alone(with_changes(without_dropout, name="fp32"))
+    bf16 = train_alone(with_changes(without_dropout, name="bf16", train={"precision": "bf16"}))
+    assert losses(bf16) != losses(fp32)
+    assert losses(bf16) == pytest.approx(losses(fp32), rel=0.1, abs=0.02)
+
+
+def test_worker_processes_change_nothing(run_settings):
+    inline = train_alone(with_changes(run_settings, name="inline"))
+    workers = train_alone(with_changes(run_settings, name="workers", data={"num_workers": 2}))
+    assert losses(workers) == losses(inline)

@@ -1,0 +1,229 @@
+"""The commands as a user types them, on CAMELYON16's published layout in small; and every way to get them wrong."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bigbag.cli import main
+
+ROOT = Path(__file__).parents[1]
+CONFIG = str(ROOT / "configs" / "camelyon16.yaml")
+SIZES = {"train": 24, "test": 8}
+
+
+def write_slides(root: Path, width: int = 1024) -> None:
+    """Slides in the layout of torchmil's processed CAMELYON16: every other one holds a few tumour patches."""
+    rng = np.random.default_rng(0)
+    folder = root / "patches_512"
+    for name in ("features/features_UNI", "labels", "patch_labels", "coords"):
+        (folder / name).mkdir(parents=True)
+    rows = []
+    for split, count in SIZES.items():
+        for i in range(count):
+            name, size = f"{split}_{i:03d}", int(rng.integers(20, 60))
+            tumour = (np.arange(size) < 3) * (i % 2)
+            x = rng.normal(size=(size, width)) + 2.0 * tumour[:, None]
+            np.save(folder / "features/features_UNI" / f"{name}.npy", x.astype(np.float32))
+            np.save(folder / "labels" / f"{name}.npy", np.array([i % 2]))
+            np.save(folder / "patch_labels" / f"{name}.npy", tumour[:, None])
+            places = np.stack(np.divmod(rng.permutation(100)[:size], 10), 1)
+            np.save(folder / "coords" / f"{name}.npy", places * 512 + 1024)
+            rows.append((name, split))
+    with open(root / "splits.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("bag_name", "split"), *rows])
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """(source folder, packed shards)."""
+    root = tmp_path_factory.mktemp("camelyon")
+    write_slides(root / "source")
+    arguments = [f"data.source.root={root / 'source'}", f"data.shards={root / 'shards'}"]
+    assert main(["pack", "--config", CONFIG, *arguments]) == 0
+    return root / "source", root / "shards"
+
+
+@pytest.fixture
+def places(packed, tmp_path):
+    """A private copy of both, for damaging."""
+    source, shards = (Path(shutil.copytree(p, tmp_path / p.name)) for p in packed)
+    return source, shards
+
+
+def arguments(shards: Path, out: Path, *more: str) -> list[str]:
+    quick = ["train.epochs=3", "data.num_workers=0", "model.att_dim=16", "optim.lr=0.003", "optim.warmup_epochs=0"]
+    return ["--config", CONFIG, f"data.shards={shards}", f"out={out}", *quick, *more]
+
+
+def fails(capsys, command: list[str]) -> str:
+    capsys.readouterr()
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "Traceback" not in error
+    return error
+
+
+def test_camelyon16_from_files_to_report(packed, tmp_path, capsys):
+    assert main(["train", *arguments(packed[1], tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    run_dir = tmp_path / "camelyon16"
+    results = json.loads((run_dir / "results.json").read_text())
+    assert results["test"]["auroc"] > 0.9 and results["test"]["instance_auroc"] > 0.9
+    assert results["test"]["num_bags"] == 8 and results["val"]["num_bags"] == 2  # a stratified tenth of 24
+    assert f"auroc {results['test']['auroc']:.4f}" in shown and str(run_dir / "report.html") in shown
+    assert (run_dir / "report.html").read_text().count("<h2") >= 3
+
+
+def test_grid_coordinates_come_from_the_stride(packed):
+    from bigbag.data import open_store
+
+    store = open_store(str(packed[1]))
+    bag = store.read(0)
+    assert bag.coords.min() == 0 and bag.coords.max() <= 9
+    raw = np.load(packed[0] / "patches_512/coords" / f"{bag.key}.npy")
+    np.testing.assert_array_equal(bag.coords, raw // 512 - (raw // 512).min(0))
+
+
+@pytest.mark.slow
+def test_deepspeed_launcher_on_two_ranks(packed, tmp_path):
+    """The main command itself; its launcher, its ranks, its exit status."""
+    run = [
+        "deepspeed",
+        "--num_gpus",
+        "2",
+        str(ROOT / "launch/train.py"),
+        *arguments(packed[1], tmp_path, "engine.zero_stage=2"),
+    ]
+    environment = {**os.environ, "PATH": f"{Path(os.sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(run, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "camelyon16/results.json").read_text())
+    assert results["test"]["auroc"] > 0.9 and results["test"]["num_bags"] == 8
+    environment_file = json.loads((tmp_path / "camelyon16/environment.json").read_text())
+    assert environment_file["devices"]["ranks"] == 2 and "ZeRO 2" in environment_file["devices"]["backend"]
+
+
+def test_unknown_key(packed, tmp_path, capsys):
+    text = fails(capsys, ["train", *arguments(packed[1], tmp_path), "train.epoch=3"])
+    assert "'train.epoch'" in text and "did you mean 'epochs'" in text
+
+
+def test_shards_that_are_not_there(tmp_path, capsys):
+    text = fails(capsys, ["train", *arguments(tmp_path / "nowhere", tmp_path)])
+    assert "nowhere" in text and "pack" in text
+
+
+def test_missing_shard(places, tmp_path, capsys):
+    shard = next(places[1].glob("*.tar"))
+    shard.unlink()
+    assert shard.name in fails(capsys, ["train", *arguments(places[1], tmp_path)])
+
+
+@pytest.mark.parametrize("keep", [0.5, None], ids=["inside a member", "at the end of a member"])
+def test_truncated_shard(places, tmp_path, capsys, keep):
+    import tarfile
+
+    shard = next(places[1].glob("*.tar"))
+    with tarfile.open(shard) as tar:
+        at_member_end = tar.getmembers()[-4].offset
+    os.truncate(shard, int(shard.stat().st_size * keep) if keep else at_member_end)
+    text = fails(capsys, ["train", *arguments(places[1], tmp_path)])
+    assert shard.name in text and "bytes" in text
+
+
+def test_flipped_byte_with_digests_checked(places, tmp_path, capsys):
+    shard = next(places[1].glob("*.tar"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    text = fails(capsys, ["train", *arguments(places[1], tmp_path, "data.check_digests=true")])
+    assert shard.name in text
+
+
+def damage(path: Path, change) -> None:
+    np.save(path, change(np.load(path)))
+
+
+def pack_fails(capsys, source: Path, out: Path) -> str:
+    text = fails(capsys, ["pack", "--config", CONFIG, f"data.source.root={source}", f"data.shards={out}"])
+    assert not (out / "manifest.json").exists()
+    return text
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        (lambda x: np.where(np.arange(len(x))[:, None] == 3, np.nan, x), "NaN"),
+        (lambda x: x[:, :-1], "1023"),
+        (lambda x: x[:0], "empty|no instances|0 instances"),
+        (lambda x: x[:-1], "rows|instances"),
+        (lambda x: x * 1e6, "float16"),
+    ],
+    ids=["NaN", "width", "empty", "length", "overflow"],
+)
+def test_bad_features(places, tmp_path, capsys, change, expected):
+    damage(places[0] / "patches_512/features/features_UNI/train_003.npy", change)
+    text = pack_fails(capsys, places[0], tmp_path / "out")
+    assert "train_003" in text and re.search(expected, text)
+
+
+def test_missing_label(places, tmp_path, capsys):
+    (places[0] / "patches_512/labels/train_003.npy").unlink()
+    text = pack_fails(capsys, places[0], tmp_path / "out")
+    assert "train_003" in text and "label" in text
+
+
+def test_no_positive_bag_in_training(places, tmp_path, capsys):
+    for path in (places[0] / "patches_512/labels").glob("train_*.npy"):
+        damage(path, np.zeros_like)
+        damage(places[0] / "patches_512/patch_labels" / path.name, np.zeros_like)
+    out = tmp_path / "negative"
+    assert main(["pack", "--config", CONFIG, f"data.source.root={places[0]}", f"data.shards={out}"]) == 0
+    assert "positive" in fails(capsys, ["train", *arguments(out, tmp_path)])
+
+
+def test_features_of_another_width_than_the_model(packed, tmp_path, capsys):
+    text = fails(capsys, ["train", *arguments(packed[1], tmp_path), "model.in_shape=[512]"])
+    assert "512" in text and "1024" in text
+
+
+def test_nan_that_slipped_in_stops_the_run_by_name(places, tmp_path, capsys):
+    """A byte flipped into a NaN after packing, digests unchecked: the loss is refused and the bag named."""
+    from bigbag.data import open_store
+
+    store = open_store(str(places[1]))
+    name = "train_005"
+    index = [info.name for info in store.infos].index(name)
+    x = store.read(index).x.tobytes()
+    shard = places[1] / store.infos[index].shard
+    content = shard.read_bytes()
+    start = content.index(x)
+    shard.write_bytes(content[:start] + b"\xff\xff" + content[start + 2 :])
+    text = fails(capsys, ["train", *arguments(places[1], tmp_path)])
+    assert name in text and "not finite" in text
+
+
+def test_disk_full_while_packing_leaves_no_set(packed, tmp_path, capsys):
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(small)], capture_output=True).returncode:
+        pytest.skip("mounting a small file system is not allowed here")
+    try:
+        text = pack_fails(capsys, packed[0], small / "out")
+        assert "space" in text and str(small) in text
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_report_command_and_missing_run(packed, tmp_path, capsys):
+    text = fails(capsys, ["report", *arguments(packed[1], tmp_path)])
+    assert str(tmp_path) in text
