@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -186,24 +186,26 @@ def _from_content(content: dict[str, Any]) -> Manifest:
 
 
 def _check(manifest: Manifest, where: str) -> None:
-    problem = None
-    files = {shard.file: 0 for shard in manifest.shards}
+    for problem in _problems(manifest):
+        raise ValueError(f"{where}: damaged manifest, {problem}: run bigbag pack again")
+
+
+def _problems(manifest: Manifest) -> Iterator[str]:
+    counts = {shard.file: 0 for shard in manifest.shards}
     for shard in manifest.shards:
         if not _SAFE_FILE.fullmatch(shard.file):
-            problem = f"shard name {shard.file!r} is not a plain file name ending in .tar"
+            yield f"shard name {shard.file!r} is not a plain file name ending in .tar"
     for bag in manifest.bags:
-        if bag.shard not in files:
-            problem = f"bag {bag.name!r} is in shard {bag.shard!r}, which is not listed"
+        if bag.shard not in counts:
+            yield f"bag {bag.name!r} is in shard {bag.shard!r}, which is not listed"
         elif not isinstance(bag.num_instances, int) or bag.num_instances < 0:
-            problem = f"bag {bag.name!r} has {bag.num_instances!r} instances"
+            yield f"bag {bag.name!r} has {bag.num_instances!r} instances"
         else:
-            files[bag.shard] += 1
+            counts[bag.shard] += 1
     for shard in manifest.shards:
-        if problem is None and files[shard.file] != shard.num_bags:
-            problem = f"shard {shard.file} should have {shard.num_bags} bags, but {files[shard.file]} are listed"
+        if counts[shard.file] != shard.num_bags:
+            yield f"shard {shard.file} should have {shard.num_bags} bags, but {counts[shard.file]} are listed"
     if manifest.feature_dtype not in _DTYPES:
-        problem = f"feature_dtype is {manifest.feature_dtype!r}, expected one of {', '.join(_DTYPES)}"
+        yield f"feature_dtype is {manifest.feature_dtype!r}, expected one of {', '.join(_DTYPES)}"
     if len({bag.name for bag in manifest.bags}) != len(manifest.bags):
-        problem = "a bag is listed twice"
-    if problem is not None:
-        raise ValueError(f"{where}: damaged manifest, {problem}: run bigbag pack again")
+        yield "a bag is listed twice"
