@@ -70,6 +70,8 @@ def stream(
         raise ValueError(f"stream: rank is {rank}, the plan is for {plan.world_size} ranks")
     if num_workers < 0 or prefetch < 1:
         raise ValueError(f"stream: num_workers is {num_workers}, prefetch {prefetch}; expected at least 0 and 1")
+    if pin_memory and not torch.accelerator.is_available():
+        raise ValueError("stream: pin_memory is for copies to an accelerator, but there is none: leave it False")
     items = list(plan.of_rank(rank, start_step))
     reader = _Reader(store, tuple(item[2] for item in items), max_instances, seed, epoch)
     packs = _read_here(reader) if num_workers == 0 else _read_in_workers(reader, num_workers, prefetch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from bigbag.bags import Bag
@@ -54,6 +55,10 @@ class MemorySource:
 
     def description(self) -> dict[str, Any]:
         """Holds a digest of all features, since nothing else says whether a list is still the same."""
+        return self._description
+
+    @cached_property
+    def _description(self) -> dict[str, Any]:
         digest = hashlib.sha256()
         for bag in self._bags:
             for values in (bag.x, bag.coords, bag.y_inst):
