@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import urllib.error
 import urllib.request
@@ -52,6 +53,10 @@ class BagStore(ABC):
     @abstractmethod
     def read(self, index: int) -> Bag:
         """The bag ``infos[index]``; ``key`` is its true name. Its arrays may be read-only views of a file."""
+
+    @abstractmethod
+    def digest(self) -> str:
+        """SHA-256 that changes with any bag, name, label or split of the set."""
 
     def __len__(self) -> int:
         return len(self.infos)
@@ -119,6 +124,16 @@ class MemoryStore(BagStore):
         bag, info = self.bags[index], self.infos[index]
         return Bag(bag.x, info.label, info.name, bag.coords, bag.y_inst, bag.adj)
 
+    def digest(self) -> str:
+        digest = hashlib.sha256()
+        for info, bag in zip(self.infos, self.bags):
+            digest.update(json.dumps([info.name, info.split, info.label, info.patient]).encode())
+            for values in (bag.x, bag.coords, bag.y_inst):
+                digest.update(b"-" if values is None else f"{values.shape}{values.dtype}".encode() + values.tobytes())
+            for part in () if bag.adj is None else (bag.adj.crow, bag.adj.col, bag.adj.weight):
+                digest.update(b"-" if part is None else part.numpy().tobytes())
+        return digest.hexdigest()
+
 
 class ShardStore(BagStore):
     """A packed set; use :func:`open_store`.
@@ -140,6 +155,7 @@ class ShardStore(BagStore):
         self.feature_dtype = manifest.feature_dtype
         self.patch_shape = manifest.patch_shape
         self.description = manifest.source
+        self.left_out = manifest.left_out
         self.left_out = manifest.left_out
         self.check_digests = check_digests
         self._cache = cache
@@ -168,6 +184,9 @@ class ShardStore(BagStore):
             check_digests(members, info, where)
             self._checked.add(index)
         return decode_bag(members, info, self.manifest, where)
+
+    def digest(self) -> str:
+        return self.manifest.digest()
 
     def _mapped(self, shard: ShardInfo) -> MappedShard:
         if shard.file in self._open:

@@ -258,6 +258,7 @@ def test_left_out_bags_are_counted_and_listed(tmp_path: Path) -> None:
     assert [item["name"] for item in manifest.left_out] == ["a", "c", "e"]
     assert manifest.splits == {"train": 1, "val": 1}
     assert [info.name for info in open_store(tmp_path).infos] == ["b", "d"]
+    assert open_store(tmp_path).left_out == manifest.left_out
     assert json.loads((tmp_path / "manifest.json").read_text())["left_out"][0]["reason"] == "no instances"
     with pytest.raises(ValueError, match="no bag is left"):
         quiet_pack(MemorySource(bags[:1]), tmp_path / "none", empty="leave_out")

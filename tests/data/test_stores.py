@@ -149,6 +149,17 @@ def test_memory_store(make_bags: Callable) -> None:
     assert pickle.loads(pickle.dumps(store)).infos == store.infos
 
 
+def test_digests_change_with_the_bags(packed: Path, tmp_path: Path, make_bags: Callable) -> None:
+    pack(MemorySource(make_bags(), ["train"] * 9), tmp_path / "other", progress=False)
+    assert open_store(packed).digest() == open_store(packed).digest() != open_store(tmp_path / "other").digest()
+    bags = make_bags(3)
+    same = {MemoryStore(bags).digest(), MemoryStore(make_bags(3)).digest()}
+    changed = replace(bags[0], x=bags[0].x + 1), replace(bags[0], y=1 - bags[0].y), replace(bags[0], adj=None)
+    others = {MemoryStore([bag, *bags[1:]]).digest() for bag in changed}
+    assert len(same) == 1 and len(others) == 3 and not same & others
+    assert MemoryStore(bags, ["train"] * 3).digest() not in same
+
+
 @pytest.mark.parametrize(
     ("bags", "kwargs", "message"),
     [
