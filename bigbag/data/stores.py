@@ -46,14 +46,6 @@ class BagStore(ABC):
     description: dict[str, Any]
     left_out: tuple[dict[str, str], ...] = ()
 
-    def digest(self) -> str:
-        """SHA-256 that tells sets of bags apart: of the manifest, or of what is known of bags in memory."""
-        return hashlib.sha256(repr((self.infos, self.feature_shape, self.feature_dtype)).encode()).hexdigest()
-
-    @abstractmethod
-    def read(self, index: int) -> Bag:
-        """The bag ``infos[index]``; ``key`` is its true name. Its arrays may be read-only views of a file."""
-
     @abstractmethod
     def digest(self) -> str:
         """SHA-256 that changes with any bag, name, label or split of the set."""
@@ -162,9 +154,6 @@ class ShardStore(BagStore):
         self._shards = {shard.file: shard for shard in manifest.shards}
         self._open: OrderedDict[str, MappedShard] = OrderedDict()
         self._checked: set[int] = set()
-
-    def digest(self) -> str:
-        return self.manifest.digest()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict(), "_checked": set()}
