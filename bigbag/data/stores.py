@@ -47,6 +47,10 @@ class BagStore(ABC):
     left_out: tuple[dict[str, str], ...] = ()
 
     @abstractmethod
+    def read(self, index: int) -> Bag:
+        """The bag ``infos[index]``; ``key`` is its true name. Its arrays may be read-only views of a file."""
+
+    @abstractmethod
     def digest(self) -> str:
         """SHA-256 that changes with any bag, name, label or split of the set."""
 
