@@ -152,7 +152,6 @@ class ShardStore(BagStore):
         self.patch_shape = manifest.patch_shape
         self.description = manifest.source
         self.left_out = manifest.left_out
-        self.left_out = manifest.left_out
         self.check_digests = check_digests
         self._cache = cache
         self._shards = {shard.file: shard for shard in manifest.shards}

@@ -196,6 +196,19 @@ def test_workers_survive_the_signals_of_a_cluster(store: ShardStore) -> None:
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & {signal.SIGUSR1, signal.SIGTERM, signal.SIGINT}
 
 
+def test_a_killed_worker_is_an_error_not_a_hang(make_bags: Callable) -> None:
+    import multiprocessing
+
+    store = MemoryStore(make_bags(40, graph=False))
+    plan = plan_epoch(store.sizes, range(40), seed=0, epoch=0, world_size=1, budget_instances=1, batch_bags=1)
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"worker .* exited unexpectedly"):
+        for _ in stream(store, plan, rank=0, num_workers=1, prefetch=1):
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid, signal.SIGKILL)
+    assert time.monotonic() - start < 60
+
+
 def resident_bytes() -> int:
     """Private and shared memory of this process; maps of files, which the kernel drops at will, not counted."""
     fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
