@@ -86,7 +86,7 @@ class DataConfig(_Section):
     prefetch_packs: int = 2
     """Packs that each reading process prepares ahead."""
     check_digests: bool = False
-    """Verify the SHA-256 of every shard before the run."""
+    """Compare each bag with its SHA-256 when a process first reads it."""
     allow_pipe: bool = False
     """Allow ``pipe:`` shard addresses, which run a shell command."""
     cache_dir: str | None = None
@@ -157,8 +157,9 @@ class TrainConfig(_Section):
     """Bags per optimiser step, over all ranks; reached by accumulating packs."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of matrix products; weights and optimiser states stay in fp32."""
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward pass instead of storing them."""
+    activation_checkpointing: bool | Literal["auto"] = "auto"
+    """Recompute activations in the backward pass instead of storing them; auto: where the largest pack takes more than
+    256 MiB in fp32."""
     monitor: str = "auroc"
     """Validation metric that picks the best epoch ("loss", "auroc", "accuracy", ...); ties go to the lower loss."""
     mode: Literal["max", "min"] | None = None

@@ -12,9 +12,10 @@ import torch
 
 from bigbag import ops
 from bigbag.config import Config
-from bigbag.data import BagStore
+from bigbag.data import BagStore, capped_sizes
 from bigbag.engine.world import World
 
+_CHECKPOINT_BYTES = 256 * 2**20
 _PACKAGES = ("bigbag", "torch", "deepspeed", "webdataset", "xformers", "triton", "numba", "numpy", "scikit-learn")
 
 
@@ -64,21 +65,36 @@ def banner(environment: dict[str, Any], name: str) -> str:
             f"  data       {bags}; features {tuple(data['feature_shape'])} {data['feature_dtype']}",
             f"  operators  {operators}",
             f"  memory     largest pack {memory['largest_pack_instances']:,} instances = "
-            f"{memory['largest_pack_bytes'] / 2**20:.0f} MiB, {memory['packs_in_flight']} in flight per rank; "
+            f"{memory['largest_pack_bytes'] / 2**20:.0f} MiB, {memory['packs_in_flight']} in flight per rank, "
+            f"activations {'recomputed' if memory['activation_checkpointing'] else 'kept'}; "
             f"weights, gradients and AdamW states {memory['model_bytes'] / 2**20:.1f} MiB",
         ]
     )
 
 
+def largest_pack_instances(config: Config, store: BagStore, bags: Sequence[int]) -> int:
+    """The most instances that one pack of ``bags`` can have."""
+    sizes = capped_sizes([store.sizes[bag] for bag in bags], config.data.max_instances)
+    return max(max(sizes, default=0), min(config.data.budget_instances, sum(sizes)))
+
+
+def wants_checkpointing(config: Config, store: BagStore, bags: Sequence[int]) -> bool:
+    """Whether activations are recomputed: as set or, for "auto", where the largest pack is large in fp32."""
+    setting = config.train.activation_checkpointing
+    if setting != "auto":
+        return setting
+    width = int(np.prod(store.feature_shape))
+    return largest_pack_instances(config, store, bags) * width * 4 > _CHECKPOINT_BYTES
+
+
 def _memory(
     config: Config, store: BagStore, splits: dict[str, Sequence[int]], model: torch.nn.Module
-) -> dict[str, int]:
-    cap = config.data.max_instances or max((info.num_instances for info in store.infos), default=0)
-    sizes = [min(cap, store.infos[bag].num_instances) for bags in splits.values() for bag in bags]
-    largest = max(max(sizes, default=0), min(config.data.budget_instances, sum(sizes)))
+) -> dict[str, int | bool]:
+    largest = largest_pack_instances(config, store, [bag for bags in splits.values() for bag in bags])
     row_bytes = int(np.prod(store.feature_shape)) * np.dtype(store.feature_dtype).itemsize
     parameters = sum(p.numel() for p in model.parameters())
     return {
+        "activation_checkpointing": wants_checkpointing(config, store, splits["train"]),
         "largest_pack_instances": largest,
         "largest_pack_bytes": largest * row_bytes,
         "packs_in_flight": 1 + config.data.num_workers * config.data.prefetch_packs,

@@ -16,7 +16,7 @@ from bigbag.config import Config, ConfigError
 from bigbag.data import BagStore, count_capped, open_store, split_bags
 from bigbag.engine.attention_maps import save_attention_maps
 from bigbag.engine.backend import StepModule, build_backend, choose_backend
-from bigbag.engine.environment import banner, describe_environment
+from bigbag.engine.environment import banner, describe_environment, wants_checkpointing
 from bigbag.engine.evaluate import Predictions, predict_bags, score
 from bigbag.engine.labels import check_labels
 from bigbag.engine.metrics import probabilities
@@ -52,7 +52,7 @@ def train(config: Config, store: BagStore | None = None, world: World | None = N
     _claim_run_dir(config, store, world)
     torch.manual_seed(config.seed)
     model = build_model(config.model, store.feature_shape, config.task)
-    model.activation_checkpointing = config.train.activation_checkpointing
+    model.activation_checkpointing = wants_checkpointing(config, store, splits["train"])
     environment = describe_environment(config, store, splits, model, backend_name, world)
     if world.is_main:
         write_json(config.run_dir / "environment.json", environment)

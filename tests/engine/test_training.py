@@ -203,3 +203,14 @@ def test_worker_processes_change_nothing(run_settings):
     inline = train_alone(with_changes(run_settings, name="inline"))
     workers = train_alone(with_changes(run_settings, name="workers", data={"num_workers": 2}))
     assert losses(workers) == losses(inline)
+
+
+@pytest.mark.parametrize("setting, expected", [("auto", True), (True, True), (False, False)])
+def test_large_packs_recompute_their_activations(run_settings, shards, monkeypatch, setting, expected):
+    from bigbag.data import open_store
+    from bigbag.engine import environment
+
+    monkeypatch.setattr(environment, "_CHECKPOINT_BYTES", 119 * 6 * 4)
+    config = build_config(with_changes(run_settings, train={"activation_checkpointing": setting}))
+    store = open_store(shards)
+    assert environment.wants_checkpointing(config, store, range(len(store.sizes))) is expected
