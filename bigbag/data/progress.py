@@ -85,7 +85,7 @@ def resume(folder: Path, wanted: str, left_out: list[dict[str, str]], overwrite:
     else:
         logger.info("pack: going on in %s after %d finished shards", folder, len(state.shards))
     kept = {shard.file for shard in state.shards}
-    for path in [*folder.glob(f"*-{'[0-9]' * 6}.tar"), *folder.glob(".*.tar.tmp")]:
+    for path in [*folder.glob(f"*-{'[0-9]' * 6}.tar"), *folder.glob(".*.tar.tmp"), *folder.glob(".*.json.*.tmp")]:
         if path.name not in kept:
             path.unlink()
     return state
