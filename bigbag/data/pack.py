@@ -87,6 +87,7 @@ def pack(
         if not overwrite:
             done = finished_set(folder, source, options, entries)
             if done is not None:
+                (folder / PROGRESS_NAME).unlink(missing_ok=True)  # left where the very last step was interrupted
                 return done
         state = resume(folder, fingerprint(source, options, entries), left_out, overwrite)
         _write_shards(folder, source, entries, state, options, workers, progress)
