@@ -102,7 +102,8 @@ def _check(
 ) -> None:
     if x.dim() != 2 or x.dtype not in FLOATING:
         raise ValueError(f"attention_pool: x must be a (T, P) floating tensor, got {tuple(x.shape)} {x.dtype}")
-    if x.shape[0] != segments.num_instances:
+    # Not while tracing: a compiled graph must not depend on how a pack is cut.
+    if not torch.compiler.is_compiling() and x.shape[0] != segments.num_instances:
         raise ValueError(f"attention_pool: x has {x.shape[0]} rows, but segments has {segments.num_instances} instances")
     if act not in ACTIVATIONS:
         raise ValueError(f"attention_pool: act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")

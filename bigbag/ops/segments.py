@@ -92,7 +92,8 @@ def reference_softmax(rows: Tensor, offsets: Tensor) -> Tensor:
 
 def _per_bag(rows: Tensor, offsets: Tensor, reduce: Any) -> Tensor:
     starts = offsets.tolist()
-    bags = [reduce(rows[s:e]) if e > s else rows.new_zeros(rows.shape[1]) for s, e in zip(starts, starts[1:])]
+    # The sum over no row is zeros, and keeps its place in the graph.
+    bags = [reduce(rows[s:e]) if e > s else rows[s:e].sum(0) for s, e in zip(starts, starts[1:])]
     return torch.stack(bags) if bags else rows.new_zeros(0, rows.shape[1])
 
 
@@ -113,7 +114,9 @@ def _sum(name: str, x: Tensor, segments: Segments, impl: str | None) -> Tensor:
 
 
 def _prepare(name: str, x: Tensor, segments: Segments, impl: str | None) -> tuple[str, Tensor]:
-    if x.dim() == 0 or x.shape[0] != segments.num_instances or not x.is_floating_point():
+    # The number of rows is not checked while tracing: a compiled graph must not depend on how a pack is cut.
+    fits = x.dim() > 0 and (torch.compiler.is_compiling() or x.shape[0] == segments.num_instances)
+    if not fits or not x.is_floating_point():
         raise ValueError(
             f"{name}: expected floating (T, ...) with T = {segments.num_instances} as in segments, "
             f"got {tuple(x.shape)} {x.dtype}"

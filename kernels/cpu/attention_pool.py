@@ -2,14 +2,14 @@
 
     h = act(x W1^T + b1) [* sigmoid(x Wg^T + bg)],  scores = h w2^T,  a = softmax of scores per bag,  z = a^T x
 
-The scores do not know bags: they are computed in chunks of ``CHUNK_ROWS`` instances, one GEMM per chunk with the
+The scores do not know bags: they are computed in chunks of about ``CHUNK_BYTES`` of instances, one GEMM per chunk with the
 concatenated weight [W1; Wg] into a reused buffer, activations in place. What knows bags (softmax, a^T x, and x dz in
 backward) is bound by memory and runs over the whole pack with the kernels of ``segments``.
 Backward walks over the chunks again; it recomputes the pre-activations unless they were kept.
 
 Reads: x three times (scores, z; twice more in backward). FLOPs: 2 T P D' forward, 4 T P D' backward with
-recomputation (D' = 2D if gated, else D), 2 T P D' more for the gradient of x. Working memory: about
-CHUNK_ROWS * (2 P + 5 D') floats, and 3 T H floats.
+recomputation (D' = 2D if gated, else D), 2 T P D' more for the gradient of x. Working memory: at most about six times CHUNK_BYTES,
+and 3 T H floats.
 """
 
 from __future__ import annotations
@@ -22,23 +22,27 @@ from torch import Tensor
 from bigbag.kernels.cpu import segments
 from bigbag.kernels.cpu.segments import accumulation_dtype
 
-CHUNK_ROWS = 1024
+# Small enough for the last-level cache, large enough that threads seldom meet at the end of an operation.
+CHUNK_BYTES = 8 << 20
+
+
+def _chunk_rows(num_rows: int, width: int, total: int) -> int:
+    return max(1, min(num_rows, max(64, min(8192, CHUNK_BYTES // (4 * max(width, total))))))
 
 
 class _Chunks:
     """Chunks of x in the compute dtype, through one reused buffer."""
 
-    def __init__(self, x: Tensor, dtype: torch.dtype) -> None:
-        self.x, self.dtype = x, dtype
-        rows = min(CHUNK_ROWS, x.shape[0])
+    def __init__(self, x: Tensor, dtype: torch.dtype, rows: int) -> None:
+        self.x, self.rows = x, rows
         self.buffer = torch.empty(rows, x.shape[1], dtype=dtype) if x.dtype != dtype else None
         # torch converts float16 to bfloat16 element by element; by way of float32 both steps are vectorised.
         by_way = {x.dtype, dtype} == {torch.float16, torch.bfloat16}
         self.wide = torch.empty(rows, x.shape[1], dtype=torch.float32) if by_way else None
 
     def bounds(self) -> list[tuple[int, int]]:
-        rows = self.x.shape[0]
-        return [(start, min(start + CHUNK_ROWS, rows)) for start in range(0, rows, CHUNK_ROWS)]
+        end = self.x.shape[0]
+        return [(start, min(start + self.rows, end)) for start in range(0, end, self.rows)]
 
     def load(self, start: int, end: int) -> Tensor:
         chunk = self.x[start:end]
@@ -106,8 +110,9 @@ def forward(
     -> z (B, H, P), scores (T, H), a (T, H), kept (T, D') or (0,)."""
     x = x.contiguous()
     num_rows = x.shape[0]
-    chunks = _Chunks(x, weight.dtype)
-    scorer = _Scorer(weight, bias, w2, act, gated, min(CHUNK_ROWS, num_rows))
+    chunk_rows = _chunk_rows(num_rows, x.shape[1], weight.shape[0])
+    chunks = _Chunks(x, weight.dtype, chunk_rows)
+    scorer = _Scorer(weight, bias, w2, act, gated, chunk_rows)
     scores = torch.empty(num_rows, w2.shape[0], dtype=bias.dtype)
     kept = torch.empty((num_rows, weight.shape[0]) if keep else (0,), dtype=weight.dtype)
     for start, end in chunks.bounds():
@@ -144,11 +149,12 @@ def backward(
     if grad_scores is not None:
         ds += grad_scores
 
-    chunks = _Chunks(x, weight.dtype)
-    scorer = _Scorer(weight, bias, w2, act, gated, min(CHUNK_ROWS, num_rows))
+    chunk_rows = _chunk_rows(num_rows, x.shape[1], weight.shape[0])
+    chunks = _Chunks(x, weight.dtype, chunk_rows)
+    scorer = _Scorer(weight, bias, w2, act, gated, chunk_rows)
     dim, width = scorer.dim, scorer.width
-    grad_pre_buffer = torch.empty(min(CHUNK_ROWS, num_rows), width, dtype=bias.dtype)
-    scratch_buffer = torch.empty(min(CHUNK_ROWS, num_rows), dim, dtype=bias.dtype)
+    grad_pre_buffer = torch.empty(chunk_rows, width, dtype=bias.dtype)
+    scratch_buffer = torch.empty(chunk_rows, dim, dtype=bias.dtype)
     grad_weight = torch.zeros(weight.shape, dtype=acc)
     grad_bias, grad_w2 = torch.zeros_like(bias), torch.zeros_like(w2)
     grad_x = torch.empty(x.shape if need_x else (0,), dtype=x.dtype)

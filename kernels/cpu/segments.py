@@ -4,13 +4,19 @@
     softmax a[t, c] = exp(x[t, c] - max_b) / sum_b
     weighted_sum  z[b, h, p] = sum_t a[t, h] x[t, p]            row_dots  d[t, h] = sum_p x[t, p] y[b(t), h, p]
 
-Segments are cut into pieces of at most ``PIECE_ROWS`` rows. One thread owns one piece; the partial results of a bag
-are added in the order of its pieces. Pieces do not depend on the number of threads, so neither do the results.
+Segments are cut into pieces of at most ``PIECE_ROWS`` rows. A kernel computes pieces ``begin`` to ``end``, without the
+GIL, and ``_launch`` deals ranges of pieces to torch's number of Python threads; the partial results of a bag are added
+in the order of its pieces. Pieces do not depend on the number of threads, so neither do the results. (Numba's own
+threads are a second OpenMP pool beside torch's: the two spin against each other, and a fork after use is fatal.)
 Every function reads x once (softmax: four passes over it, x being narrow) and writes its output once.
 Sums are accumulated in the dtype of the output: float32, or float64 for float64.
 """
 
 from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import numba
 import numpy as np
@@ -19,9 +25,14 @@ from numba.extending import overload
 from torch import Tensor
 
 PIECE_ROWS = 2048
+# Below this many elements, handing work to a thread costs more than the work.
+_SERIAL_ELEMENTS = 1 << 18
 
 # Sums may be reordered and contracted for vectorisation; NaN and infinities keep their meaning.
-_jit = numba.njit(parallel=True, cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")
+# Rows are summed in blocks, then the blocks: the rounding of long sums grows with their number of blocks.
+_BLOCK_ROWS = 32
+
+_jit = numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")
 
 
 def _widen(value):
@@ -48,40 +59,49 @@ def _widen_overload(value):
 
 
 @_jit
-def _sum(x, starts, ends, out):
-    for i in numba.prange(len(starts)):
-        acc = np.zeros(x.shape[1], out.dtype)
-        for t in range(starts[i], ends[i]):
-            for c in range(x.shape[1]):
-                acc[c] += _widen(x[t, c])
-        out[i] = acc
+def _sum(begin, end, x, starts, ends, out):
+    for i in range(begin, end):
+        part = np.empty(x.shape[1], out.dtype)
+        out[i] = 0
+        for block in range(starts[i], ends[i], _BLOCK_ROWS):
+            part[:] = 0
+            for t in range(block, min(block + _BLOCK_ROWS, ends[i])):
+                for c in range(x.shape[1]):
+                    part[c] += _widen(x[t, c])
+            out[i] += part
 
 
 @_jit
-def _product_sum(x, y, starts, ends, out):
-    for i in numba.prange(len(starts)):
-        acc = np.zeros(x.shape[1], out.dtype)
-        for t in range(starts[i], ends[i]):
-            for c in range(x.shape[1]):
-                acc[c] += x[t, c] * y[t, c]
-        out[i] = acc
+def _product_sum(begin, end, x, y, starts, ends, out):
+    for i in range(begin, end):
+        part = np.empty(x.shape[1], out.dtype)
+        out[i] = 0
+        for block in range(starts[i], ends[i], _BLOCK_ROWS):
+            part[:] = 0
+            for t in range(block, min(block + _BLOCK_ROWS, ends[i])):
+                for c in range(x.shape[1]):
+                    part[c] += x[t, c] * y[t, c]
+            out[i] += part
 
 
 @_jit
-def _weighted_sum(x, a, starts, ends, out):
-    for i in numba.prange(len(starts)):
-        for h in range(a.shape[1]):
-            acc = np.zeros(x.shape[1], out.dtype)
-            for t in range(starts[i], ends[i]):
-                weight = a[t, h]
-                for p in range(x.shape[1]):
-                    acc[p] += weight * _widen(x[t, p])
-            out[i, h] = acc
+def _weighted_sum(begin, end, x, a, starts, ends, out):
+    for i in range(begin, end):
+        part = np.empty(x.shape[1], out.dtype)
+        out[i] = 0
+        for block in range(starts[i], ends[i], _BLOCK_ROWS):
+            for h in range(a.shape[1]):
+                part[:] = 0
+                for t in range(block, min(block + _BLOCK_ROWS, ends[i])):
+                    weight = a[t, h]
+                    for p in range(x.shape[1]):
+                        part[p] += weight * _widen(x[t, p])
+                out[i, h] += part
 
 
 @_jit
-def _row_dots(x, y, bags, starts, ends, out):
-    for i in numba.prange(len(starts)):
+def _row_dots(begin, end, x, y, bags, starts, ends, out):
+    for i in range(begin, end):
         for t in range(starts[i], ends[i]):
             for h in range(y.shape[1]):
                 acc = out.dtype.type(0)
@@ -91,8 +111,8 @@ def _row_dots(x, y, bags, starts, ends, out):
 
 
 @_jit
-def _max(x, starts, ends, out, index):
-    for i in numba.prange(len(starts)):
+def _max(begin, end, x, starts, ends, out, index):
+    for i in range(begin, end):
         for c in range(x.shape[1]):
             out[i, c] = -np.inf
             index[i, c] = -1
@@ -106,16 +126,16 @@ def _max(x, starts, ends, out, index):
 
 
 @_jit
-def _combine_sum(parts, first, out):
-    for b in numba.prange(len(first) - 1):
+def _combine_sum(begin, end, parts, first, out):
+    for b in range(begin, end):
         for i in range(first[b], first[b + 1]):
             for c in range(parts.shape[1]):
                 out[b, c] += parts[i, c]
 
 
 @_jit
-def _combine_max(parts, rows, first, out, index):
-    for b in numba.prange(len(first) - 1):
+def _combine_max(begin, end, parts, rows, first, out, index):
+    for b in range(begin, end):
         for i in range(first[b], first[b + 1]):
             for c in range(parts.shape[1]):
                 value = parts[i, c]
@@ -125,35 +145,51 @@ def _combine_max(parts, rows, first, out, index):
 
 
 @_jit
-def _subtract(x, shift, bags, starts, ends, out):
-    for i in numba.prange(len(starts)):
+def _subtract(begin, end, x, shift, bags, starts, ends, out):
+    for i in range(begin, end):
         for t in range(starts[i], ends[i]):
             for c in range(x.shape[1]):
                 out[t, c] = _widen(x[t, c]) - shift[bags[i], c]
 
 
 @_jit
-def _divide(x, total, bags, starts, ends):
-    for i in numba.prange(len(starts)):
+def _divide(begin, end, x, total, bags, starts, ends):
+    for i in range(begin, end):
         for t in range(starts[i], ends[i]):
             for c in range(x.shape[1]):
                 x[t, c] /= total[bags[i], c]
 
 
 @_jit
-def _softmax_backward(a, grad, delta, bags, starts, ends, out):
-    for i in numba.prange(len(starts)):
+def _softmax_backward(begin, end, a, grad, delta, bags, starts, ends, out):
+    for i in range(begin, end):
         for t in range(starts[i], ends[i]):
             for c in range(a.shape[1]):
                 out[t, c] = a[t, c] * (grad[t, c] - delta[bags[i], c])
+
+
+@cache
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="bigbag-segments")
+
+
+def _launch(kernel, count: int, elements: int, *args) -> None:
+    """``kernel(begin, end, *args)`` over ranges that cover ``count`` pieces or bags, ``elements`` numbers in all."""
+    threads = torch.get_num_threads()
+    if threads == 1 or count == 1 or elements < _SERIAL_ELEMENTS:
+        kernel(0, count, *args)
+        return
+    bounds = np.linspace(0, count, min(count, 4 * threads) + 1).astype(int).tolist()
+    # The pool belongs to a process: its threads do not survive a fork.
+    pool = _pool(os.getpid(), threads)
+    for job in [pool.submit(kernel, begin, end, *args) for begin, end in zip(bounds, bounds[1:])]:
+        job.result()
 
 
 class Pieces:
     """The pieces of all segments: bag, first and last row of each; ``first[b]`` is the first piece of bag b."""
 
     def __init__(self, offsets: Tensor) -> None:
-        # Numba keeps its own number of threads; torch's is the one that users set.
-        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
         rows = offsets.numpy()
         counts = -(-np.diff(rows) // PIECE_ROWS)
         self.first = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
@@ -173,7 +209,7 @@ class Pieces:
         if self.num_bags == len(self) and (np.diff(self.first) == 1).all():
             return parts
         out = parts.new_zeros(self.num_bags, parts.shape[1])
-        _combine_sum(parts.numpy(), self.first, out.numpy())
+        _launch(_combine_sum, self.num_bags, parts.numel(), parts.numpy(), self.first, out.numpy())
         return out
 
 
@@ -191,23 +227,24 @@ def array(x: Tensor) -> np.ndarray:
     return x.numpy()
 
 
-def sum_rows(x: Tensor, offsets: Tensor) -> Tensor:
+def sum_rows(x: Tensor, offsets: Tensor, pieces: Pieces | None = None) -> Tensor:
     """(T, C) -> (B, C) in the accumulation dtype."""
-    pieces = Pieces(offsets)
+    pieces = Pieces(offsets) if pieces is None else pieces
     parts = torch.empty(len(pieces), x.shape[1], dtype=accumulation_dtype(x.dtype))
-    _sum(array(x), pieces.starts, pieces.ends, parts.numpy())
+    _launch(_sum, len(pieces), x.numel(), array(x), pieces.starts, pieces.ends, parts.numpy())
     return pieces.add(parts)
 
 
-def max_rows(x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+def max_rows(x: Tensor, offsets: Tensor, pieces: Pieces | None = None) -> tuple[Tensor, Tensor]:
     """(T, C) -> maxima (B, C) in the accumulation dtype and their first rows (B, C), 0 and -1 for an empty bag."""
-    pieces = Pieces(offsets)
+    pieces = Pieces(offsets) if pieces is None else pieces
     parts = torch.empty(len(pieces), x.shape[1], dtype=accumulation_dtype(x.dtype))
     rows = torch.empty(parts.shape, dtype=torch.int64)
-    _max(array(x), pieces.starts, pieces.ends, parts.numpy(), rows.numpy())
+    _launch(_max, len(pieces), x.numel(), array(x), pieces.starts, pieces.ends, parts.numpy(), rows.numpy())
     out = parts.new_zeros(pieces.num_bags, x.shape[1])
     index = rows.new_full(out.shape, -1)
-    _combine_max(parts.numpy(), rows.numpy(), pieces.first, out.numpy(), index.numpy())
+    partial = (parts.numpy(), rows.numpy(), pieces.first)
+    _launch(_combine_max, pieces.num_bags, parts.numel(), *partial, out.numpy(), index.numpy())
     return out, index
 
 
@@ -216,10 +253,11 @@ def softmax(x: Tensor, offsets: Tensor) -> Tensor:
     pieces = Pieces(offsets)
     out = torch.empty(x.shape, dtype=accumulation_dtype(x.dtype))
     where = (pieces.bags, pieces.starts, pieces.ends)
-    _subtract(array(x), max_rows(x, offsets)[0].numpy(), *where, out.numpy())
+    top, _ = max_rows(x, offsets, pieces)
+    _launch(_subtract, len(pieces), x.numel(), array(x), top.numpy(), *where, out.numpy())
     # torch's exp is vectorised; Numba's is not without Intel's SVML.
     out.exp_()
-    _divide(out.numpy(), sum_rows(out, offsets).numpy(), *where)
+    _launch(_divide, len(pieces), x.numel(), out.numpy(), sum_rows(out, offsets, pieces).numpy(), *where)
     return out
 
 
@@ -228,10 +266,11 @@ def softmax_backward(a: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
     pieces = Pieces(offsets)
     parts = torch.empty(len(pieces), a.shape[1], dtype=a.dtype)
     a_array, grad_array = array(a), array(grad)
-    _product_sum(a_array, grad_array, pieces.starts, pieces.ends, parts.numpy())
+    _launch(_product_sum, len(pieces), a.numel(), a_array, grad_array, pieces.starts, pieces.ends, parts.numpy())
     delta = pieces.add(parts).numpy()
     out = torch.empty(a.shape, dtype=a.dtype)
-    _softmax_backward(a_array, grad_array, delta, pieces.bags, pieces.starts, pieces.ends, out.numpy())
+    where = (pieces.bags, pieces.starts, pieces.ends)
+    _launch(_softmax_backward, len(pieces), a.numel(), a_array, grad_array, delta, *where, out.numpy())
     return out
 
 
@@ -239,7 +278,8 @@ def weighted_sum(x: Tensor, a: Tensor, offsets: Tensor) -> Tensor:
     """x (T, P) in any precision, a (T, H) in an accumulation dtype -> z (B, H, P) in that of a."""
     pieces = Pieces(offsets)
     parts = torch.empty(len(pieces), a.shape[1], x.shape[1], dtype=a.dtype)
-    _weighted_sum(array(x), array(a), pieces.starts, pieces.ends, parts.numpy())
+    work = x.numel() * a.shape[1]
+    _launch(_weighted_sum, len(pieces), work, array(x), array(a), pieces.starts, pieces.ends, parts.numpy())
     return pieces.add(parts.flatten(1)).view(-1, a.shape[1], x.shape[1])
 
 
@@ -247,5 +287,6 @@ def row_dots(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
     """x (T, P) in any precision, y (B, H, P) in an accumulation dtype -> (T, H) in that of y."""
     pieces = Pieces(offsets)
     out = torch.empty(x.shape[0], y.shape[1], dtype=y.dtype)
-    _row_dots(array(x), array(y), pieces.bags, pieces.starts, pieces.ends, out.numpy())
+    where = (pieces.bags, pieces.starts, pieces.ends)
+    _launch(_row_dots, len(pieces), x.numel() * y.shape[1], array(x), array(y), *where, out.numpy())
     return out

@@ -162,9 +162,12 @@ def _grad_projection(
 def _options(weight: Tensor, dim: int, act: str, gated: bool, keep: bool) -> dict[str, object]:
     """Compile-time arguments. The tiles are those without register spills on sm_80 and sm_90."""
     exact = weight.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    tiles: dict[str, object] = {"BLOCK_T": 64, "BLOCK_D": 64, "BLOCK_P": 64, "num_warps": 4, "num_stages": 3}
+    tiles: dict[str, object] = {"BLOCK_T": 64, "BLOCK_D": 64, "BLOCK_P": 64, "num_warps": 8, "num_stages": 3}
     if weight.dtype == torch.float32:
-        tiles |= {"BLOCK_T": 32, "BLOCK_P": 32, "num_warps": 8, "num_stages": 2}
+        tiles |= {"BLOCK_T": 32, "BLOCK_D": 32, "BLOCK_P": 32, "num_stages": 2}
+    if weight.shape[1] % 16:  # rows that are not aligned are loaded element by element, which takes registers
+        narrow = {"BLOCK_D": 32, "BLOCK_P": 32, "num_warps": 4}
+        tiles |= {"BLOCK_T": 64, "BLOCK_D": 64, "BLOCK_P": 16, "num_stages": 1} if weight.dtype == torch.float32 else narrow
     if INTERPRETED:
         tiles |= {"BLOCK_T": 256, "BLOCK_D": max(16, triton.next_power_of_2(dim)), "BLOCK_P": 128}
     precision = "ieee" if exact else "tf32"

@@ -1,0 +1,308 @@
+"""What tests and benchmarks of bigbag share: samples of operators, error budgets, poisoned memory, ranks.
+
+    for sample in samples("attention_pool"):
+        check(sample, impl="cpu", dtype=torch.float32)     # raises AssertionError
+
+The oracle is the operator's reference in float64. An implementation may err twice as much as the reference does in the
+precision under test, plus rounding: so the budget follows from the definition and not from what the kernel happens to do.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from bigbag import ops
+from bigbag.bags import Segments
+
+_SIZES = {
+    "one bag": (37,),
+    "several": (5, 1, 300, 64, 17),
+    "empty bags": (0, 9, 0, 130, 0),
+    "one instance": (1,),
+    "small bags": (4,) * 40 + (3, 1, 2),
+    "off the block": (1025, 513),
+    "long bag": (2600, 3),
+    "no bag has instances": (0, 0),
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call of one operator: named tensors, how its rows are cut, and keyword arguments.
+
+    Attributes:
+        op: name of the function in ``bigbag.ops``.
+        name: what is special about it.
+        sizes: instances of each bag.
+        make: generator -> named float64 tensors on the CPU, in the order of the operator's arguments; those with T
+            rows come first.
+        options: keyword arguments of the call.
+        contiguous: False lays the first tensor out with its rows apart and its columns strided.
+    """
+
+    op: str
+    name: str
+    sizes: tuple[int, ...]
+    make: Callable[[torch.Generator], dict[str, Tensor]]
+    options: dict[str, Any] = field(default_factory=dict)
+    contiguous: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.op}, {self.name}"
+
+    def tensors(self, dtype: torch.dtype, device: str = "cpu", stored: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Leaves that require grad, rounded to ``dtype``; the first one to ``stored`` if given."""
+        made = self.make(torch.Generator().manual_seed(0))
+        out = {}
+        for position, (name, value) in enumerate(made.items()):
+            value = value.to(stored if stored is not None and position == 0 else dtype).to(device)
+            if position == 0 and not self.contiguous:
+                wide = value.new_zeros(value.shape[0], 2 * value.shape[1] + 3)
+                wide[:, 3::2] = value
+                value = wide[:, 3::2]
+            out[name] = value.detach().requires_grad_()
+        return out
+
+    def call(self, tensors: dict[str, Tensor], impl: str | None) -> tuple[Tensor, ...]:
+        first, *rest = tensors.values()
+        segments = Segments.from_sizes(self.sizes, first.device)
+        return self._call(first, segments, rest, list(tensors)[1:], impl)
+
+    def _call(
+        self, first: Tensor, segments: Segments, rest: Sequence[Tensor], names: Sequence[str], impl: str | None
+    ) -> tuple[Tensor, ...]:
+        named = {"b1": None} if self.op == "attention_pool" else {}
+        out = getattr(ops, self.op)(first, segments, **(named | dict(zip(names, rest))), **self.options, impl=impl)
+        return out if isinstance(out, tuple) else (out,)
+
+
+def _attention_sample(
+    name: str,
+    sizes: str = "several",
+    width: int = 33,
+    dim: int = 20,
+    heads: int = 1,
+    gated: bool = True,
+    biases: bool = True,
+    scale: float = 1.0,
+    contiguous: bool = True,
+    **options: Any,
+) -> Sample:
+    def make(generator: torch.Generator) -> dict[str, Tensor]:
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        made = {"x": randn(sum(_SIZES[sizes]), width), "w1": randn(dim, width) / width**0.5}
+        made |= {"b1": randn(dim)} if biases else {}
+        made |= {"w2": randn(heads, dim) * scale}
+        made |= {"wg": randn(dim, width) / width**0.5} if gated else {}
+        return made | ({"bg": randn(dim)} if gated and biases else {})
+
+    return Sample("attention_pool", name, _SIZES[sizes], make, options, contiguous)
+
+
+def _segment_samples(op: str) -> Iterator[Sample]:
+    def make(sizes: tuple[int, ...], shape: tuple[int, ...], scale: float) -> Callable[..., dict[str, Tensor]]:
+        return lambda generator: {
+            "x": torch.randn(sum(sizes), *shape, generator=generator, dtype=torch.float64) * scale
+        }
+
+    for name, sizes in _SIZES.items():
+        yield Sample(op, name, sizes, make(sizes, (5,), 1.0))
+    yield Sample(op, "one-dimensional", _SIZES["several"], make(_SIZES["several"], (), 1.0))
+    yield Sample(op, "three-dimensional", _SIZES["several"], make(_SIZES["several"], (2, 67), 1.0))
+    yield Sample(op, "values at 1e4", _SIZES["several"], make(_SIZES["several"], (3,), 1e4))
+    yield Sample(op, "non-contiguous", _SIZES["several"], make(_SIZES["several"], (6,), 1.0), contiguous=False)
+
+
+def samples(op: str) -> list[Sample]:
+    """The calls on which operator ``op`` is proved.
+
+    Raises:
+        ValueError: an operator without samples.
+    """
+    if op.startswith("segment_"):
+        return list(_segment_samples(op))
+    if op != "attention_pool":
+        raise ValueError(f"bigbag.testing has no samples for operator {op!r}: add them beside the operator")
+    cases = [_attention_sample(name, name) for name in _SIZES]
+    cases += [_attention_sample(f"act {act}", act=act, gated=False) for act in ("tanh", "relu", "gelu")]
+    cases += [_attention_sample(f"gated {act}, kept", act=act, keep_preactivations=True) for act in ("relu", "gelu")]
+    return cases + [
+        _attention_sample("three heads", heads=3, width=70, dim=65),
+        _attention_sample("no biases", biases=False),
+        _attention_sample("scores at 1e4", scale=1e4),
+        _attention_sample("non-contiguous", contiguous=False),
+        _attention_sample("kept", "off the block", width=16, dim=8, keep_preactivations=True),
+    ]
+
+
+def run(sample: Sample, tensors: dict[str, Tensor], impl: str | None) -> dict[str, Tensor]:
+    """Outputs, and the gradients of a fixed random function of all of them, as float64."""
+    outputs = sample.call(tensors, impl)
+    generator = torch.Generator().manual_seed(1)
+    loss = torch.zeros((), dtype=torch.float64, device=outputs[0].device)
+    for out in outputs:
+        # Rounded to 16 bits, so that the gradient that enters is the same in every precision.
+        weight = torch.randn(out.shape, generator=generator).to(torch.bfloat16)
+        weight = weight.to(torch.float16).double()
+        loss = loss + (out.double() * weight.to(out.device)).sum()
+    grads = torch.autograd.grad(loss, list(tensors.values()))
+    found = {f"output {i}": out for i, out in enumerate(outputs)}
+    found |= {f"gradient of {name}": grad for name, grad in zip(tensors, grads)}
+    return {name: value.detach().double().cpu() for name, value in found.items()}
+
+
+def _exact(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().double().cpu().requires_grad_() for name, value in tensors.items()}
+
+
+def _reference_errors(
+    sample: Sample, dtype: torch.dtype, device: str, stored: torch.dtype | None
+) -> dict[str, Tensor]:
+    """How far the reference in ``dtype`` is from that in float64; for float64 itself, float32's error scaled down."""
+    lower = torch.float32 if dtype == torch.float64 else dtype
+    low = sample.tensors(lower, device, stored)
+    truth, found = run(sample, _exact(low), "reference"), run(sample, low, "reference")
+    scale = torch.finfo(dtype).eps / torch.finfo(lower).eps
+    return {name: (found[name] - v).abs().max() * scale for name, v in truth.items() if v.numel()}
+
+
+def check(
+    sample: Sample, impl: str, dtype: torch.dtype, device: str = "cpu", stored: torch.dtype | None = None
+) -> dict[str, float]:
+    """Compare ``impl`` in ``dtype`` with the float64 reference on the same (rounded) numbers.
+
+    Args:
+        stored: dtype of the first tensor, where it is stored narrower than the rest.
+
+    Returns:
+        For each output and gradient, its error divided by its budget.
+
+    Raises:
+        AssertionError: an error beyond 2 x (error of the reference in ``dtype`` + rounding), or a NaN.
+    """
+    low = sample.tensors(dtype, device, stored)
+    truth = run(sample, _exact(low), "reference")
+    reference_error = _reference_errors(sample, dtype, device, stored)
+    found = run(sample, low, impl)
+    used = {}
+    for name, value in truth.items():
+        assert found[name].shape == value.shape, f"{sample}: {name} has shape {tuple(found[name].shape)}"
+        if value.numel() == 0:
+            continue
+        rounding = torch.finfo(dtype).eps * value.abs().max()
+        budget = 2 * (reference_error[name] + rounding)
+        error = (found[name] - value).abs().max()
+        # Written so that a NaN fails.
+        assert bool(error <= budget), f"{sample}, {impl}, {dtype}: {name} errs by {error:.3g}, budget {budget:.3g}"
+        used[name] = float(error / budget) if budget else 0.0
+    return used
+
+
+@contextmanager
+def poisoned_empty() -> Iterator[None]:
+    """Within the block, ``torch.empty`` and its kin give NaN (or the largest integer), so that reading memory that
+    nothing wrote shows up in the result."""
+
+    def poison(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def made(*args: Any, **kwargs: Any) -> Tensor:
+            out = make(*args, **kwargs)
+            if out.is_floating_point():
+                return out.fill_(float("nan"))
+            return out if out.dtype in (torch.bool, torch.uint8) else out.fill_(torch.iinfo(out.dtype).max)
+
+        return made
+
+    with (
+        mock.patch("torch.empty", poison(torch.empty)),
+        mock.patch("torch.empty_like", poison(torch.empty_like)),
+        mock.patch("torch.Tensor.new_empty", poison(Tensor.new_empty)),
+    ):
+        yield
+
+
+def _rank_main(rank: int, world_size: int, folder: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    # The time limit of a collective; the process itself is killed by the parent.
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"LOCAL_WORLD_SIZE": str(world_size)}
+    torch.set_num_threads(1)
+    try:
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
+        )
+        outcome = (True, fn(*args))
+        torch.distributed.destroy_process_group()
+    except BaseException:
+        outcome = (False, traceback.format_exc())
+    path = os.path.join(folder, f"rank{rank}")
+    torch.save(outcome, path + ".part")
+    os.replace(path + ".part", path)
+
+
+def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120) -> list[Any]:
+    """Run ``fn(*args)`` on ``world_size`` gloo ranks, each a fresh process with one thread.
+
+    RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE are set, and the process group is initialised.
+
+    Args:
+        fn: a function that can be pickled: one defined in a module.
+        world_size: number of ranks.
+        timeout_s: seconds after which every rank is killed.
+
+    Returns:
+        What each rank returned, in order of rank.
+
+    Raises:
+        RuntimeError: a rank raised (with its traceback), died, or the time ran out.
+    """
+    context = torch.multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory(prefix="bigbag-ranks-") as folder:
+        ranks = range(world_size)
+        processes = [context.Process(target=_rank_main, args=(r, world_size, folder, fn, args)) for r in ranks]
+        with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}):
+            for process in processes:
+                process.start()
+        try:
+            return _collect(processes, folder, timeout_s)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def _collect(processes: Sequence[Any], folder: str, timeout_s: float) -> list[Any]:
+    """The results; as soon as one rank has failed, its error, since the others may wait for it forever."""
+    import time
+    from multiprocessing.connection import wait
+
+    deadline = time.monotonic() + timeout_s
+    running = dict(enumerate(processes))
+    results: dict[int, Any] = {}
+    while running:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise RuntimeError(f"ranks {sorted(running)} did not finish within {timeout_s} s and were killed")
+        wait([process.sentinel for process in running.values()], timeout=left)
+        for rank, process in list(running.items()):
+            if process.is_alive():
+                continue
+            del running[rank]
+            path = os.path.join(folder, f"rank{rank}")
+            if not os.path.exists(path):
+                raise RuntimeError(f"rank {rank} died with exit code {process.exitcode} and left no result")
+            succeeded, value = torch.load(path, weights_only=False)
+            if not succeeded:
+                raise RuntimeError(f"rank {rank} of {len(processes)} failed:\n{value}")
+            results[rank] = value
+    return [results[rank] for rank in range(len(processes))]

@@ -1,0 +1,271 @@
+"""Building and rearranging CSR graphs on CPU, with Numba.
+
+    cells      neighbours within a radius, from points sorted by the key of the cell they lie in
+    distances  w[e] = exp(-||x_i - x_j|| / P) for the edge e = (i, j)
+    diagonal   a self loop in every row that has none
+    scale      out[e] = w[e] * left[i] [* left[j]]
+    permute    rows and columns in another order
+    hilbert    place of an integer point along Hilbert's curve (Skilling, AIP Conf. Proc. 707, 2004)
+
+One thread owns a piece of rows and alone writes them, so results do not depend on the number of threads.
+Columns come out sorted within a row. Rows are int64 offsets ``crow``, columns int32.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from bigbag.kernels.cpu.segments import _widen, array
+
+PIECE_ROWS = 4096
+INSERTION_SORT_LENGTH = 48
+
+# No fast-math: a distance equal to the radius must be one on every machine.
+_jit = numba.njit(parallel=True, cache=True, nogil=True, error_model="numpy")
+_jit_sums = numba.njit(parallel=True, cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})
+_jit_serial = numba.njit(cache=True, nogil=True, error_model="numpy")
+
+
+def _use_threads_of_torch() -> None:
+    # Numba keeps its own number of threads; torch's is the one that users set.
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+
+
+@_jit_serial
+def _sort_columns(col, start, end):
+    if end - start > INSERTION_SORT_LENGTH:
+        col[start:end].sort()
+        return
+    for e in range(start + 1, end):
+        value = col[e]
+        hole = e
+        while hole > start and col[hole - 1] > value:
+            col[hole] = col[hole - 1]
+            hole -= 1
+        col[hole] = value
+
+
+@_jit
+def _cells(keys, points, order, shifts, limit, crow, col, fill):
+    # A shift leads to a row of three cells; their points lie end to end, keys[k] + shift - 1 .. keys[k] + shift + 1.
+    # Both ends move forward with k, so no search is needed after the first point of a piece.
+    for piece in numba.prange((len(keys) + PIECE_ROWS - 1) // PIECE_ROWS):
+        first, last = piece * PIECE_ROWS, min((piece + 1) * PIECE_ROWS, len(keys))
+        low = np.searchsorted(keys, keys[first] + shifts - 1)
+        high = low.copy()
+        for k in range(first, last):
+            if k == first or keys[k] != keys[k - 1]:
+                for s in range(len(shifts)):
+                    while low[s] < len(keys) and keys[low[s]] < keys[k] + shifts[s] - 1:
+                        low[s] += 1
+                    high[s] = max(high[s], low[s])
+                    while high[s] < len(keys) and keys[high[s]] <= keys[k] + shifts[s] + 1:
+                        high[s] += 1
+            place = crow[order[k]]
+            count = 0
+            for s in range(len(shifts)):
+                for m in range(low[s], high[s]):
+                    square = 0.0
+                    for a in range(points.shape[1]):
+                        square += (points[k, a] - points[m, a]) * (points[k, a] - points[m, a])
+                    if square <= limit and m != k:
+                        if fill:
+                            col[place + count] = order[m]
+                        count += 1
+            if fill:
+                _sort_columns(col, place, place + count)
+            else:
+                crow[order[k] + 1] = count
+
+
+@_jit_sums
+def _distances(x, crow, col, out):
+    for i in numba.prange(len(crow) - 1):
+        for e in range(crow[i], crow[i + 1]):
+            square = out.dtype.type(0)
+            for p in range(x.shape[1]):
+                difference = _widen(x[i, p]) - _widen(x[col[e], p])
+                square += difference * difference
+            out[e] = np.exp(-np.sqrt(square) / x.shape[1])
+
+
+@_jit
+def _has_diagonal(crow, col, out):
+    for i in numba.prange(len(crow) - 1):
+        for e in range(crow[i], crow[i + 1]):
+            if col[e] == i:
+                out[i] = True
+
+
+@_jit
+def _add_diagonal(crow, col, weight, has, new_crow, new_col, new_weight):
+    for i in numba.prange(len(crow) - 1):
+        place = new_crow[i]
+        pending = not has[i]
+        for e in range(crow[i], crow[i + 1]):
+            if pending and col[e] > i:
+                new_col[place] = i
+                if len(new_weight):
+                    new_weight[place] = 1
+                place += 1
+                pending = False
+            new_col[place] = col[e]
+            if len(new_weight):
+                new_weight[place] = weight[e]
+            place += 1
+        if pending:
+            new_col[place] = i
+            if len(new_weight):
+                new_weight[place] = 1
+
+
+@_jit
+def _degrees(crow, weight, out):
+    for i in numba.prange(len(crow) - 1):
+        total = 0.0
+        for e in range(crow[i], crow[i + 1]):
+            total += weight[e]
+        out[i] = total
+
+
+@_jit
+def _scale(crow, col, weight, factor, both, out):
+    for i in numba.prange(len(crow) - 1):
+        for e in range(crow[i], crow[i + 1]):
+            # The two factors first: their product is the same for (i, j) and (j, i).
+            out[e] = weight[e] * (factor[i] * factor[col[e]] if both else factor[i])
+
+
+@_jit
+def _permute(crow, col, weight, order, place_of, new_crow, new_col, new_weight):
+    for i in numba.prange(len(order)):
+        start = new_crow[i]
+        count = new_crow[i + 1] - start
+        old = crow[order[i]]
+        columns = np.empty(count, np.int32)
+        for e in range(count):
+            columns[e] = place_of[col[old + e]]
+        by_column = np.argsort(columns, kind="mergesort")
+        for e in range(count):
+            new_col[start + e] = columns[by_column[e]]
+            if len(new_weight):
+                new_weight[start + e] = weight[old + by_column[e]]
+
+
+@_jit
+def _hilbert(cells, bits, out):
+    axes = cells.shape[1]
+    for i in numba.prange(len(cells)):
+        x = cells[i].copy()
+        for level in range(bits - 1, 0, -1):
+            bit = np.int64(1) << level
+            below = bit - 1
+            for a in range(axes):
+                if x[a] & bit:
+                    x[0] ^= below
+                else:
+                    swap = (x[0] ^ x[a]) & below
+                    x[0] ^= swap
+                    x[a] ^= swap
+        for a in range(1, axes):
+            x[a] ^= x[a - 1]
+        flip = np.int64(0)
+        for level in range(bits - 1, 0, -1):
+            if x[axes - 1] & (np.int64(1) << level):
+                flip ^= (np.int64(1) << level) - 1
+        key = np.int64(0)
+        for level in range(bits - 1, -1, -1):
+            for a in range(axes):
+                key = (key << 1) | (((x[a] ^ flip) >> level) & 1)
+        out[i] = key
+
+
+def radius_neighbours(
+    keys: np.ndarray, points: np.ndarray, order: np.ndarray, shifts: np.ndarray, limit: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """CSR (crow, col) of all pairs of different points with squared distance <= limit, in adjacent cells.
+
+    Args:
+        keys: (N,) int64 cell of each point, ascending.
+        points: (N, c) float64, in the order of ``keys``.
+        order: (N,) int64, row of the graph that each point stands for.
+        shifts: (S,) int64, from the key of a cell to that of the middle cell of each adjacent row of three.
+        limit: squared radius.
+    """
+    _use_threads_of_torch()
+    crow = np.zeros(len(keys) + 1, dtype=np.int64)
+    _cells(keys, points, order, shifts, limit, crow, np.empty(0, np.int32), False)
+    np.cumsum(crow, out=crow)
+    col = np.empty(crow[-1], dtype=np.int32)
+    _cells(keys, points, order, shifts, limit, crow, col, True)
+    return crow, col
+
+
+def feature_weights(x: np.ndarray | Tensor, crow: np.ndarray, col: np.ndarray) -> np.ndarray:
+    """(E,) float32 exp(-||x_i - x_j|| / P); x (N, P) floating, sums in float32, float64 for float64."""
+    _use_threads_of_torch()
+    if isinstance(x, Tensor):
+        x = array(x)
+    elif x.dtype == np.float16:
+        x = x.view(np.uint16)
+    out = np.empty(len(col), dtype=np.float64 if x.dtype == np.float64 else np.float32)
+    _distances(x, crow, col, out)
+    return out.astype(np.float32, copy=False)
+
+
+def with_diagonal(
+    crow: np.ndarray, col: np.ndarray, weight: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """A self loop of weight 1 in every row that has none."""
+    _use_threads_of_torch()
+    has = np.zeros(len(crow) - 1, dtype=np.bool_)
+    _has_diagonal(crow, col, has)
+    new_crow = crow.copy()
+    new_crow[1:] += np.cumsum(~has)
+    new_col = np.empty(new_crow[-1], dtype=np.int32)
+    new_weight = np.empty(0 if weight is None else len(new_col), dtype=np.float32 if weight is None else weight.dtype)
+    _add_diagonal(crow, col, new_weight[:0] if weight is None else weight, has, new_crow, new_col, new_weight)
+    return new_crow, new_col, None if weight is None else new_weight
+
+
+def row_sums(crow: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """(N,) float64."""
+    _use_threads_of_torch()
+    out = np.empty(len(crow) - 1)
+    _degrees(crow, weight, out)
+    return out
+
+
+def scale(crow: np.ndarray, col: np.ndarray, weight: np.ndarray, factor: np.ndarray, both: bool) -> np.ndarray:
+    """(E,) weight[e] * factor[i], times factor[j] if ``both``, in the dtype of ``weight``."""
+    _use_threads_of_torch()
+    out = np.empty_like(weight)
+    _scale(crow, col, weight, factor, both, out)
+    return out
+
+
+def permute(
+    crow: np.ndarray, col: np.ndarray, weight: np.ndarray | None, order: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Row i of the result is row order[i], its columns renamed alike."""
+    _use_threads_of_torch()
+    place_of = np.empty(len(order), dtype=np.int32)
+    place_of[order] = np.arange(len(order), dtype=np.int32)
+    new_crow = np.zeros_like(crow)
+    np.cumsum(np.diff(crow)[order], out=new_crow[1:])
+    new_col = np.empty_like(col)
+    new_weight = np.empty(0, dtype=np.float32) if weight is None else np.empty_like(weight)
+    _permute(crow, col, new_weight if weight is None else weight, order, place_of, new_crow, new_col, new_weight)
+    return new_crow, new_col, None if weight is None else new_weight
+
+
+def hilbert_keys(cells: np.ndarray, bits: int) -> np.ndarray:
+    """(N,) int64 place of each cell (N, c) int64, 0 <= cell < 2**bits, c * bits <= 62, along Hilbert's curve."""
+    assert cells.shape[1] * bits <= 62
+    _use_threads_of_torch()
+    out = np.empty(len(cells), dtype=np.int64)
+    _hilbert(cells, bits, out)
+    return out
