@@ -10,7 +10,6 @@ import logging
 import os
 import shutil
 import sys
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,7 +49,8 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     pack = add("pack", _pack, "Pack the bags of data.source into shards.")
-    pack.add_argument("--workers", type=int, default=1, help="processes that load bags")
+    pack.add_argument("--workers", type=int, default=1, help="threads that load bags")
+    pack.add_argument("--overwrite", action="store_true", help="replace a finished set of other bags")
     train = add("train", _train, "Train, evaluate and report; resume where the run's folder holds a checkpoint.")
     train.add_argument("--restart", action="store_true", help="delete the run's folder and start again")
     evaluate = add("evaluate", _evaluate, "Evaluate the best model of a run again, and report.")
@@ -63,11 +63,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _quiet_known_noise() -> None:
-    """DeepSpeed calls names that torch 2.13 deprecates, hundreds of times; nothing that a user could act on."""
+    """Show bigbag's own messages, on one rank, and only warnings of the libraries under it."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("bigbag").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning, message=".*(reduce_scatter|all_gather).*")
 
 
 def _config(options: argparse.Namespace) -> Config:
@@ -87,7 +86,9 @@ def _pack(options: argparse.Namespace) -> None:
         dtype=config.data.storage_dtype,
         shard_bytes=config.data.shard_bytes,
         empty=config.data.empty_bags,
+        left_out_ok=config.data.missing_bags == "leave_out",
         workers=options.workers,
+        overwrite=options.overwrite,
     )
 
 

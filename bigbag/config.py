@@ -28,6 +28,7 @@ _DATA_KEYS_WITHOUT_EFFECT = (
     "storage_dtype",
     "shard_bytes",
     "empty_bags",
+    "missing_bags",
 )
 _TRAIN_KEYS_WITHOUT_EFFECT = ("checkpoint_every_steps", "log_every_steps")
 
@@ -75,6 +76,8 @@ class DataConfig(_Section):
     """Bytes after which packing starts a new shard."""
     empty_bags: Literal["error", "leave_out"] = "error"
     """What packing does with a bag of no instances: stop, or leave it out and list it."""
+    missing_bags: Literal["error", "leave_out"] = "error"
+    """What packing does with bags that the source names but does not hold: stop, or leave them out and list them."""
     budget_instances: int = 131_072
     """Most instances in one pack; a larger bag is a pack of its own."""
     max_instances: int | None = None

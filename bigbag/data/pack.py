@@ -128,7 +128,7 @@ def _left_out_by(source: Source, left_out_ok: bool) -> list[dict[str, str]]:
         listed = "; ".join(f"{item['name']}: {item['reason']}" for item in left_out[:5])
         raise ValueError(
             f"{len(left_out)} bags cannot be packed ({listed}{'; ...' if len(left_out) > 5 else ''}): repair the "
-            "source, or pack without them with left_out_ok=True, which lists them in the manifest"
+            "source, or pack without them with left_out_ok=True (data.missing_bags: leave_out), which lists them"
         )
     return left_out
 

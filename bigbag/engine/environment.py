@@ -97,7 +97,7 @@ def _memory(
         "activation_checkpointing": wants_checkpointing(config, store, splits["train"]),
         "largest_pack_instances": largest,
         "largest_pack_bytes": largest * row_bytes,
-        "packs_in_flight": 1 + config.data.num_workers * config.data.prefetch_packs,
+        "packs_in_flight": 2 + config.data.num_workers * config.data.prefetch_packs,
         "model_bytes": parameters * 4 * 4,
     }
 

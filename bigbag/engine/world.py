@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,6 +92,8 @@ def _set_threads(threads: int | None) -> None:
 def _start_deepspeed(device: torch.device) -> None:
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed calls names that torch 2.13 deprecates, hundreds of times a run; nothing that a user could act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*(reduce_scatter|all_gather).*")
     import deepspeed
     import deepspeed.ops
 
