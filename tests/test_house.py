@@ -31,8 +31,9 @@ ALLOWED = {
     "utils": ENGINE,
     "evaluation": ENGINE,
     "visualize": ENGINE | {"evaluation"},
-    "testing": ENGINE,
-    "bench": ENGINE | {"testing"},
+    "samples": OPS | {"testing"},
+    "testing": OPS | {"samples"},
+    "bench": ENGINE | {"samples", "testing"},
     "cli": ENGINE | {"evaluation", "visualize", "bench"},
 }
 
@@ -125,6 +126,6 @@ def test_wheel_holds_bigbag_with_its_kernels_and_nothing_else(tmp_path):
     target = tmp_path / "installed"
     zipfile.ZipFile(wheel).extractall(target)
     code = "import bigbag, bigbag.kernels.cpu.attention_pool as k; print(bigbag.__file__, k.__file__)"
-    done = subprocess.run([sys.executable, "-P", "-c", code], env={**os.environ, "PYTHONPATH": str(target)}, cwd=tmp_path,
-                          capture_output=True, text=True, check=True)  # fmt: skip
+    elsewhere = {"env": {**os.environ, "PYTHONPATH": str(target)}, "cwd": tmp_path}
+    done = subprocess.run([sys.executable, "-c", code], **elsewhere, capture_output=True, text=True, check=True)
     assert all(str(target) in place for place in done.stdout.split())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ _PACKAGES = ("bigbag", "torch", "deepspeed", "webdataset", "xformers", "triton",
 def describe_environment(
     config: Config,
     store: BagStore,
-    splits: dict[str, Sequence[int]],
+    splits: Mapping[str, Sequence[int]],
     model: torch.nn.Module,
     backend: str,
     world: World,
@@ -88,7 +88,7 @@ def wants_checkpointing(config: Config, store: BagStore, bags: Sequence[int]) ->
 
 
 def _memory(
-    config: Config, store: BagStore, splits: dict[str, Sequence[int]], model: torch.nn.Module
+    config: Config, store: BagStore, splits: Mapping[str, Sequence[int]], model: torch.nn.Module
 ) -> dict[str, int | bool]:
     largest = largest_pack_instances(config, store, [bag for bags in splits.values() for bag in bags])
     row_bytes = int(np.prod(store.feature_shape)) * np.dtype(store.feature_dtype).itemsize

@@ -80,7 +80,7 @@ def predict_bags(
             out = forward(host_bags.to(world.device, non_blocking=True), want)
             if pack.is_filler:
                 continue
-            logits, scores = out if with_instances else (out, None)
+            logits, scores = out if with_instances else (out, out)
             rows = logits.float().reshape(len(pack.bags), -1).cpu().numpy()
             starts = host_bags.segments.starts
             for i, bag in enumerate(pack.bags):

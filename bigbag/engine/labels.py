@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from bigbag.config import TaskConfig
 from bigbag.data import BagStore, check_binary_labels
@@ -10,7 +10,7 @@ from bigbag.data import BagStore, check_binary_labels
 _USED = ("train", "val", "test")
 
 
-def check_labels(store: BagStore, splits: dict[str, Sequence[int]], task: TaskConfig) -> None:
+def check_labels(store: BagStore, splits: Mapping[str, Sequence[int]], task: TaskConfig) -> None:
     """Check that every bag of the training, validation and test splits has a label that the task understands.
 
     Raises:

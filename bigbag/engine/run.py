@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,7 +67,7 @@ def evaluate(
     config: Config,
     store: BagStore | None = None,
     world: World | None = None,
-    splits: dict[str, Sequence[int]] | None = None,
+    splits: Mapping[str, Sequence[int]] | None = None,
     best_epoch: int | None = None,
 ) -> dict[str, Any]:
     """Evaluate the best model of a run on its validation and test bags and write results and predictions.
@@ -115,7 +115,7 @@ def open_configured_store(config: Config) -> BagStore:
     )
 
 
-def _check_run(config: Config, store: BagStore, splits: dict[str, Sequence[int]]) -> None:
+def _check_run(config: Config, store: BagStore, splits: Mapping[str, Sequence[int]]) -> None:
     check_labels(store, splits, config.task)
     monitored = config.train.monitor == "auroc" and config.task.type == "binary" and splits.get("val")
     if monitored and len({store.infos[bag].label for bag in splits["val"]}) < 2:
@@ -161,7 +161,7 @@ def _differences(config: Config) -> str:
     return f" ({'; '.join(changed)})" if changed else ""
 
 
-def _capped(config: Config, store: BagStore, splits: dict[str, Sequence[int]]) -> dict[str, Any]:
+def _capped(config: Config, store: BagStore, splits: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     """What an instance cap left out, for the results."""
     cap = config.data.max_instances
     if cap is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -43,7 +43,7 @@ class Trainer:
         self,
         config: Config,
         store: BagStore,
-        splits: dict[str, Sequence[int]],
+        splits: Mapping[str, Sequence[int]],
         model: MILModel,
         backend: Backend,
         world: World,

@@ -1,4 +1,4 @@
-"""kill -9 of a rank in mid-epoch under the DeepSpeed launcher: the same command resumes and ends with the same results."""
+"""kill -9 of a rank under the DeepSpeed launcher: the same command resumes and ends with the same results."""
 
 import json
 import os

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from bigbag.testing import run_ranks
 from safetensors.torch import load_file
 
 from bigbag import load_model
 from bigbag.config import build_config
 from bigbag.engine.run import evaluate, train
 from bigbag.engine.world import World, start_world
+from bigbag.testing import run_ranks
 
 STAGES = (0, 1, 2, 3)
 
