@@ -21,7 +21,8 @@ from torch import Tensor
 from bigbag.kernels.cpu.segments import _widen, array
 
 PIECE_ROWS = 4096
-INSERTION_SORT_LENGTH = 48
+FEW_COLUMNS = 16
+NO_WEIGHT = np.empty(0, dtype=np.float32)
 
 # No fast-math: a distance equal to the radius must be one on every machine.
 _jit = numba.njit(parallel=True, cache=True, nogil=True, error_model="numpy")
@@ -35,27 +36,61 @@ def _use_threads_of_torch() -> None:
 
 
 @_jit_serial
-def _sort_columns(col, start, end):
-    if end - start > INSERTION_SORT_LENGTH:
-        col[start:end].sort()
-        return
-    for e in range(start + 1, end):
-        value = col[e]
-        hole = e
-        while hole > start and col[hole - 1] > value:
-            col[hole] = col[hole - 1]
-            hole -= 1
-        col[hole] = value
+def _sort_columns(col, weight, start, end):
+    """Shell sort: insertion sort for the usual few columns, n**1.3 for many. It compiles in a tenth of the time."""
+    gap = 1
+    while gap < (end - start) // 9:
+        gap = 3 * gap + 1
+    while gap > 0:
+        for e in range(start + gap, end):
+            value = col[e]
+            mark = weight[e] if len(weight) else 0
+            hole = e
+            while hole >= start + gap and col[hole - gap] > value:
+                col[hole] = col[hole - gap]
+                if len(weight):
+                    weight[hole] = weight[hole - gap]
+                hole -= gap
+            col[hole] = value
+            if len(weight):
+                weight[hole] = mark
+        gap //= 3
+
+
+@_jit_serial
+def _write_sorted(found, count, col, start):
+    """Put each of a few different columns where its rank says; without branches, so random ones cost no more."""
+    for e in range(count):
+        rank = 0
+        for f in range(count):
+            rank += found[f] < found[e]
+        col[start + rank] = found[e]
+
+
+@_jit_serial
+def _lower_bound(keys, value):
+    """First place whose key is at least ``value``."""
+    low, high = 0, len(keys)
+    while low < high:
+        middle = (low + high) // 2
+        if keys[middle] < value:
+            low = middle + 1
+        else:
+            high = middle
+    return low
 
 
 @_jit
-def _cells(keys, points, order, shifts, limit, crow, col, fill):
+def _cells(keys, points, order, shifts, limit, crow, col, no_weight, fill):
     # A shift leads to a row of three cells; their points lie end to end, keys[k] + shift - 1 .. keys[k] + shift + 1.
     # Both ends move forward with k, so no search is needed after the first point of a piece.
     for piece in numba.prange((len(keys) + PIECE_ROWS - 1) // PIECE_ROWS):
         first, last = piece * PIECE_ROWS, min((piece + 1) * PIECE_ROWS, len(keys))
-        low = np.searchsorted(keys, keys[first] + shifts - 1)
+        low = np.empty_like(shifts)
+        for s in range(len(shifts)):
+            low[s] = _lower_bound(keys, keys[first] + shifts[s] - 1)
         high = low.copy()
+        found = np.empty(FEW_COLUMNS, np.int32)
         for k in range(first, last):
             if k == first or keys[k] != keys[k - 1]:
                 for s in range(len(shifts)):
@@ -73,10 +108,18 @@ def _cells(keys, points, order, shifts, limit, crow, col, fill):
                         square += (points[k, a] - points[m, a]) * (points[k, a] - points[m, a])
                     if square <= limit and m != k:
                         if fill:
-                            col[place + count] = order[m]
+                            if count < FEW_COLUMNS:
+                                found[count] = order[m]
+                            else:
+                                if count == FEW_COLUMNS:
+                                    col[place : place + count] = found
+                                col[place + count] = order[m]
                         count += 1
             if fill:
-                _sort_columns(col, place, place + count)
+                if count <= FEW_COLUMNS:
+                    _write_sorted(found, count, col, place)
+                else:
+                    _sort_columns(col, no_weight, place, place + count)
             else:
                 crow[order[k] + 1] = count
 
@@ -84,10 +127,13 @@ def _cells(keys, points, order, shifts, limit, crow, col, fill):
 @_jit_sums
 def _distances(x, crow, col, out):
     for i in numba.prange(len(crow) - 1):
+        row = np.empty(x.shape[1], out.dtype)
+        for p in range(x.shape[1]):
+            row[p] = _widen(x[i, p])
         for e in range(crow[i], crow[i + 1]):
             square = out.dtype.type(0)
             for p in range(x.shape[1]):
-                difference = _widen(x[i, p]) - _widen(x[col[e], p])
+                difference = row[p] - _widen(x[col[e], p])
                 square += difference * difference
             out[e] = np.exp(-np.sqrt(square) / x.shape[1])
 
@@ -145,14 +191,11 @@ def _permute(crow, col, weight, order, place_of, new_crow, new_col, new_weight):
         start = new_crow[i]
         count = new_crow[i + 1] - start
         old = crow[order[i]]
-        columns = np.empty(count, np.int32)
         for e in range(count):
-            columns[e] = place_of[col[old + e]]
-        by_column = np.argsort(columns, kind="mergesort")
-        for e in range(count):
-            new_col[start + e] = columns[by_column[e]]
+            new_col[start + e] = place_of[col[old + e]]
             if len(new_weight):
-                new_weight[start + e] = weight[old + by_column[e]]
+                new_weight[start + e] = weight[old + e]
+        _sort_columns(new_col, new_weight, start, start + count)
 
 
 @_jit
@@ -197,10 +240,10 @@ def radius_neighbours(
     """
     _use_threads_of_torch()
     crow = np.zeros(len(keys) + 1, dtype=np.int64)
-    _cells(keys, points, order, shifts, limit, crow, np.empty(0, np.int32), False)
+    _cells(keys, points, order, shifts, limit, crow, np.empty(0, np.int32), NO_WEIGHT, False)
     np.cumsum(crow, out=crow)
     col = np.empty(crow[-1], dtype=np.int32)
-    _cells(keys, points, order, shifts, limit, crow, col, True)
+    _cells(keys, points, order, shifts, limit, crow, col, NO_WEIGHT, True)
     return crow, col
 
 
@@ -257,7 +300,7 @@ def permute(
     new_crow = np.zeros_like(crow)
     np.cumsum(np.diff(crow)[order], out=new_crow[1:])
     new_col = np.empty_like(col)
-    new_weight = np.empty(0, dtype=np.float32) if weight is None else np.empty_like(weight)
+    new_weight = NO_WEIGHT.copy() if weight is None else np.empty_like(weight)
     _permute(crow, col, new_weight if weight is None else weight, order, place_of, new_crow, new_col, new_weight)
     return new_crow, new_col, None if weight is None else new_weight
 
