@@ -4,7 +4,7 @@
         check(sample, impl="cpu", dtype=torch.float32)     # raises AssertionError
 
 The oracle is the operator's reference in float64. An implementation may err twice as much as the reference does in the
-precision under test, plus rounding: so the budget follows from the definition and not from what the kernel happens to do.
+precision under test, plus rounding: so the budget follows from the definition, not from what a kernel happens to do.
 """
 
 from __future__ import annotations
@@ -135,7 +135,8 @@ def samples(op: str) -> list[Sample]:
         return list(_segment_samples(op))
     if op != "attention_pool":
         raise ValueError(f"bigbag.testing has no samples for operator {op!r}: add them beside the operator")
-    cases = [_attention_sample(name, name) for name in _SIZES]
+    # Eight heads where there are few rows: the error of a single number says little about the reference.
+    cases = [_attention_sample(name, name, heads=8 if sum(sizes) < 10 else 1) for name, sizes in _SIZES.items()]
     cases += [_attention_sample(f"act {act}", act=act, gated=False) for act in ("tanh", "relu", "gelu")]
     cases += [_attention_sample(f"gated {act}, kept", act=act, keep_preactivations=True) for act in ("relu", "gelu")]
     return cases + [

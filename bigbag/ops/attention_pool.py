@@ -98,13 +98,21 @@ def attention_pool(
 
 
 def _check(
-    x: Tensor, segments: Segments, w1: Tensor, b1: Tensor | None, w2: Tensor, wg: Tensor | None, bg: Tensor | None, act: str
+    x: Tensor,
+    segments: Segments,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    wg: Tensor | None,
+    bg: Tensor | None,
+    act: str,
 ) -> None:
     if x.dim() != 2 or x.dtype not in FLOATING:
         raise ValueError(f"attention_pool: x must be a (T, P) floating tensor, got {tuple(x.shape)} {x.dtype}")
     # Not while tracing: a compiled graph must not depend on how a pack is cut.
     if not torch.compiler.is_compiling() and x.shape[0] != segments.num_instances:
-        raise ValueError(f"attention_pool: x has {x.shape[0]} rows, but segments has {segments.num_instances} instances")
+        rows = segments.num_instances
+        raise ValueError(f"attention_pool: x has {x.shape[0]} rows, but segments has {rows} instances")
     if act not in ACTIVATIONS:
         raise ValueError(f"attention_pool: act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
     if bg is not None and wg is None:
@@ -118,7 +126,8 @@ def _check(
         if tuple(value.shape) != shape:
             raise ValueError(f"attention_pool: {name} has shape {tuple(value.shape)}, expected {shape}")
         if value.device != x.device or not value.is_floating_point():
-            raise ValueError(f"attention_pool: {name} must be floating on {x.device}, got {value.dtype} on {value.device}")
+            found = f"{value.dtype} on {value.device}"
+            raise ValueError(f"attention_pool: {name} must be floating on {x.device}, got {found}")
 
 
 def _compute_dtype(x: Tensor, w1: Tensor) -> torch.dtype:
@@ -170,15 +179,16 @@ def _register(impl: str, module: str) -> Any:
     backward = torch.library.custom_op(name + "_backward", run_backward, mutates_args=(), schema=_SCHEMA_BACKWARD)
 
     @forward.register_fake
-    def _(x: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor, w2: Tensor, act: str, gated: bool, keep: bool) -> Any:
+    def _(x: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor, w2: Tensor, act: Any, gated: Any, keep: bool) -> Any:
         z = bias.new_empty(offsets.shape[0] - 1, w2.shape[0], x.shape[1])
         scores = bias.new_empty(x.shape[0], w2.shape[0])
         kept = weight.new_empty((x.shape[0], weight.shape[0]) if keep else (0,))
         return z, scores, torch.empty_like(scores), kept
 
     @backward.register_fake
-    def _(grad_z: Any, grad_scores: Any, x: Tensor, offsets: Any, weight: Tensor, bias: Tensor, w2: Tensor, *rest: Any) -> Any:
-        grad_x = x.new_empty(x.shape if rest[-1] else (0,))
+    def _(grad_z: Any, grad_scores: Any, *args: Any) -> Any:
+        x, _, weight, bias, w2, *_, need_x = args
+        grad_x = x.new_empty(x.shape if need_x else (0,))
         return grad_x, weight.new_empty(weight.shape), bias.new_empty(bias.shape), w2.new_empty(w2.shape)
 
     def setup(ctx: Any, inputs: Any, output: Any) -> None:

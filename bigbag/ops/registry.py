@@ -52,7 +52,7 @@ _overrides: dict[str, str] = {}
 _announced: set[tuple[str, str, str, torch.dtype]] = set()
 
 
-class use_impl:  # noqa: N801 (reads as a function)
+class use_impl:
     """Fix the implementation of operators for the rest of the run, or for a ``with`` block.
 
     Args:

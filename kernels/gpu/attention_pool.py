@@ -107,7 +107,7 @@ def _scores(
         hidden = _activate(left + tl.load(bias + units, mask=units < D, other=0.0)[None, :], ACT)
         if GATED:
             hidden *= tl.sigmoid(right + tl.load(bias + D + units, mask=units < D, other=0.0)[None, :])
-        for head in range(0, H):
+        for head in range(H):
             row = tl.load(w2 + head * D + units, mask=units < D, other=0.0)
             score = tl.sum(hidden * row[None, :], 1)
             acc += tl.where(heads[None, :] == head, score[:, None], 0.0)
@@ -144,7 +144,7 @@ def _grad_projection(
         gate = tl.sigmoid(right + tl.load(bias + D + units, mask=units < D, other=0.0)[None, :])
         hidden = value * gate
     grad = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-    for head in range(0, H):
+    for head in range(H):
         grad_score = tl.load(ds + rows * H + head, mask=rows < T, other=0.0)
         grad += grad_score[:, None] * tl.load(w2 + head * D + units, mask=units < D, other=0.0)[None, :]
         # Rows beyond T have grad_score = 0, so they add nothing here, nor to grad.
@@ -169,7 +169,7 @@ def _options(weight: Tensor, dim: int, act: str, gated: bool, keep: bool) -> dic
         narrow = {"BLOCK_D": 32, "BLOCK_P": 32, "num_warps": 4}
         tiles |= {"BLOCK_T": 64, "BLOCK_D": 64, "BLOCK_P": 16, "num_stages": 1} if weight.dtype == torch.float32 else narrow
     if INTERPRETED:
-        tiles |= {"BLOCK_T": 256, "BLOCK_D": max(16, triton.next_power_of_2(dim)), "BLOCK_P": 128}
+        tiles |= {"BLOCK_T": 64, "BLOCK_D": max(16, triton.next_power_of_2(dim)), "BLOCK_P": 128}
     precision = "ieee" if exact else "tf32"
     return {"ACT": act, "GATED": gated, "KEEP": keep, "UPCAST": INTERPRETED, "PRECISION": precision, **tiles}
 

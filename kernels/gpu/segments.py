@@ -117,7 +117,7 @@ class Splits:
 
 def _tiles(num_cols: int) -> dict[str, int]:
     if INTERPRETED:  # the interpreter's cost is per operation, not per element
-        return {"BLOCK_T": SPLIT_ROWS, "BLOCK_C": triton.next_power_of_2(num_cols)}
+        return {"BLOCK_T": 64, "BLOCK_C": triton.next_power_of_2(num_cols)}
     columns = min(128, triton.next_power_of_2(num_cols))
     return {"BLOCK_T": min(64, 4096 // columns), "BLOCK_C": columns}
 

@@ -9,7 +9,6 @@ supply the exact signatures, specialisations and tiles; what they return is garb
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -24,8 +23,6 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-
-SHARED_LIMIT_BYTES = {80: 166912, 90: 232448}
 
 
 class StubDriver(DriverBase):
@@ -82,7 +79,8 @@ def main(capability: int, dtypes: list[str]) -> None:
             seen.add(kernel.hash)
             ptx = kernel.asm["ptx"]
             row = {"kernel": self.__name__, "sm": capability, **context, "shared_bytes": kernel.metadata.shared}
-            row |= {"warps": kernel.metadata.num_warps, "cubin_bytes": len(kernel.asm["cubin"]), **usage(ptx, capability)}
+            row |= {"warps": kernel.metadata.num_warps, "cubin_bytes": len(kernel.asm["cubin"])}
+            row |= usage(ptx, capability)
             row["tensor_cores"] = "wgmma" if "wgmma" in ptx else "mma" if "mma.sync" in ptx else ""
             print(json.dumps(row), flush=True)
 
@@ -111,5 +109,4 @@ def main(capability: int, dtypes: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp())
     main(int(sys.argv[1]), sys.argv[2:] or ["bfloat16", "float16", "float32"])
