@@ -105,7 +105,7 @@ def peak_extra_bytes(step: Callable[[], object], device: str) -> int:
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         step()
     live = peak = 0
-    for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
+    for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
             live += event.nbytes()
             peak = max(peak, live)

@@ -168,9 +168,7 @@ def _exact(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().double().cpu().requires_grad_() for name, value in tensors.items()}
 
 
-def _reference_errors(
-    sample: Sample, dtype: torch.dtype, device: str, stored: torch.dtype | None
-) -> dict[str, Tensor]:
+def _reference_errors(sample: Sample, dtype: torch.dtype, device: str, stored: torch.dtype | None) -> dict[str, Tensor]:
     """How far the reference in ``dtype`` is from that in float64; for float64 itself, float32's error scaled down."""
     lower = torch.float32 if dtype == torch.float64 else dtype
     low = sample.tensors(lower, device, stored)

@@ -179,7 +179,9 @@ def _register(impl: str, module: str) -> Any:
     backward = torch.library.custom_op(name + "_backward", run_backward, mutates_args=(), schema=_SCHEMA_BACKWARD)
 
     @forward.register_fake
-    def _(x: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor, w2: Tensor, act: Any, gated: Any, keep: bool) -> Any:
+    def _(
+        x: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor, w2: Tensor, act: Any, gated: Any, keep: bool
+    ) -> Any:
         z = bias.new_empty(offsets.shape[0] - 1, w2.shape[0], x.shape[1])
         scores = bias.new_empty(x.shape[0], w2.shape[0])
         kept = weight.new_empty((x.shape[0], weight.shape[0]) if keep else (0,))

@@ -71,9 +71,7 @@ class use_impl:
         _overrides.update(self._before)
 
 
-def why_not(
-    dtypes: Mapping[str, tuple[torch.dtype, ...]], impl: str, device: str, dtype: torch.dtype
-) -> str | None:
+def why_not(dtypes: Mapping[str, tuple[torch.dtype, ...]], impl: str, device: str, dtype: torch.dtype) -> str | None:
     """Why ``impl`` can't run on ``device`` ("cpu", "cuda") with ``dtype``, or None if it can."""
     if impl not in dtypes:
         return f"there is no such implementation; there are {', '.join(dtypes)}"
@@ -109,7 +107,7 @@ def choose(
         if reason is not None:
             raise ValueError(f"ops.{name}: implementation {requested!r} can't run: {reason}")
         return requested
-    refused = []
+    refused: list[str] = []
     for candidate in _preference(dtypes, device):
         reason = why_not(dtypes, candidate, device, dtype)
         if reason is None:
