@@ -47,7 +47,7 @@ def _nearest(points: np.ndarray, k: int) -> np.ndarray:
             distance, found = tree.query(points[chunk], k=wanted, workers=torch.get_num_threads())
             found = order[found]
             itself = order[chunk]
-            if wanted == k + 2:
+            if wanted == k + 2 < len(points):
                 clear = distance[:, k] < distance[:, k + 1]
                 kept = found[clear, : k + 1]
                 nearest[itself[clear]] = kept[kept != itself[clear, None]].reshape(-1, k)
