@@ -1,0 +1,310 @@
+"""Products with a sparse matrix in CSR form, on CPU, with Numba.
+
+    spmm         out[i] = scale[i] sum_e w[e] x[col[e]] + diagonal[i] x[i] + beta h[i]        (e: the edges of row i)
+    edge_dots    d[e] = <x[i], y[col[e]]>           edge_distances  d[e] = |x[i] - x[col[e]]|^2
+    power_step   v = A w;  total += c v;  dots[i] = <w[i], f[i]>, <v[i], f[i]>
+    edge_softmax a[e] = exp(s[e]) / sum over the edges of row i          transpose   CSR of A^T, by counting
+
+With H heads, edge values are (E, H), and head h owns columns h D/H to (h + 1) D/H of the rows.
+A thread owns a range of rows, or of the edges of these rows, and alone writes them: no races, and results do not depend
+on the number of threads. Sums are accumulated in float32 (float64 for float64).
+Bytes: x once (neighbours' rows come from cache where the graph is local), out once, 4 (1 + H) per edge.
+Whole rows, not blocks of columns: on 2 to 4 KiB rows, blocks of a quarter were 2 to 3 times slower (pages and
+prefetching favour whole rows).
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+import torch
+from numba.extending import overload
+from torch import Tensor
+
+from bigbag.kernels.cpu.segments import _launch, _widen, accumulation_dtype, array
+
+_jit = numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")
+_jit_serial = numba.njit(cache=True, nogil=True, error_model="numpy")
+
+
+def _narrow(value, like):
+    raise NotImplementedError("compiled code only")
+
+
+@overload(_narrow)
+def _narrow_overload(value, like):
+    """``value`` rounded to nearest even in the format of ``like``: int16 stands for bfloat16, uint16 for float16."""
+    if like == numba.types.int16:
+
+        def to_bfloat(value, like):
+            bits = np.float32(value).view(np.uint32)
+            rounded = np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
+            isnan = np.uint32(bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+            return np.int16((np.uint32(0x7FC00000) if isnan else rounded) >> np.uint32(16))
+
+        return to_bfloat
+    if like == numba.types.uint16:
+
+        def to_half(value, like):
+            bits = np.float32(value).view(np.uint32)
+            magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
+            normal = np.uint32(magnitude - np.uint32(0x38000000))
+            normal = np.uint32(normal + np.uint32(0xFFF) + ((normal >> np.uint32(13)) & np.uint32(1))) >> np.uint32(13)
+            # Adding 0.5 aligns the last bit of a number below 2^-14 with the last bit of a float16 subnormal.
+            small = np.uint32(np.float32(magnitude.view(np.float32) + np.float32(0.5)).view(np.uint32) - np.uint32(0x3F000000))
+            half = small if magnitude < np.uint32(0x38800000) else normal
+            half = np.uint32(0x7C00) if magnitude >= np.uint32(0x47800000) else half
+            half = np.uint32(0x7E00) if magnitude > np.uint32(0x7F800000) else half
+            return np.uint16(half | ((bits >> np.uint32(16)) & np.uint32(0x8000)))
+
+        return to_half
+    return lambda value, like: value
+
+
+@_jit
+def _wide(value):
+    # A call, since Numba's own inlining of the same expression twice in a function confuses its scopes.
+    return _widen(value)
+
+
+@_jit
+def _add(acc, row, weight):
+    for c in range(len(acc)):
+        acc[c] += weight * _wide(row[c])
+
+
+@_jit
+def _add_two(acc, left, right, u, v):
+    for c in range(len(acc)):
+        acc[c] += u * _wide(left[c]) + v * _wide(right[c])
+
+
+@_jit
+def _gather(acc, first, last, col, weight, x):
+    """acc = sum of the weighted neighbours' rows, head by head; two at a time halve the traffic of acc."""
+    acc[:] = 0
+    heads = max(weight.shape[1], 1)
+    dim = len(acc) // heads
+    one = acc.dtype.type(1)
+    weighted = weight.shape[0] > 0
+    for h in range(heads):
+        part = acc[h * dim : (h + 1) * dim]
+        e = first
+        while e + 1 < last:
+            u = weight[e, h] if weighted else one
+            v = weight[e + 1, h] if weighted else one
+            _add_two(part, x[col[e], h * dim : (h + 1) * dim], x[col[e + 1], h * dim : (h + 1) * dim], u, v)
+            e += 2
+        if e < last:
+            _add(part, x[col[e], h * dim : (h + 1) * dim], weight[e, h] if weighted else one)
+
+
+@_jit
+def _store(row, acc):
+    for c in range(len(acc)):
+        row[c] = _narrow(acc[c], row[c])
+
+
+@_jit
+def _spmm(begin, end, crow, col, weight, x, scale, diagonal, h, beta, out):
+    acc = np.empty(x.shape[1], beta.dtype)
+    for i in range(begin, end):
+        _gather(acc, crow[i], crow[i + 1], col, weight, x)
+        if len(scale):
+            factor = scale[i] if len(scale) > 1 else scale[0]
+            for c in range(len(acc)):
+                acc[c] *= factor
+        if len(diagonal):
+            _add(acc, x[i], diagonal[i])
+        if len(h):
+            _add(acc, h[i], beta[0])
+        _store(out[i], acc)
+
+
+@_jit
+def _dot(acc, row):
+    total = acc.dtype.type(0)
+    for c in range(len(acc)):
+        total += acc[c] * _wide(row[c])
+    return total
+
+
+@_jit
+def _square_distance(acc, row):
+    total = acc.dtype.type(0)
+    for c in range(len(acc)):
+        difference = acc[c] - _wide(row[c])
+        total += difference * difference
+    return total
+
+
+@_jit
+def _load(acc, row):
+    for c in range(len(acc)):
+        acc[c] = _wide(row[c])
+
+
+@_jit
+def _edge_dots(begin, end, crow, col, x, y, out):
+    row = np.empty(x.shape[1], out.dtype)
+    dim = x.shape[1] // out.shape[1]
+    for i in range(begin, end):
+        _load(row, x[i])
+        for e in range(crow[i], crow[i + 1]):
+            for h in range(out.shape[1]):
+                out[e, h] = _dot(row[h * dim : (h + 1) * dim], y[col[e], h * dim : (h + 1) * dim])
+
+
+@_jit
+def _edge_distances(begin, end, crow, col, x, out):
+    row = np.empty(x.shape[1], out.dtype)
+    for i in range(begin, end):
+        _load(row, x[i])
+        for e in range(crow[i], crow[i + 1]):
+            out[e, 0] = _square_distance(row, x[col[e]])
+
+
+@_jit
+def _power_step(begin, end, crow, col, weight, w, f, coefficients, step, v, total, dots):
+    acc = np.empty(w.shape[1], dots.dtype)
+    sums = np.empty(w.shape[1], dots.dtype)
+    for i in range(begin, end):
+        _load(sums, total[i] if step > 1 else w[i])
+        if step == 1:
+            dots[i, 0] = _dot(sums, f[i])
+            for c in range(len(sums)):
+                sums[c] *= coefficients[0]
+        _gather(acc, crow[i], crow[i + 1], col, weight, w)
+        dots[i, 1] = _dot(acc, f[i])
+        for c in range(len(sums)):
+            sums[c] += coefficients[step] * acc[c]
+        _store(v[i], acc)
+        _store(total[i], sums)
+
+
+@_jit
+def _edge_softmax(begin, end, crow, scores, out):
+    for i in range(begin, end):
+        for h in range(scores.shape[1]):
+            top = -out.dtype.type(np.inf)
+            for e in range(crow[i], crow[i + 1]):
+                top = max(top, scores[e, h])
+            total = out.dtype.type(0)
+            for e in range(crow[i], crow[i + 1]):
+                out[e, h] = np.exp(scores[e, h] - top)
+                total += out[e, h]
+            for e in range(crow[i], crow[i + 1]):
+                out[e, h] /= total
+
+
+@_jit
+def _edge_softmax_backward(begin, end, crow, a, grad, out):
+    for i in range(begin, end):
+        for h in range(a.shape[1]):
+            delta = out.dtype.type(0)
+            for e in range(crow[i], crow[i + 1]):
+                delta += a[e, h] * grad[e, h]
+            for e in range(crow[i], crow[i + 1]):
+                out[e, h] = a[e, h] * (grad[e, h] - delta)
+
+
+@_jit_serial
+def _transpose(crow, col, crow_t, col_t, perm):
+    crow_t[:] = 0
+    for e in range(len(col)):
+        crow_t[col[e] + 1] += 1
+    place = np.empty(len(crow_t), np.int64)
+    place[0] = 0
+    for i in range(1, len(crow_t)):
+        crow_t[i] += crow_t[i - 1]
+        place[i] = crow_t[i]
+    for i in range(len(crow) - 1):
+        for e in range(crow[i], crow[i + 1]):
+            k = place[col[e]]
+            place[col[e]] += 1
+            col_t[k] = i
+            perm[k] = e
+
+
+def _values(x: Tensor | None, dtype: torch.dtype, dims: int = 1) -> np.ndarray:
+    """Scalars, row or edge values as an array of the accumulation dtype; an empty one stands for None."""
+    if x is None:
+        return torch.zeros((0,) * dims, dtype=dtype).numpy()
+    return torch.atleast_1d(x.detach().to(dtype)).contiguous().numpy()
+
+
+def spmm(
+    crow: Tensor,
+    col: Tensor,
+    weight: Tensor | None,
+    x: Tensor,
+    scale: Tensor | None = None,
+    diagonal: Tensor | None = None,
+    h: Tensor | None = None,
+    beta: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """weight (E, H) or None for ones, x (T, D), scale (1,) or (T,), diagonal (T,), h (T, D), beta (1,) -> (T, D).
+
+    ``out`` may be ``h`` itself, not x.
+    """
+    dtype = accumulation_dtype(x.dtype)
+    num_rows = crow.shape[0] - 1
+    out = torch.empty(num_rows, x.shape[1], dtype=x.dtype) if out is None else out
+    rows = array(x)
+    extra = array(h) if h is not None else rows[:0]
+    factors = (_values(scale, dtype), _values(diagonal, dtype), extra, _values(torch.ones(1) if beta is None else beta, dtype))
+    work = (col.shape[0] + num_rows) * x.shape[1]
+    _launch(_spmm, num_rows, work, crow.numpy(), col.numpy(), _values(weight, dtype, 2), rows, *factors, array(out))
+    return out
+
+
+def edge_dots(crow: Tensor, col: Tensor, x: Tensor, y: Tensor, heads: int) -> Tensor:
+    """x, y (T, D) of one dtype -> (E, heads) in the accumulation dtype."""
+    out = torch.empty(col.shape[0], heads, dtype=accumulation_dtype(x.dtype))
+    args = (crow.numpy(), col.numpy(), array(x), array(y), out.numpy())
+    _launch(_edge_dots, crow.shape[0] - 1, col.shape[0] * x.shape[1], *args)
+    return out
+
+
+def edge_distances(crow: Tensor, col: Tensor, x: Tensor) -> Tensor:
+    """x (T, D) -> (E, 1) in the accumulation dtype."""
+    out = torch.empty(col.shape[0], 1, dtype=accumulation_dtype(x.dtype))
+    _launch(_edge_distances, crow.shape[0] - 1, col.shape[0] * x.shape[1], crow.numpy(), col.numpy(), array(x), out.numpy())
+    return out
+
+
+def power_step(
+    crow: Tensor, col: Tensor, weight: Tensor | None, w: Tensor, f: Tensor, coefficients: Tensor, step: int, v: Tensor, total: Tensor
+) -> Tensor:
+    """v = A w and total += coefficients[step] v (at step 1, total = coefficients[0] w first) -> <w, f>, <v, f>.
+
+    The first of the two dots is computed at step 1 only.
+    """
+    dtype = accumulation_dtype(w.dtype)
+    dots = torch.zeros(w.shape[0], 2, dtype=dtype)
+    args = (crow.numpy(), col.numpy(), _values(weight, dtype, 2), array(w), array(f), _values(coefficients, dtype))
+    work = (col.shape[0] + w.shape[0]) * w.shape[1]
+    _launch(_power_step, w.shape[0], work, *args, step, array(v), array(total), dots.numpy())
+    return dots.sum(0, dtype=torch.float64)
+
+
+def edge_softmax(crow: Tensor, scores: Tensor) -> Tensor:
+    """(E, H) of an accumulation dtype -> softmax over the edges of each row."""
+    out = torch.empty(scores.shape, dtype=scores.dtype)
+    _launch(_edge_softmax, crow.shape[0] - 1, 8 * scores.numel(), crow.numpy(), array(scores), out.numpy())
+    return out
+
+
+def edge_softmax_backward(crow: Tensor, a: Tensor, grad: Tensor) -> Tensor:
+    """a * (grad - sum over the edges of the row of a * grad), all (E, H)."""
+    out = torch.empty(a.shape, dtype=a.dtype)
+    _launch(_edge_softmax_backward, crow.shape[0] - 1, 4 * a.numel(), crow.numpy(), array(a), array(grad), out.numpy())
+    return out
+
+
+def transpose(crow: Tensor, col: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """CSR of A^T: crow (T + 1,), col (E,) and, for each of its edges, the edge of A it comes from (E,)."""
+    crow_t, col_t, perm = torch.empty_like(crow), torch.empty_like(col), torch.empty(col.shape[0], dtype=torch.int64)
+    _transpose(crow.numpy(), col.numpy(), crow_t.numpy(), col_t.numpy(), perm.numpy())
+    return crow_t, col_t, perm

@@ -1,0 +1,311 @@
+"""Products with a sparse matrix in CSR form, on the GPU, with Triton.
+
+    spmm         out[i] = scale[i] sum_e w[e] x[col[e]] + diagonal[i] x[i] + beta h[i]        (e: the edges of row i)
+    edge_dots    d[e] = <x[i], y[col[e]]>           edge_distances  d[e] = |x[i] - x[col[e]]|^2
+    power_step   v = A w;  total += c v;  dots = sum_i <w[i], f[i]>, sum_i <v[i], f[i]>
+    edge_softmax a[e] = exp(s[e]) / sum over the edges of row i          transpose   CSR of A^T, by a stable sort
+
+One program owns ``BLOCK_R`` rows x ``BLOCK_C`` columns of the output (edge_dots: a block of edges and a head) and walks
+over the neighbours of its rows together, up to the longest list. Programs of one block of columns run after one another,
+so in a local graph neighbours' rows are found in L2. With H heads, edge values are (E, H) and head h owns columns
+h D/H to (h + 1) D/H. No atomics: two runs give the same bits. Sums are accumulated in float32.
+Bytes: x once where L2 holds the neighbourhood, out once, 4 (1 + H) per edge. Scalars are read on the device: no launch
+waits for it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+@triton.jit
+def _gather(
+    crow, col, weight, x, rows, cols, T, C, WEIGHTED: tl.constexpr, HEADS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """(BLOCK_R, BLOCK_C) sums of the weighted neighbours' rows."""
+    start = tl.load(crow + rows, mask=rows < T, other=0)
+    end = tl.load(crow + rows + 1, mask=rows < T, other=0)
+    acc = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    for k in range(0, tl.max(end - start)):
+        edge = start + k
+        present = edge < end
+        neighbour = tl.load(col + edge, mask=present, other=0).to(tl.int64)
+        inside = present[:, None] & (cols < C)[None, :]
+        tile = tl.load(x + neighbour[:, None] * C + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            if HEADS == 1:
+                tile *= tl.load(weight + edge, mask=present, other=0.0)[:, None]
+            else:
+                head = cols // (C // HEADS)
+                tile *= tl.load(weight + edge[:, None] * HEADS + head[None, :], mask=inside, other=0.0)
+        acc += tile
+    return acc
+
+
+@triton.jit
+def _spmm(
+    crow,
+    col,
+    weight,
+    x,
+    scale,
+    diagonal,
+    h,
+    beta,
+    out,
+    T,
+    C,
+    WEIGHTED: tl.constexpr,
+    HEADS: tl.constexpr,
+    SCALED: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    ADDED: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = (rows < T)[:, None] & (cols < C)[None, :]
+    places = rows[:, None] * C + cols[None, :]
+    acc = _gather(crow, col, weight, x, rows, cols, T, C, WEIGHTED, HEADS, BLOCK_R, BLOCK_C)
+    if SCALED == 1:
+        acc *= tl.load(scale)
+    if SCALED == 2:
+        acc *= tl.load(scale + rows, mask=rows < T, other=0.0)[:, None]
+    if DIAGONAL:
+        factor = tl.load(diagonal + rows, mask=rows < T, other=0.0)
+        acc += factor[:, None] * tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
+    if ADDED:
+        acc += tl.load(beta) * tl.load(h + places, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + places, acc.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _power_step(
+    crow,
+    col,
+    weight,
+    w,
+    f,
+    coefficients,
+    v,
+    total,
+    dots,
+    T,
+    C,
+    step,
+    FIRST: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = (rows < T)[:, None] & (cols < C)[None, :]
+    places = rows[:, None] * C + cols[None, :]
+    program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    acc = _gather(crow, col, weight, w, rows, cols, T, C, WEIGHTED, 1, BLOCK_R, BLOCK_C)
+    right = tl.load(f + places, mask=inside, other=0.0).to(tl.float32)
+    if FIRST:
+        own = tl.load(w + places, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dots + 2 * program, tl.sum(own * right))
+        sums = tl.load(coefficients) * own
+    else:
+        tl.store(dots + 2 * program, 0.0)
+        sums = tl.load(total + places, mask=inside, other=0.0).to(tl.float32)
+    sums += tl.load(coefficients + step) * acc
+    tl.store(dots + 2 * program + 1, tl.sum(acc * right))
+    tl.store(v + places, acc.to(v.dtype.element_ty), mask=inside)
+    tl.store(total + places, sums.to(total.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _edge_dots(
+    rows, col, x, y, out, E, C, HEADS: tl.constexpr, DISTANCE: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    edges = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
+    head = tl.program_id(1)
+    left = tl.load(rows + edges, mask=edges < E, other=0)
+    right = tl.load(col + edges, mask=edges < E, other=0).to(tl.int64)
+    dim = C // HEADS
+    acc = tl.zeros([BLOCK_E], tl.float32)
+    for first in range(0, dim, BLOCK_C):
+        offset = first + tl.arange(0, BLOCK_C)
+        inside = (edges < E)[:, None] & (offset < dim)[None, :]
+        cols = (head * dim + offset)[None, :]
+        mine = tl.load(x + left[:, None] * C + cols, mask=inside, other=0.0).to(tl.float32)
+        other = tl.load(y + right[:, None] * C + cols, mask=inside, other=0.0).to(tl.float32)
+        if DISTANCE:
+            acc += tl.sum((mine - other) * (mine - other), 1)
+        else:
+            acc += tl.sum(mine * other, 1)
+    tl.store(out + edges * HEADS + head, acc, mask=edges < E)
+
+
+@triton.jit
+def _edge_softmax(crow, scores, out, T, HEADS: tl.constexpr, BLOCK_R: tl.constexpr):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    head = tl.program_id(1)
+    start = tl.load(crow + rows, mask=rows < T, other=0)
+    end = tl.load(crow + rows + 1, mask=rows < T, other=0)
+    longest = tl.max(end - start)
+    top = tl.full([BLOCK_R], -float("inf"), tl.float32)
+    for k in range(0, longest):
+        value = tl.load(scores + (start + k) * HEADS + head, mask=start + k < end, other=-float("inf"))
+        top = tl.maximum(top, value)
+    # Rows without edges: any finite number keeps inf - inf out.
+    top = tl.where(start < end, top, 0.0)
+    total = tl.zeros([BLOCK_R], tl.float32)
+    for k in range(0, longest):
+        value = tl.load(scores + (start + k) * HEADS + head, mask=start + k < end, other=-float("inf"))
+        total += tl.exp(value - top)
+    for k in range(0, longest):
+        place = (start + k) * HEADS + head
+        value = tl.load(scores + place, mask=start + k < end, other=-float("inf"))
+        tl.store(out + place, tl.exp(value - top) / total, mask=start + k < end)
+
+
+@triton.jit
+def _edge_softmax_backward(crow, a, grad, out, T, HEADS: tl.constexpr, BLOCK_R: tl.constexpr):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    head = tl.program_id(1)
+    start = tl.load(crow + rows, mask=rows < T, other=0)
+    end = tl.load(crow + rows + 1, mask=rows < T, other=0)
+    longest = tl.max(end - start)
+    delta = tl.zeros([BLOCK_R], tl.float32)
+    for k in range(0, longest):
+        place = (start + k) * HEADS + head
+        present = start + k < end
+        delta += tl.load(a + place, mask=present, other=0.0) * tl.load(grad + place, mask=present, other=0.0)
+    for k in range(0, longest):
+        place = (start + k) * HEADS + head
+        present = start + k < end
+        difference = tl.load(grad + place, mask=present, other=0.0) - delta
+        tl.store(out + place, tl.load(a + place, mask=present, other=0.0) * difference, mask=present)
+
+
+def _tiles(num_cols: int) -> dict[str, int]:
+    if INTERPRETED:  # the interpreter's cost is per operation, not per element
+        return {"BLOCK_R": 512, "BLOCK_C": triton.next_power_of_2(num_cols)}
+    columns = min(256, triton.next_power_of_2(num_cols))
+    return {"BLOCK_R": min(128, 2048 // columns), "BLOCK_C": columns}
+
+
+def _row_block() -> int:
+    return 1024 if INTERPRETED else 128
+
+
+def _values(x: Tensor | None, other: Tensor) -> Tensor:
+    """Scalars, row or edge values in float32; any tensor where there are none, since it is not read."""
+    return other if x is None else x.float().contiguous()
+
+
+def spmm(
+    crow: Tensor,
+    col: Tensor,
+    weight: Tensor | None,
+    x: Tensor,
+    scale: Tensor | None = None,
+    diagonal: Tensor | None = None,
+    h: Tensor | None = None,
+    beta: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """weight (E, H) or None for ones, x (T, D), scale (1,) or (T,), diagonal (T,), h (T, D), beta (1,) -> (T, D).
+
+    ``out`` may be ``h`` itself, not x.
+    """
+    x = x.contiguous()
+    num_rows, num_cols = crow.shape[0] - 1, x.shape[1]
+    out = x.new_empty(num_rows, num_cols) if out is None else out
+    if out.numel() == 0:
+        return out
+    beta = x.new_ones(1, dtype=torch.float32) if beta is None else beta
+    tensors = (_values(weight, x), x, _values(scale, x), _values(diagonal, x), x if h is None else h.contiguous())
+    flags = {
+        "WEIGHTED": weight is not None,
+        "HEADS": 1 if weight is None else weight.shape[1],
+        "SCALED": 0 if scale is None else (1 if scale.numel() == 1 else 2),
+        "DIAGONAL": diagonal is not None,
+        "ADDED": h is not None,
+    }
+    tiles = _tiles(num_cols)
+    grid = (triton.cdiv(num_rows, tiles["BLOCK_R"]), triton.cdiv(num_cols, tiles["BLOCK_C"]))
+    _spmm[grid](crow, col, *tensors, _values(beta, x), out, num_rows, num_cols, **flags, **tiles)
+    return out
+
+
+def _edges(crow: Tensor, col: Tensor, x: Tensor, y: Tensor, heads: int, distance: bool) -> Tensor:
+    x, y = x.contiguous(), y.contiguous()
+    num_edges = col.shape[0]
+    out = x.new_empty(num_edges, heads, dtype=torch.float32)
+    if out.numel() == 0:
+        return out
+    nodes = torch.arange(crow.shape[0] - 1, device=crow.device)
+    rows = torch.repeat_interleave(nodes, crow.diff(), output_size=num_edges)
+    dim = triton.next_power_of_2(x.shape[1] // heads)
+    tiles = {"BLOCK_E": 4096, "BLOCK_C": dim} if INTERPRETED else {"BLOCK_E": 32, "BLOCK_C": min(128, dim)}
+    grid = (triton.cdiv(num_edges, tiles["BLOCK_E"]), heads)
+    _edge_dots[grid](rows, col, x, y, out, num_edges, x.shape[1], HEADS=heads, DISTANCE=distance, **tiles)
+    return out
+
+
+def edge_dots(crow: Tensor, col: Tensor, x: Tensor, y: Tensor, heads: int) -> Tensor:
+    """x, y (T, D) of one dtype -> (E, heads) float32."""
+    return _edges(crow, col, x, y, heads, False)
+
+
+def edge_distances(crow: Tensor, col: Tensor, x: Tensor) -> Tensor:
+    """x (T, D) -> (E, 1) float32."""
+    return _edges(crow, col, x, x, 1, True)
+
+
+def power_step(
+    crow: Tensor, col: Tensor, weight: Tensor | None, w: Tensor, f: Tensor, coefficients: Tensor, step: int, v: Tensor, total: Tensor
+) -> Tensor:
+    """v = A w and total += coefficients[step] v (at step 1, total = coefficients[0] w first) -> <w, f>, <v, f>.
+
+    The first of the two dots is computed at step 1 only.
+    """
+    num_rows, num_cols = w.shape
+    tiles = _tiles(num_cols)
+    grid = (triton.cdiv(num_rows, tiles["BLOCK_R"]), triton.cdiv(num_cols, tiles["BLOCK_C"]))
+    dots = w.new_empty(grid[0] * grid[1], 2, dtype=torch.float32)
+    if w.numel() == 0:
+        return dots.new_zeros(2, dtype=torch.float64)
+    args = (crow, col, _values(weight, w), w, f.contiguous(), coefficients, v, total, dots, num_rows, num_cols, step)
+    _power_step[grid](*args, FIRST=step == 1, WEIGHTED=weight is not None, **tiles)
+    return dots.sum(0, dtype=torch.float64)
+
+
+def edge_softmax(crow: Tensor, scores: Tensor) -> Tensor:
+    """(E, H) float32 -> softmax over the edges of each row."""
+    out = torch.empty_like(scores)
+    if out.numel():
+        grid = (triton.cdiv(crow.shape[0] - 1, _row_block()), scores.shape[1])
+        _edge_softmax[grid](crow, scores, out, crow.shape[0] - 1, HEADS=scores.shape[1], BLOCK_R=_row_block())
+    return out
+
+
+def edge_softmax_backward(crow: Tensor, a: Tensor, grad: Tensor) -> Tensor:
+    """a * (grad - sum over the edges of the row of a * grad), all (E, H)."""
+    out = torch.empty_like(a)
+    if out.numel():
+        grid = (triton.cdiv(crow.shape[0] - 1, _row_block()), a.shape[1])
+        args = (crow, a.contiguous(), grad.contiguous(), out, crow.shape[0] - 1)
+        _edge_softmax_backward[grid](*args, HEADS=a.shape[1], BLOCK_R=_row_block())
+    return out
+
+
+def transpose(crow: Tensor, col: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """CSR of A^T: crow (T + 1,), col (E,) and, for each of its edges, the edge of A it comes from (E,)."""
+    nodes = torch.arange(crow.shape[0] - 1, device=crow.device)
+    rows = torch.repeat_interleave(nodes, crow.diff(), output_size=col.shape[0])
+    ordered, perm = torch.sort(col, stable=True)
+    crow_t = torch.searchsorted(ordered, torch.arange(crow.shape[0], device=crow.device, dtype=col.dtype))
+    return crow_t, rows[perm].to(col.dtype), perm
