@@ -102,8 +102,12 @@ def peak_extra_bytes(step: Callable[[], object], device: str) -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     activities = [torch.profiler.ProfilerActivity.CPU]
+    # The profiler sees the allocations of the thread that started it alone.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         step()
+    torch.set_num_threads(threads)
     live = peak = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":

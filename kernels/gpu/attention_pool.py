@@ -166,8 +166,10 @@ def _options(weight: Tensor, dim: int, act: str, gated: bool, keep: bool) -> dic
     if weight.dtype == torch.float32:
         tiles |= {"BLOCK_T": 32, "BLOCK_D": 32, "BLOCK_P": 32, "num_stages": 2}
     if weight.shape[1] % 16:  # rows that are not aligned are loaded element by element, which takes registers
-        narrow = {"BLOCK_D": 32, "BLOCK_P": 32, "num_warps": 4}
-        tiles |= {"BLOCK_T": 64, "BLOCK_D": 64, "BLOCK_P": 16, "num_stages": 1} if weight.dtype == torch.float32 else narrow
+        if weight.dtype == torch.float32:
+            tiles |= {"BLOCK_T": 64, "BLOCK_D": 64, "BLOCK_P": 16, "num_stages": 1}
+        else:
+            tiles |= {"BLOCK_D": 32, "BLOCK_P": 32, "num_warps": 4}
     if INTERPRETED:
         tiles |= {"BLOCK_T": 64, "BLOCK_D": max(16, triton.next_power_of_2(dim)), "BLOCK_P": 128}
     precision = "ieee" if exact else "tf32"

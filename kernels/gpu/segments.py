@@ -52,7 +52,9 @@ def _combine_sums(parts, first, out, C, BLOCK_S: tl.constexpr, BLOCK_C: tl.const
 
 
 @triton.jit
-def _max_splits(x, rows_in, starts, ends, out, index, C, INDEXED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
+def _max_splits(
+    x, rows_in, starts, ends, out, index, C, INDEXED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
     # First level: x are the rows themselves. Second level (INDEXED): x are partial maxima, rows_in their rows.
     split = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -201,6 +203,8 @@ def row_dots(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
     if out.numel() == 0:
         return out
     bags = _spread(torch.arange(y.shape[0], device=x.device), offsets, num_rows)
-    tiles = {"BLOCK_T": 1024, "BLOCK_P": triton.next_power_of_2(width)} if INTERPRETED else {"BLOCK_T": 32, "BLOCK_P": 128}
+    tiles = {"BLOCK_T": 32, "BLOCK_P": 128}
+    if INTERPRETED:
+        tiles = {"BLOCK_T": 1024, "BLOCK_P": triton.next_power_of_2(width)}
     _row_dots[triton.cdiv(num_rows, tiles["BLOCK_T"]), heads](x, y, bags, out, num_rows, width, heads, **tiles)
     return out

@@ -6,6 +6,7 @@ Under TRITON_INTERPRET=1 the Triton kernels run here too; ``tests/kernels/test_i
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -128,6 +129,27 @@ def test_cpu_segments_do_not_depend_on_the_number_of_threads() -> None:
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_attention_pool_on_worker_threads_is_right_and_repeats_itself() -> None:
+    from bigbag.kernels.cpu import attention_pool
+
+    sample = NAMED["attention_pool, long bag"]
+    exact = run(sample, sample.tensors(torch.float64), "reference")
+    tensors = sample.tensors(torch.float32)
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        first, second = run(sample, tensors, "cpu"), run(sample, tensors, "cpu")
+        assert torch.get_num_threads() == threads
+        pool = attention_pool._pool(os.getpid(), threads, 1)
+        # An operation that asks for the number of threads must not change it.
+        assert pool.submit(lambda: (torch.zeros(1 << 17).exp_(), torch.get_num_threads())[1]).result() == 1
+        for name, value in exact.items():
+            assert torch.equal(first[name], second[name]), name
+            torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-5 * float(value.abs().max()))
+        with torch.inference_mode():
+            scores = sample.call({name: t.detach() for name, t in tensors.items()}, "cpu")[1]
+        assert torch.equal(scores.double(), first["output 1"])
 
 
 @pytest.mark.parametrize("impl", IMPLS)
