@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +18,36 @@ from bigbag.data.sources.base import SourceEntry
 class TableSource:
     """Bags of a table (a :class:`bigbag.data.sources.Source`); a bag is positive where any of its lines is.
 
+    With ``fold`` given, the bags of that part of a stratified ``num_folds``-fold split are the test bags, all others
+    the training bags, and every feature is standardised with its mean and standard deviation over the training
+    instances.
+
     Args:
         x: ``(T, P)`` features of all instances.
         bag_ids: ``(T,)`` bag of each instance; bags come in the order of their first instance.
         labels: ``(T,)`` label of the bag that each instance belongs to.
         name: name of the data set, the first part of each bag's name.
         path: file that the table was read from, for error messages.
+        fold: number of the test fold, from 0; None leaves splits open and features as they are.
+        num_folds: number of folds.
+        seed: seed of the shuffle before the bags are dealt into folds.
 
     Raises:
-        ValueError: columns of different lengths, or a bag with two labels.
+        ValueError: columns of different lengths, a bag with two labels, or a fold that is not there.
     """
 
     patch_shape: tuple[int, int] | None = None
 
     def __init__(
-        self, x: np.ndarray, bag_ids: np.ndarray, labels: np.ndarray, name: str = "table", path: str = ""
+        self,
+        x: np.ndarray,
+        bag_ids: np.ndarray,
+        labels: np.ndarray,
+        name: str = "table",
+        path: str = "",
+        fold: int | None = None,
+        num_folds: int = 10,
+        seed: int = 0,
     ) -> None:
         if not len(x) == len(bag_ids) == len(labels):
             raise ValueError(f"{name}: {len(x)} rows of features, {len(bag_ids)} bag ids, {len(labels)} labels")
@@ -48,6 +64,23 @@ class TableSource:
             bag = f"{name}-{ids[i]}"
             self._rows[bag] = rows
             self._entries.append(SourceEntry(bag, label=found[0].item(), path=path))
+        if fold is not None:
+            self._set_fold(fold, num_folds, seed)
+
+    def _set_fold(self, fold: int, num_folds: int, seed: int) -> None:
+        from sklearn.model_selection import StratifiedKFold
+
+        if not 0 <= fold < num_folds:
+            raise ValueError(f"{self.name}: fold is {fold}, expected 0 to {num_folds - 1} with num_folds {num_folds}")
+        labels = [entry.label for entry in self._entries]
+        folds = StratifiedKFold(num_folds, shuffle=True, random_state=seed).split(labels, labels)
+        _, test = list(folds)[fold]
+        in_test = np.isin(np.arange(len(labels)), test)
+        self._entries = [replace(e, split="test" if t else "train") for e, t in zip(self._entries, in_test)]
+        seen = self._x[np.concatenate([self._rows[e.name] for e in self._entries if e.split == "train"])]
+        deviation = seen.std(0, dtype=np.float64)
+        scaled = (self._x - seen.mean(0, dtype=np.float64)) / np.where(deviation > 0, deviation, 1.0)
+        self._x = scaled.astype(np.float32)
 
     def entries(self) -> Sequence[SourceEntry]:
         return self._entries
@@ -65,13 +98,17 @@ class Musk1(TableSource):
     Args:
         root: folder of ``musk1_data``, ``musk1_bagids`` and ``musk1_labels`` (``.csv`` or ``.csv.gz``): features x
             instances, and the bag and the label of each instance.
+        fold: number of the test fold, as are the arguments after it; see :class:`TableSource`.
+        num_folds: number of folds.
+        seed: seed of the folds.
     """
 
-    def __init__(self, root: str) -> None:
-        x = read_table(_find(root, "musk1_data")).T
+    def __init__(self, root: str, fold: int | None = None, num_folds: int = 10, seed: int = 0) -> None:
+        path = _find(root, "musk1_data")
+        x = np.ascontiguousarray(read_table(path).T, np.float32)
         ids = read_table(_find(root, "musk1_bagids"))[:, 0].astype(np.int64)
         labels = read_table(_find(root, "musk1_labels"))[:, 0].astype(np.int64)
-        super().__init__(np.ascontiguousarray(x, np.float32), ids, labels, "musk1", str(_find(root, "musk1_data")))
+        super().__init__(x, ids, labels, "musk1", str(path), fold, num_folds, seed)
 
 
 class Musk2(TableSource):
@@ -79,14 +116,17 @@ class Musk2(TableSource):
 
     Args:
         root: folder of ``musk2`` (``.csv`` or ``.csv.gz``): label, bag and features of each instance.
+        fold: number of the test fold, as are the arguments after it; see :class:`TableSource`.
+        num_folds: number of folds.
+        seed: seed of the folds.
     """
 
-    def __init__(self, root: str) -> None:
-        table = read_table(_find(root, "musk2"))
+    def __init__(self, root: str, fold: int | None = None, num_folds: int = 10, seed: int = 0) -> None:
+        path = _find(root, "musk2")
+        table = read_table(path)
         labels, ids = table[:, 0].astype(np.int64), table[:, 1].astype(np.int64)
-        super().__init__(
-            np.ascontiguousarray(table[:, 2:], np.float32), ids, labels, "musk2", str(_find(root, "musk2"))
-        )
+        x = np.ascontiguousarray(table[:, 2:], np.float32)
+        super().__init__(x, ids, labels, "musk2", str(path), fold, num_folds, seed)
 
 
 def read_table(path: Path) -> np.ndarray:
