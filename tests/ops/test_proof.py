@@ -52,6 +52,8 @@ def one_thread() -> Iterator[None]:
 
 
 def takes(sample: Sample, impl: str, dtype: torch.dtype) -> bool:
+    if INTERPRETED and dtype != torch.float32 and sample.name not in ("several", "empty bags", "gated gelu, kept"):
+        return False
     return dtype in BY_NAME[sample.op].dtypes[impl]
 
 
