@@ -49,7 +49,7 @@ def nystrom_attention(
 
     FLOPs: T H m (4 d + 4 dv) forward, T H m (12 d + 8 dv) backward, and 2 H m^3 (4 n) and 2 H m^3 (15 n) per bag for n
     iterations. (The product from left to right, as torchmil has it, costs 2 T H m^2 more forward and 4 T H m^2 backward.)
-    Bytes: q, k, v read twice forward and once more backward. Kept for backward: q, k, v, the log-sum-exp (T, H) and
+    Bytes: q, k, v read twice forward and once more backward. Kept for backward: q, k, v, 2 T H numbers and
     landmarks; working memory O(T H d) for one gradient, a constant number of chunks, and the m x m matrices of one bag.
 
     Args:
@@ -127,7 +127,7 @@ def nystrom_class_token_attention(
     landmarks = _Landmarks(segments, num_landmarks)
     with torch.autocast(q.device.type, enabled=False):
         ql, kl = landmarks.means(q, chosen) * scale, landmarks.means(k, chosen)
-        _, lse = _OPS["gather", chosen](ql, k, k.new_zeros(1, 1, 1).expand(*k.shape[:2], 1), segments.offsets)
+        _, norms = _OPS["gather", chosen](ql, k, k.new_zeros(1, 1, 1).expand(*k.shape[:2], 1), segments.offsets)
         edge = segments.offsets[:-1] if token >= 0 else segments.offsets[1:]
         rows = (edge + token).clamp(0, max(q.shape[0] - 1, 0))
         tokens = q[rows].to(ql.dtype).unsqueeze(2) if q.shape[0] else ql[:, :, :1]
@@ -141,7 +141,7 @@ def nystrom_class_token_attention(
             z = pseudo_inverse.iterate(a, pseudo_inverse.initial_inverse(a)[0], num_iterations)[-1]
             weights[bags, :, :, :size] = first[bags, :, :, :size] @ z
         weigh = importlib.import_module(_MODULES[chosen]).weigh
-        return weigh(ql, k, lse, weights[:, :, 0], segments.offsets)
+        return weigh(ql, k, norms, weights[:, :, 0], segments.offsets)
 
 
 def _acc(dtype: torch.dtype) -> torch.dtype:
@@ -232,10 +232,10 @@ def _register(impl: str, module: str) -> None:
     gather = define("gather", "(Tensor queries, Tensor k, Tensor v, Tensor offsets) -> (Tensor, Tensor)")
     three = "(Tensor, Tensor, Tensor)"
     spread_backward = define(
-        "spread_backward", f"(Tensor grad, Tensor q, Tensor keys, Tensor values, Tensor lse, Tensor offsets) -> {three}"
+        "spread_backward", f"(Tensor grad, Tensor q, Tensor keys, Tensor values, Tensor norms, Tensor offsets) -> {three}"
     )
     gather_backward = define(
-        "gather_backward", f"(Tensor grad, Tensor queries, Tensor k, Tensor v, Tensor y, Tensor lse, Tensor offsets) -> {three}"
+        "gather_backward", f"(Tensor grad, Tensor queries, Tensor k, Tensor v, Tensor y, Tensor norms, Tensor offsets) -> {three}"
     )
     _OPS["spread", impl], _OPS["gather", impl] = spread, gather
 
@@ -244,11 +244,11 @@ def _register(impl: str, module: str) -> None:
 
     @spread.register_fake
     def _(q: Tensor, keys: Tensor, values: Tensor, offsets: Tensor) -> Any:
-        return q.new_empty(*q.shape[:2], values.shape[3]), keys.new_empty(q.shape[:2])
+        return q.new_empty(*q.shape[:2], values.shape[3]), keys.new_empty(2, *q.shape[:2])
 
     @gather.register_fake
     def _(queries: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> Any:
-        return queries.new_empty(*queries.shape[:3], v.shape[2]), queries.new_empty(queries.shape[:3])
+        return queries.new_empty(*queries.shape[:3], v.shape[2]), queries.new_empty(2, *queries.shape[:3])
 
     spread_backward.register_fake(lambda grad, q, keys, values, *_: like(q, keys, values))
     gather_backward.register_fake(lambda grad, queries, k, v, *_: like(queries, k, v))

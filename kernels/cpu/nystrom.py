@@ -6,7 +6,8 @@
 per head, b the bag of row t. A bag of N rows has min(N, M) landmarks; what stands beyond them is not read, and gives zeros.
 Rows are walked in chunks whose (H, chunk, M) score matrix has about ``CHUNK_ELEMENTS`` elements and stays in cache: batched
 GEMMs over the heads into reused buffers, softmax in place, ``gather`` with a running maximum. Backward walks again and
-recomputes p from the scores and their log-sum-exp. Arithmetic is float32 (float64 for float64) whatever the rows are
+recomputes p from the scores, their maximum and the sum of exponentials.
+(Those two and not their log-sum-exp: near 1e4 it is off by more than a softmax that saturates may be.) Arithmetic is float32 (float64 for float64) whatever the rows are
 stored in: the pseudo-inverse between the factors magnifies rounding.
 
 FLOPs (d the width of q and k, dv that of v): 2 T H M (d + dv) forward, 2 T H M (3 d + 2 dv) backward, for each.
@@ -72,11 +73,11 @@ class _Walk:
 
 def spread(q: Tensor, keys: Tensor, values: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     """q (T, H, d); keys (B, H, M, d), values (B, H, M, dv) in the accumulation dtype
-    -> out (T, H, dv) in the dtype of q, lse (T, H) in the accumulation dtype."""
+    -> out (T, H, dv) in the dtype of q, and maxima and sums of exponentials (2, T, H) in the accumulation dtype."""
     num_rows, heads, _ = q.shape
     walk = _Walk(offsets, heads, keys.shape[2], keys.dtype, 1)
     out = torch.empty(num_rows, heads, values.shape[3], dtype=q.dtype)
-    lse = torch.empty(num_rows, heads, dtype=keys.dtype)
+    norms = torch.empty(2, num_rows, heads, dtype=keys.dtype)
     rows, result = _Rows(q, walk.rows), _Rows(out, walk.rows)
     for bag, count, chunks in walk.bags():
         key, value = keys[bag, :, :count].mT, values[bag, :, :count]
@@ -84,15 +85,15 @@ def spread(q: Tensor, keys: Tensor, values: Tensor, offsets: Tensor) -> tuple[Te
             p = torch.bmm(rows.load(start, end), key, out=walk.scratch(0, end - start, count))
             top = p.amax(2, keepdim=True)
             total = p.sub_(top).exp_().sum(2, keepdim=True)
-            lse[start:end] = (top + total.log()).squeeze(2).t()
+            norms[0, start:end], norms[1, start:end] = top.squeeze(2).t(), total.squeeze(2).t()
             # Dividing dv columns of the product is cheaper than M columns of p.
             torch.bmm(p, value, out=result.place(start, end)).div_(total)
             result.store(start, end)
-    return out, lse
+    return out, norms
 
 
 def spread_backward(
-    grad: Tensor, q: Tensor, keys: Tensor, values: Tensor, lse: Tensor, offsets: Tensor
+    grad: Tensor, q: Tensor, keys: Tensor, values: Tensor, norms: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q (T, H, d), keys (B, H, M, d), values (B, H, M, dv)."""
     walk = _Walk(offsets, q.shape[1], keys.shape[2], keys.dtype, 3)
@@ -104,7 +105,8 @@ def spread_backward(
         for start, end in chunks:
             query, grad_out = rows.load(start, end), grads.load(start, end)
             p, grad_p, grad_s = (walk.scratch(i, end - start, count) for i in range(3))
-            torch.bmm(query, key.mT, out=p).sub_(lse[start:end].t().unsqueeze(2)).exp_()
+            torch.bmm(query, key.mT, out=p).sub_(norms[0, start:end].t().unsqueeze(2)).exp_()
+            p.div_(norms[1, start:end].t().unsqueeze(2))
             torch.bmm(grad_out, value.mT, out=grad_p)
             torch.ops.aten._softmax_backward_data.out(grad_p, p, 2, p.dtype, grad_input=grad_s)
             torch.bmm(grad_s, key, out=results.place(start, end))
@@ -117,11 +119,11 @@ def spread_backward(
 
 def gather(queries: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     """queries (B, H, M, d) in the accumulation dtype; k (T, H, d), v (T, H, dv)
-    -> y (B, H, M, dv), lse (B, H, M) in the accumulation dtype."""
+    -> y (B, H, M, dv), and maxima and sums of exponentials (2, B, H, M), in the accumulation dtype."""
     heads, landmarks = queries.shape[1:3]
     walk = _Walk(offsets, heads, landmarks, queries.dtype, 1)
     y = queries.new_zeros(*queries.shape[:3], v.shape[2])
-    lse = queries.new_zeros(queries.shape[:3])
+    norms = queries.new_zeros(2, *queries.shape[:3])
     keys, values = _Rows(k, walk.rows), _Rows(v, walk.rows)
     for bag, count, chunks in walk.bags():
         query = queries[bag, :, :count]
@@ -135,12 +137,12 @@ def gather(queries: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> tuple[Tens
             total.mul_(decay).add_(p.sum(2, keepdim=True))
             acc.mul_(decay).baddbmm_(p, values.load(start, end))
         y[bag, :, :count] = acc.div_(total)
-        lse[bag, :, :count] = (top + total.log()).squeeze(2)
-    return y, lse
+        norms[0, bag, :, :count], norms[1, bag, :, :count] = top.squeeze(2), total.squeeze(2)
+    return y, norms
 
 
 def gather_backward(
-    grad: Tensor, queries: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, offsets: Tensor
+    grad: Tensor, queries: Tensor, k: Tensor, v: Tensor, y: Tensor, norms: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries (B, H, M, d), k (T, H, d), v (T, H, dv)."""
     walk = _Walk(offsets, k.shape[1], queries.shape[2], queries.dtype, 2)
@@ -149,13 +151,14 @@ def gather_backward(
     results_k, results_v = _Rows(grad_k, walk.rows), _Rows(grad_v, walk.rows)
     delta = (grad * y).sum(3, keepdim=True)
     for bag, count, chunks in walk.bags():
-        query, grad_y = queries[bag, :, :count], grad[bag, :, :count]
-        shift, centre = lse[bag, :, :count, None], delta[bag, :, :count]
+        top, total = norms[:, bag, :, :count, None]
+        # exp(score - top) stays undivided; what is multiplied by it is divided, being smaller.
+        query, grad_y, centre = queries[bag, :, :count], grad[bag, :, :count] / total, delta[bag, :, :count] / total
         grad_query = torch.zeros_like(query)
         for start, end in chunks:
             key, value = keys.load(start, end), values.load(start, end)
             p, grad_s = (walk.scratch(i, count, end - start) for i in range(2))
-            torch.bmm(query, key.mT, out=p).sub_(shift).exp_()
+            torch.bmm(query, key.mT, out=p).sub_(top).exp_()
             torch.bmm(p.mT, grad_y, out=results_v.place(start, end))
             results_v.store(start, end)
             torch.bmm(grad_y, value.mT, out=grad_s).sub_(centre).mul_(p)
@@ -166,14 +169,15 @@ def gather_backward(
     return grad_queries, grad_k, grad_v
 
 
-def weigh(queries: Tensor, k: Tensor, lse: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+def weigh(queries: Tensor, k: Tensor, norms: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
     """sum_i weights[b, h, i] p[t, i] with the p of ``gather``: weights (B, H, M) -> (T, H) in the accumulation dtype."""
     walk = _Walk(offsets, k.shape[1], queries.shape[2], queries.dtype, 1)
     out = torch.empty(k.shape[:2], dtype=queries.dtype)
     keys = _Rows(k, walk.rows)
     for bag, count, chunks in walk.bags():
+        top, total = norms[:, bag, :, :count, None]
+        weight = (weights[bag, :, :count, None] / total).mT
         for start, end in chunks:
             p = torch.bmm(queries[bag, :, :count], keys.load(start, end).mT, out=walk.scratch(0, count, end - start))
-            p.sub_(lse[bag, :, :count, None]).exp_()
-            out[start:end] = torch.bmm(weights[bag, :, None, :count], p).squeeze(1).t()
+            out[start:end] = torch.bmm(weight, p.sub_(top).exp_()).squeeze(1).t()
     return out
