@@ -5,8 +5,8 @@
                             B[h, i, j] = scale q[i, h] . table[h, :, bucket(c_i - c_j)]  mode "contextual"
 
 For kernels every bias is ``KernelBias``: a small table of weights (R, H, C), R = 1 or one row per query, and what
-finds the column of a pair. The bucket functions of iRPE are monotone steps, so kernels count thresholds instead of taking
-logarithms: all implementations agree bit by bit on the bucket, except where rounding of non-integer positions decides.
+finds the column of a pair. The bucket functions of iRPE are monotone steps, so kernels count thresholds instead of
+taking logarithms: all implementations agree on the bucket, except where rounding of non-integer positions decides.
 """
 
 from __future__ import annotations
@@ -208,7 +208,8 @@ def check(bias: AttentionBias, num_queries: int, num_keys: int, heads: int, dim:
         )
     *front, last = num_buckets(bias.method, bias.beta)
     middle = (dim, *front) if bias.mode == "contextual" else tuple(front)
-    if bias.table.shape[0] not in (1, heads) or tuple(bias.table.shape[1:]) not in ((*middle, last), (*middle, last + 1)):
+    wanted = ((*middle, last), (*middle, last + 1))
+    if bias.table.dim() < 2 or bias.table.shape[0] not in (1, heads) or tuple(bias.table.shape[1:]) not in wanted:
         expected = f"({heads} or 1, {', '.join(str(n) for n in (*middle, last))}), or one bucket more"
         raise ValueError(f"masked_attention: bias.table has shape {tuple(bias.table.shape)}, expected {expected}")
 

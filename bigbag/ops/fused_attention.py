@@ -1,8 +1,8 @@
 """Attention by the fused CUDA kernels of others: ``torch.nn.attention.varlen`` and xformers.
 
-Both take packs as they are, cut by cumulative sizes. Instances that are masked out are left out of the keys by copying the rest
-(one wait for the device, since the number of keys of each bag is then known there only). A bag without keys
-gets one of zeros, and its rows are set to zero afterwards. Head dimensions are padded with zeros to a multiple of 8.
+Both take packs as they are, cut by cumulative sizes. Instances that are masked out are left out of the keys by copying
+the rest (one wait for the device, since the number of keys of each bag is then known there only). A bag without keys gets
+one of zeros, and its rows are set to zero afterwards. Head dimensions are padded with zeros to a multiple of 8.
 """
 
 from __future__ import annotations
@@ -49,8 +49,10 @@ def kept_keys(mask: Tensor) -> Tensor:
     return torch.nonzero(mask).squeeze(1)
 
 
-def compact(k: Tensor, v: Tensor, kv_segments: Segments, mask: Tensor | None) -> tuple[Tensor, Tensor, Segments, Tensor | None]:
-    """Keys and values that take part, at least one per bag, their cut, and (B,) bool: the bag has keys (None: all have)."""
+def compact(
+    k: Tensor, v: Tensor, kv_segments: Segments, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Segments, Tensor | None]:
+    """Keys and values that take part, at least one per bag; their cut; (B,) bool: the bag has keys (None: all have)."""
     if mask is None and all(kv_segments.sizes):
         return k, v, kv_segments, None
     bag = kv_segments.bag_of_instance
@@ -66,8 +68,9 @@ def compact(k: Tensor, v: Tensor, kv_segments: Segments, mask: Tensor | None) ->
 
 
 def run(
-    impl: str, q: Tensor, k: Tensor, v: Tensor, segments: Segments, kv_segments: Segments, mask: Tensor | None, scale: float
-) -> Tensor:
+    impl: str, q: Tensor, k: Tensor, v: Tensor, segments: Segments, kv_segments: Segments, mask: Tensor | None,
+    scale: float,
+) -> Tensor:  # fmt: skip
     """:func:`bigbag.ops.masked_attention` by ``impl``: (Tq, H, dv)."""
     width = v.shape[2]
     k, v, kv_segments, has_keys = compact(k, v, kv_segments, mask)

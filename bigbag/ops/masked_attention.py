@@ -51,11 +51,11 @@ def masked_attention(
         out[i]  = sum_j drop(softmax_j S[i, j]) v[j]
 
     The computation runs in autocast's dtype where autocast is on (float64 excepted), else in that of ``q``; sums and
-    softmax in float32 (float64 for float64). Gradients flow to q, k, v and to the slopes or table of ``bias``; not twice
-    differentiable, except ``impl="reference"``. A query without any key, because its bag is empty or wholly masked, gives
-    zeros and no gradient.
+    softmax in float32 (float64 for float64). Gradients flow to q, k, v and to the slopes or table of ``bias``; not
+    twice differentiable, except ``impl="reference"``. A query without any key, because its bag is empty or wholly
+    masked, gives zeros and no gradient.
 
-    Cost for a bag of N instances: 4 H N^2 d FLOP forward, 10 H N^2 d backward (it recomputes S from the kept logsumexp).
+    Cost for a bag of N instances: 4 H N^2 d FLOP forward, 10 H N^2 d backward (S is recomputed from its logsumexp).
     Memory beyond inputs and outputs: O(T H d), with a bias O(T H (d + buckets)) in mode "contextual"; cpu: blocks of
     constant size besides. With a mask the implementations but triton copy the keys that take part.
 
@@ -68,7 +68,7 @@ def masked_attention(
         mask: (Tk,) bool, True: the key takes part. Rows of ``out`` of masked instances are computed all the same.
         bias: added to the scores, computed block by block. See :mod:`bigbag.ops.attention_bias`.
         dropout: share of the attention weights set to 0, the rest being divided by 1 - dropout.
-        seed: which weights are dropped: a function of (seed, head, row of q, row of k), the same in all implementations.
+        seed: which weights are dropped: a function of (seed, head, row of q, row of k), the same for all ``impl``.
         scale: None: 1 / sqrt(d).
         impl: "varlen" (torch.nn.attention.varlen), "xformers", "triton", "cpu" or "reference"; None chooses by device.
             "varlen" and "xformers" take neither bias nor dropout.
@@ -109,7 +109,7 @@ def reference(
     for s, e, ks, ke in zip(starts, starts[1:], kv_starts, kv_starts[1:]):
         rows, columns = slice(s, e), keys[(keys >= ks) & (keys < ke)]
         if not len(columns):
-            out.append((v[ks:ke].sum() + q[rows].sum()) * 0 + v.new_zeros(e - s, *v.shape[1:]))
+            out.append(v.new_zeros(e - s, *v.shape[1:]))
             continue
         scores = torch.einsum("ihd,jhd->hij", q[rows].to(acc), k[columns].to(acc)) * scale
         if bias is not None:
@@ -120,7 +120,8 @@ def reference(
             weights = weights * kept / (1 - dropout)
         weights = weights.to(q.dtype).to(acc)
         out.append(torch.einsum("hij,jhd->ihd", weights, v[columns].to(acc)).to(q.dtype))
-    return torch.cat(out) if out else v.new_zeros(0, *v.shape[1:])
+    # The sums of no rows keep q, k and v in the graph where no bag has keys.
+    return torch.cat([*out, v[:0]]) + q[:0].sum() + k[:0].sum()
 
 
 def fold_seed(seed: int) -> int:

@@ -2,8 +2,8 @@
 
     S[i, j] = scale q[i] . k[j] + bias[i, j],   P = softmax_j S,   out[i] = sum_j drop(P)[i, j] v[j]
 
-Masked keys are left out by copying the others, once per bag: nothing is computed for them. Without bias and dropout a bag
-goes to PyTorch's own flash attention. With them, blocks of ``BLOCK_ROWS`` x ``BLOCK_KEYS`` scores are GEMMs into reused
+Masked keys are left out by copying the others, once per bag: nothing is computed for them. Without bias and dropout a
+bag goes to PyTorch's own flash attention. With them, blocks of ``BLOCK_ROWS`` x ``BLOCK_KEYS`` scores are GEMMs into reused
 buffers with a running maximum and sum; what depends on the pair (distance, bucket, whether dropout keeps it) is
 computed once per block and, where possible, for all heads, with Numba. Backward computes the scores again from the
 logsumexp (Dao 2023). Blocks compute in float32 (float64 for float64).
@@ -111,8 +111,9 @@ class _Arguments:
     """The arguments of :func:`forward`, by name."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, kv_offsets: Tensor, mask: Tensor | None, coords: Tensor | None,
-        kv_coords: Tensor | None, weights: Tensor | None, kind: str, thresholds: list[float], dropout: float, seed: int, scale: float,
+        self, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, kv_offsets: Tensor, mask: Tensor | None,
+        coords: Tensor | None, kv_coords: Tensor | None, weights: Tensor | None, kind: str, thresholds: list[float],
+        dropout: float, seed: int, scale: float,
     ) -> None:  # fmt: skip
         self.q, self.k, self.v, self.mask, self.coords, self.kv_coords = q, k, v, mask, coords, kv_coords
         self.weights, self.kind, self.thresholds = weights, kind, np.asarray(thresholds, dtype=np.float32)
@@ -284,17 +285,19 @@ def backward(grad: Tensor, out: Tensor, lse: Tensor, *arguments) -> tuple[Tensor
     """Gradients of q, k, v, and of weights or (0,)."""
     *arguments, need_weights = arguments
     args = _Arguments(*arguments)
-    grad_q, grad_k, grad_v = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (args.q, args.k, args.v))
+    grad_q, grad_k, grad_v = (t.new_zeros(t.shape) for t in (args.q, args.k, args.v))
     grad_weights = torch.zeros_like(args.weights) if need_weights else None
     for bag in args.bags():
         if args.fast:
-            q, k, v, upper, value = _same_width(bag.q, bag.k, bag.v, *(t[bag.rows].transpose(0, 1) for t in (grad, out)))
+            outer = (t[bag.rows].transpose(0, 1) for t in (grad, out))
+            q, k, v, upper, value = _same_width(bag.q, bag.k, bag.v, *outer)
             sums = lse[bag.rows].t()[None]
             found = _flash_backward(upper, q, k, v, value, sums, 0.0, False, attn_mask=None, scale=args.scale)
             for_q, for_k, for_v = (t[0] for t in found)
             grad_q[bag.rows] = for_q.transpose(0, 1)[..., : grad_q.shape[2]]
         else:
-            for_k, for_v = _differentiate(bag, grad[bag.rows], out[bag.rows], lse[bag.rows], grad_q[bag.rows], grad_weights)
+            rows = (t[bag.rows] for t in (grad, out, lse, grad_q))
+            for_k, for_v = _differentiate(bag, *rows, grad_weights)
         grad_k[bag.take] = for_k.transpose(0, 1)[..., : grad_k.shape[2]].to(grad_k.dtype)
         grad_v[bag.take] = for_v.transpose(0, 1)[..., : grad_v.shape[2]].to(grad_v.dtype)
     return grad_q, grad_k, grad_v, lse.new_empty(0) if grad_weights is None else grad_weights

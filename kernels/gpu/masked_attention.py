@@ -330,12 +330,18 @@ class _Call:
         """Tiles and warps without register spills on sm_80 and sm_90, where there are such."""
         if INTERPRETED:  # the interpreter's cost is per operation, not per element
             return {"BLOCK_M": 128, "BLOCK_N": 128}
-        width = max(self.options["BLOCK_D"], self.options["BLOCK_V"]) * (2 if self.q.dtype == torch.float32 else 1)
+        width = max(self.options["BLOCK_D"], self.options["BLOCK_V"])
+        wide = width > 64
+        if self.q.dtype == torch.float32:
+            return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8 if wide else 4, "num_stages": 1}
+        if backward and width > 128:
+            return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
+        if self.kind or self.options["DROP"]:  # pairs and random bits take registers
+            return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1 if wide else 2}
         if backward:
-            small = width > 128
-            return {"BLOCK_M": 32 if small else 64, "BLOCK_N": 32 if small else 64, "num_warps": 4 if width <= 64 else 8, "num_stages": 1 if small else 2}
-        rows = 128 if width <= 128 else 64
-        return {"BLOCK_M": rows, "BLOCK_N": 64 if width <= 128 else 32, "num_warps": 4 if width <= 64 else 8, "num_stages": 2}
+            return {"BLOCK_M": 64, "BLOCK_N": 32 if wide else 64, "num_warps": 8, "num_stages": 2}
+        narrow = width <= 128
+        return {"BLOCK_M": 128 if narrow else 64, "BLOCK_N": 64 if narrow else 32, "num_warps": 8 if wide else 4, "num_stages": 2}
 
 
 def _stored(t: Tensor) -> Tensor:

@@ -1,0 +1,121 @@
+"""Rows of an attention matrix that is never formed: that of a class token, and the mean of all rows."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from bigbag.bags import Segments
+from bigbag.ops import attention_bias
+from bigbag.ops.attention_bias import AttentionBias
+from bigbag.ops.masked_attention import _check as _check_attention
+from bigbag.ops.masked_attention import compute_dtype
+from bigbag.ops.registry import FLOATING, HALF, Operator
+from bigbag.ops.segments import segment_softmax
+
+_DTYPES = {"triton": (*HALF, torch.float32), "cpu": FLOATING, "reference": FLOATING}
+_BLOCK_BYTES = 64 << 20
+
+
+def class_token_attention(
+    q_cls: Tensor, k: Tensor, segments: Segments, *, mask: Tensor | None = None, scale: float | None = None,
+    impl: str | None = None,
+) -> Tensor:  # fmt: skip
+    """The attention of one query per bag, such as a class token, to the instances of its bag.
+
+        a[t, h] = softmax over the bag of  scale q_cls[b, h] . k[t, h]
+
+    FLOPs: 2 T H d forward, 4 T H d backward. Bytes: k once, scores (T, H) a few times. Memory: O(T H); backward writes the
+    gradient of k. Differentiable. An empty or wholly masked bag gives zeros.
+
+    Args:
+        q_cls: (B, H, d) one query per bag.
+        k: (T, H, d) keys.
+        segments: how the T keys are cut into B bags.
+        mask: (T,) bool, True: the instance takes part; the others get 0.
+        scale: None: 1 / sqrt(d).
+        impl: of the softmax: "reference", "cpu" or "triton"; None chooses by device.
+
+    Returns:
+        (T, H) in float32 (float64 for float64); each column sums to 1 over a bag that has instances.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, an ``impl`` that can't run.
+    """
+    if q_cls.dim() != 3 or q_cls.shape[0] != segments.num_bags:
+        raise ValueError(
+            f"class_token_attention: q_cls has shape {tuple(q_cls.shape)}, expected (B, H, d) with B = {segments.num_bags}"
+        )
+    tokens = Segments(torch.arange(segments.num_bags + 1, device=segments.offsets.device), (1,) * segments.num_bags)
+    _check_attention(q_cls, k, k, tokens, segments, mask, None, 0.0)
+    dtype = compute_dtype(q_cls)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    q_cls, k = q_cls.to(dtype), k.to(dtype)
+    scale = 1 / math.sqrt(q_cls.shape[2]) if scale is None else float(scale)
+    starts = segments.starts
+    rows = [_scores(k[s:e], q_cls[bag], acc) for bag, (s, e) in enumerate(zip(starts, starts[1:]))]
+    scores = torch.cat(rows) * scale if rows else k.new_zeros(0, k.shape[1], dtype=acc)
+    if mask is not None:
+        scores = torch.where(mask[:, None], scores, torch.finfo(acc).min)
+    a = segment_softmax(scores, segments, impl=impl)
+    # In a bag that is wholly masked the softmax is uniform.
+    return a if mask is None else torch.where(mask[:, None], a, 0)
+
+
+def _scores(k: Tensor, q: Tensor, acc: torch.dtype) -> Tensor:
+    """k (n, H, d), q (H, d) -> (n, H): one matrix-vector product per head, rounded where the compute dtype rounds it."""
+    return torch.bmm(k.transpose(0, 1), q[:, :, None])[..., 0].t().to(acc)
+
+
+@torch.no_grad()
+def mean_attention(
+    q: Tensor, k: Tensor, segments: Segments, kv_segments: Segments | None = None, *, mask: Tensor | None = None,
+    bias: AttentionBias | None = None, scale: float | None = None,
+) -> Tensor:  # fmt: skip
+    """How much attention each key gets on average over the queries of its bag: the column means of the attention matrix.
+
+        a[j, h] = 1 / n_b sum_{i in b} softmax_j(scale q[i, h] . k[j, h] + bias[i, j])
+
+    Blocks of queries against all keys of the bag, each block's softmax being complete, so one pass suffices.
+    FLOPs: 2 H N^2 d for a bag of N instances: quadratic time. Memory: O(T H) and a block of at most about 64 MiB (at
+    least one query against all keys). A map to look at: not differentiable.
+
+    Args:
+        q: (Tq, H, d) queries.
+        k: (Tk, H, d) keys.
+        segments, kv_segments, mask, bias, scale: as in :func:`bigbag.ops.masked_attention`.
+
+    Returns:
+        (Tk, H) in float32 (float64 for float64); columns sum to 1 over a bag with queries and keys, masked keys get 0.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
+    """
+    kv_segments = segments if kv_segments is None else kv_segments
+    _check_attention(q, k, k, segments, kv_segments, mask, bias, 0.0)
+    acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+    scale = 1 / math.sqrt(q.shape[2]) if scale is None else float(scale)
+    out = q.new_zeros(k.shape[0], k.shape[1], dtype=acc)
+    starts, kv_starts = segments.starts, kv_segments.starts
+    for s, e, ks, ke in zip(starts, starts[1:], kv_starts, kv_starts[1:]):
+        keys = torch.arange(ks, ke, device=k.device)
+        if mask is not None:
+            keys = keys[mask[ks:ke]]
+        if e == s or not len(keys):
+            continue
+        columns = k[keys].to(acc).permute(1, 2, 0)
+        total = q.new_zeros(k.shape[1], len(keys), dtype=acc)
+        step = max(1, _BLOCK_BYTES // (4 * total.numel()))
+        for first in range(s, e, step):
+            rows = slice(first, min(first + step, e))
+            scores = torch.bmm(q[rows].to(acc).transpose(0, 1), columns).mul_(scale)
+            if bias is not None:
+                scores += attention_bias.matrix(bias, q.to(acc), scale, rows, keys)
+            total += torch.softmax(scores, -1).sum(1)
+        out[keys] = total.t() / (e - s)
+    return out
+
+
+OPERATOR = Operator("class_token_attention", class_token_attention, _DTYPES)

@@ -1,0 +1,380 @@
+"""masked_attention, class_token_attention and mean_attention against their definitions.
+
+Under TRITON_INTERPRET=1 the Triton kernels run here too; a test of this file starts that run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from bigbag import Segments
+from bigbag.ops import fused_attention
+from bigbag.ops.attention_bias import DistanceBias, RelativePositionBias, buckets, num_buckets, thresholds
+from bigbag.ops.class_attention import class_token_attention, mean_attention
+from bigbag.ops.masked_attention import drop_below, keep, masked_attention
+from bigbag.ops.registry import FLOATING, HALF, INTERPRETED, use_impl
+from bigbag.samples.masked_attention import SAMPLES
+from bigbag.testing import Sample, check, poisoned_empty, run
+
+DEVICE = {"cpu": "cpu", "triton": "cpu" if INTERPRETED else "cuda", "varlen": "cuda", "xformers": "cuda"}
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+IMPLS = [
+    pytest.param("cpu", id="cpu"),
+    pytest.param(
+        "triton",
+        id="triton",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="no CUDA device here"),
+        ],
+    ),
+]
+NAMED = {str(sample): sample for sample in SAMPLES}
+ALL = [pytest.param(sample, id=str(sample)) for sample in SAMPLES]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("sample", ALL)
+def test_error_is_within_twice_that_of_the_reference(sample: Sample, impl: str) -> None:
+    for dtype in FLOATING if impl == "cpu" else (*HALF, torch.float32):
+        if dtype == torch.float16 and "1e4" in sample.name:
+            continue  # q itself is beyond float16
+        check(sample, impl, dtype, DEVICE[impl])
+
+
+@pytest.mark.parametrize("sample", ALL)
+def test_reference_passes_gradcheck(sample: Sample) -> None:
+    if sum(sample.sizes) in (0, 322) or "1e4" in sample.name:
+        pytest.skip("no gradient, none that differences resolve, or as in a smaller sample")
+    tensors = sample.tensors(torch.float64)
+
+    def call(*values: Tensor) -> tuple[Tensor, ...]:
+        return sample.call(dict(zip(tensors, values)), "reference")
+
+    assert torch.autograd.gradcheck(call, tuple(tensors.values()), fast_mode=True)
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLS])
+def test_is_softmax_attention_and_packed_equals_each_bag_alone(impl: str) -> None:
+    device = DEVICE.get(impl, "cpu")
+    sizes = (5, 1, 130, 17)
+    q, k, v = (randn(sum(sizes), 2, 12, seed=i).to(device) for i in range(3))
+    mask = torch.arange(sum(sizes), device=device) % 2 == 0
+    out = masked_attention(q, k, v, Segments.from_sizes(sizes, device), mask=mask, impl=impl)
+    start = 0
+    for size in sizes:
+        rows = slice(start, start + size)
+        kept = mask[rows]
+        alone = masked_attention(q[rows], k[rows], v[rows], Segments.from_sizes((size,), device), mask=kept, impl=impl)
+        torch.testing.assert_close(out[rows], alone, rtol=2e-6, atol=2e-6)
+        if kept.any():
+            pairs = (t[rows].transpose(0, 1) for t in (q, k, v))
+            torch_out = torch.nn.functional.scaled_dot_product_attention(*pairs, attn_mask=kept.expand(size, size))
+            torch.testing.assert_close(alone, torch_out.transpose(0, 1), rtol=1e-5, atol=1e-5)
+        else:
+            assert torch.equal(alone, torch.zeros_like(alone))
+        start += size
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLS])
+def test_rows_without_keys_are_zero_forward_and_backward(impl: str) -> None:
+    device = DEVICE.get(impl, "cpu")
+    q, k, v = (randn(20, 2, 4, seed=i).to(device).requires_grad_() for i in range(3))
+    mask = torch.ones(20, dtype=torch.bool, device=device)
+    mask[:8] = False
+    for options in ({}, {"dropout": 0.5}):
+        out = masked_attention(q, k, v, Segments.from_sizes((8, 12), device), mask=mask, impl=impl, **options)
+        grads = torch.autograd.grad(out.square().sum(), (q, k, v))
+        assert torch.equal(out[:8], torch.zeros_like(out[:8])) and out[8:].ne(0).any()
+        for grad in grads:
+            assert torch.equal(grad[:8], torch.zeros_like(grad[:8])) and grad[8:].isfinite().all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_nothing_is_read_before_it_is_written(impl: str) -> None:
+    for name in ("empty bags", "values narrower", "distance, cross", "contextual cross", "bias quant"):
+        with poisoned_empty():
+            check(NAMED[f"masked_attention, {name}"], impl, torch.float32, DEVICE[impl])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_two_runs_give_the_same_bits(impl: str) -> None:
+    for name in ("off the block", "bias cross", "contextual product"):
+        sample = NAMED[f"masked_attention, {name}"]
+        tensors = sample.tensors(torch.float32, DEVICE[impl])
+        first, second = run(sample, tensors, impl), run(sample, tensors, impl)
+        for what in first:
+            assert torch.equal(first[what], second[what]), (name, what)
+
+
+def test_several_blocks_of_the_cpu_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bigbag.kernels.cpu import masked_attention as kernel
+
+    monkeypatch.setattr(kernel, "BLOCK_ROWS", 16)
+    monkeypatch.setattr(kernel, "BLOCK_KEYS", 24)
+    for name in ("dropout, masked", "distance, cross", "bias cross", "contextual product"):
+        check(NAMED[f"masked_attention, {name}"], "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_passes_opcheck(impl: str) -> None:
+    device = DEVICE[impl]
+    q, k, v = (randn(11, 2, 4, seed=i).to(device).requires_grad_() for i in range(3))
+    offsets = Segments.from_sizes((6, 0, 5), device).offsets
+    coords, slopes = randn(11, 2).to(device), torch.ones(1, 2, 1, device=device, requires_grad=True)
+    op = getattr(torch.ops.bigbag, f"masked_attention_{impl}").default
+    settings = (0.25, 7, 0.5)
+    torch.library.opcheck(op, (q, k, v, offsets, offsets, None, None, None, None, "", [], *settings))
+    torch.library.opcheck(
+        op, (q, k, v, offsets, offsets, q[:, 0, 0] > 0, coords, coords, slopes, "distance", [], *settings)
+    )
+
+
+@pytest.mark.parametrize("method", ["product", "euclidean", "quant"])
+@pytest.mark.parametrize("ratio", [1.0, 1.9, 4.0])
+def test_buckets_are_those_of_irpe(method: str, ratio: float) -> None:
+    irpe = pytest.importorskip("torchmil.nn.irpe")
+    side = 25
+    index = {"product": irpe.METHOD.PRODUCT, "euclidean": irpe.METHOD.EUCLIDEAN, "quant": irpe.METHOD.QUANT}[method]
+    expected, count, _ = irpe.get_bucket_ids_2d_without_skip(index, side, side, ratio, 2 * ratio, 8 * ratio)
+    lattice = torch.cartesian_prod(torch.arange(side), torch.arange(side))
+    bias = RelativePositionBias(lattice * 224, randn(1, 1), "bias", method, ratio, 2 * ratio, 8 * ratio, 224)
+    assert torch.equal(buckets(bias), expected) and num_buckets(method, 2 * ratio) == (count,)
+    # What kernels do: count the thresholds.
+    offset = (lattice[:, None] - lattice[None]).float()
+    reach = torch.tensor(thresholds(bias))
+
+    def count_reached(x: Tensor) -> Tensor:
+        return (x.abs()[..., None] >= reach).sum(-1) * x.sign().long() + bias.steps
+
+    if method == "product":
+        found = count_reached(offset[..., 0]) * (2 * bias.steps + 1) + count_reached(offset[..., 1])
+    else:
+        found = count_reached(offset.square().sum(-1))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("method", ["product", "cross", "euclidean"])
+@pytest.mark.parametrize("mode", ["bias", "contextual"])
+def test_relative_position_bias_is_that_of_irpe(mode: str, method: str) -> None:
+    """On a lattice with a class token in front, against the matrix that torchmil's iRPE makes."""
+    irpe = pytest.importorskip("torchmil.nn.irpe")
+    heads, dim, side = 2, 4, 5
+    name = {"euclidean": "euc"}.get(method, method)
+    config = irpe.get_rpe_config(method=name, mode=mode, shared_head=False, skip=1)
+    module = irpe.build_rpe(config, dim, heads)[1]
+    for seed, parameter in enumerate(module.parameters()):
+        parameter.data = randn(*parameter.shape, seed=seed)
+    tables = list(module.parameters())
+    table = torch.stack(tables, -2) if method == "cross" else tables[0]
+    q, k, v = (randn(side**2 + 1, heads, dim, seed=10 + i) for i in range(3))
+    scaled = (q / dim**0.5).transpose(0, 1)[None]
+    scores = scaled @ k.permute(1, 2, 0) + module(scaled, height=side, width=side)
+    expected = (scores.softmax(-1) @ v.transpose(0, 1))[0].transpose(0, 1)
+    lattice = torch.cartesian_prod(torch.arange(side), torch.arange(side)).float()
+    coords = torch.cat([torch.full((1, 2), float("nan")), lattice])
+    bias = RelativePositionBias(coords, table, mode, method)
+    for impl in ("reference", "cpu"):
+        out = masked_attention(q, k, v, Segments.from_sizes((side**2 + 1,)), bias=bias, impl=impl)
+        torch.testing.assert_close(out, expected.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_keeps_the_right_share_independently() -> None:
+    kept = keep(11, 3, torch.arange(400), torch.arange(500), 0.3).double()
+    assert kept.shape == (3, 400, 500)
+    deviation = (0.3 * 0.7 / kept.numel()) ** 0.5
+    assert abs(kept.mean() - 0.7) < 4 * deviation
+    assert (kept.mean((0, 2)) - 0.7).abs().max() < 5 * (0.21 / 1500) ** 0.5
+    for other in (keep(12, 3, torch.arange(400), torch.arange(500), 0.3), kept.roll(1, 0), kept.roll(1, 1), kept.roll(1, 2)):
+        both = ((kept - 0.7) * (other.double() - 0.7)).mean()
+        assert abs(both) < 4 * 0.21 / kept.numel() ** 0.5
+    assert drop_below(0.0) == 0 and drop_below(1.0) == 2**32 - 1
+
+
+def test_dropout_is_right_on_average() -> None:
+    q, k, v = (randn(40, 1, 4, seed=i) for i in range(3))
+    segments = Segments.from_sizes((40,))
+    mean = sum(masked_attention(q, k, v, segments, dropout=0.3, seed=i, impl="cpu") for i in range(400)) / 400
+    torch.testing.assert_close(mean, masked_attention(q, k, v, segments), rtol=0, atol=0.12)
+
+
+class _Peak:
+    def __enter__(self) -> _Peak:
+        kinds = [torch.profiler.ProfilerActivity.CPU]
+        self._profile = torch.profiler.profile(activities=kinds, profile_memory=True)
+        self._profile.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._profile.__exit__(*error)
+        live = self.bytes = 0
+        for event in self._profile.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                live += event.nbytes()
+                self.bytes = max(self.bytes, live)
+
+
+@pytest.mark.parametrize("case", ["plain", "masked", "bias", "dropout"])
+def test_memory_is_linear(case: str) -> None:
+    """Beyond inputs: a few (T, H, d) tensors and 16 MiB; one attention matrix of a head would take 64 MiB."""
+    rows, heads, dim = 4096, 1, 8
+    q, k, v = (randn(rows, heads, dim, seed=i).requires_grad_() for i in range(3))
+    table = torch.zeros(heads, 49, requires_grad=True)
+    coords = torch.cartesian_prod(torch.arange(64), torch.arange(64)).float()
+    options = {
+        "masked": {"mask": torch.arange(rows) % 2 == 0},
+        "bias": {"bias": RelativePositionBias(coords, table)},
+        "dropout": {"dropout": 0.1},
+    }.get(case, {})
+
+    def step() -> None:
+        masked_attention(q, k, v, Segments.from_sizes((rows,)), **options, impl="cpu").sum().backward()
+
+    with _Peak() as peak:
+        step()
+    assert 2 * rows * dim * 4 < peak.bytes < 16 * rows * heads * dim * 4 + (16 << 20)
+
+
+@pytest.mark.parametrize("impl", ["varlen", "xformers"])
+def test_keys_are_compacted_for_fused_kernels(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the foreign call itself, on the CPU: that call is replaced by the reference on what it is given."""
+
+    def foreign(q: Tensor, k: Tensor, v: Tensor, segments: Segments, kv_segments: Segments, scale: float) -> Tensor:
+        assert all(kv_segments.sizes) and q.shape[2] == v.shape[2] == 16
+        return masked_attention(q, k, v, segments, kv_segments, scale=scale, impl="reference")
+
+    monkeypatch.setattr(fused_attention, f"_{impl}", foreign)
+    segments, keys = Segments.from_sizes((5, 1, 0, 17)), Segments.from_sizes((4, 0, 3, 20))
+    q, k, v = randn(23, 2, 12), randn(27, 2, 12, seed=1), randn(27, 2, 9, seed=2)
+    masks = (None, torch.arange(27) % 3 == 0, torch.arange(27) > 6)
+    for mask in masks:
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        found = fused_attention.run(impl, *leaves, segments, keys, mask, 0.3)
+        expected = masked_attention(*leaves, segments, keys, mask=mask, scale=0.3, impl="reference")
+        torch.testing.assert_close(found, expected)
+        weight = randn(*found.shape, seed=3)
+        both = [torch.autograd.grad((out * weight).sum(), leaves) for out in (found, expected)]
+        for one, other in zip(*both):
+            torch.testing.assert_close(one, other)
+
+
+@pytest.mark.gpu
+@NO_GPU
+@pytest.mark.parametrize("impl", ["varlen", "xformers"])
+@pytest.mark.parametrize("name", ["several", "empty bags", "masked", "values narrower", "cross", "scale"])
+def test_fused_kernels_within_budget(name: str, impl: str) -> None:
+    if (reason := fused_attention.unavailable(impl)) is not None:
+        pytest.skip(reason)
+    for dtype in HALF if impl == "varlen" else (*HALF, torch.float32):
+        check(NAMED[f"masked_attention, {name}"], impl, dtype, "cuda")
+
+
+def test_requests_that_cannot_run_say_why() -> None:
+    q = randn(4, 1, 4)
+    segments = Segments.from_sizes((4,))
+    for impl in ("varlen", "xformers"):
+        with pytest.raises(ValueError, match=f"'{impl}' can't run: it needs a CUDA device"):
+            masked_attention(q, q, q, segments, impl=impl)
+        with pytest.raises(ValueError, match="needs a CUDA device"), use_impl({"masked_attention": impl}):
+            masked_attention(q, q, q, segments)
+    meta = torch.empty(4, 1, 4, device="meta")
+    assert "no such implementation" in str(pytest.raises(ValueError, masked_attention, q, q, q, segments, impl="x").value)
+    assert fused_attention.why_not("varlen", meta, meta, False, 0.0) == "it needs a CUDA device, got meta"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": randn(6, 2, 5)}, "expected q"),
+        ({"v": randn(6, 2, 4).double()}, "share a floating dtype"),
+        ({"segments": Segments.from_sizes((5,))}, "q has 6 rows"),
+        ({"kv_segments": Segments.from_sizes((3, 3))}, "kv_segments 2"),
+        ({"mask": torch.ones(6)}, "mask must be bool"),
+        ({"dropout": 1.0}, "dropout must be in"),
+        ({"bias": DistanceBias(randn(6, 3), randn(2))}, "bias.coords has shape"),
+        ({"bias": DistanceBias(randn(6, 2), randn(3))}, "bias.slopes has shape"),
+        ({"bias": RelativePositionBias(randn(6, 2), randn(2, 48))}, "bias.table has shape"),
+        ({"bias": RelativePositionBias(randn(6, 2), randn(2, 49), "other")}, "mode 'other'"),
+        ({"bias": RelativePositionBias(randn(6, 2), randn(2, 49), beta=0.5)}, "alpha < beta"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: dict, message: str) -> None:
+    fitting = {"q": randn(6, 2, 4), "k": randn(6, 2, 4), "v": randn(6, 2, 4), "segments": Segments.from_sizes((6,))}
+    with pytest.raises(ValueError, match=message):
+        masked_attention(**(fitting | change))
+
+
+def test_autocast_computes_in_its_dtype() -> None:
+    q, k, v = (randn(9, 2, 4, seed=i) for i in range(3))
+    segments = Segments.from_sizes((9,))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = masked_attention(q, k, v, segments)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, masked_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), segments))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_class_token_attention_is_a_row_of_the_matrix(masked: bool) -> None:
+    sizes = (7, 0, 30)
+    q, k = randn(3, 2, 6), randn(37, 2, 6, seed=1)
+    mask = torch.arange(37) % 3 != 0 if masked else None
+    a = class_token_attention(q, k, Segments.from_sizes(sizes), mask=mask)
+    for bag, rows in ((0, slice(0, 7)), (2, slice(7, 37))):
+        scores = torch.einsum("hd,jhd->jh", q[bag], k[rows]) / 6**0.5
+        if mask is not None:
+            scores[~mask[rows]] = -float("inf")
+        torch.testing.assert_close(a[rows], scores.softmax(0))
+    none = class_token_attention(q, k, Segments.from_sizes(sizes), mask=torch.zeros(37, dtype=torch.bool))
+    assert torch.equal(none, torch.zeros(37, 2))
+
+
+@pytest.mark.parametrize("options", ["plain", "masked", "bias"])
+def test_mean_attention_is_the_column_mean(options: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bigbag.ops import class_attention
+
+    sizes, kv_sizes = (7, 3, 30, 2), (5, 0, 40, 4)
+    q, k = randn(42, 2, 6), randn(49, 2, 6, seed=1)
+    mask = (torch.arange(49) % 3 != 0) & (torch.arange(49) > 4) if options == "masked" else None
+    bias = DistanceBias(randn(42, 2), torch.tensor([0.5, 2.0]), randn(49, 2, seed=2)) if options == "bias" else None
+    cut = Segments.from_sizes(sizes), Segments.from_sizes(kv_sizes)
+    # With the identity as values, attention gives its own matrix.
+    values = torch.eye(49)[:, None].expand(49, 2, 49)
+    matrix = masked_attention(q, k, values, *cut, mask=mask, bias=bias, impl="reference")
+    total = torch.stack([rows.sum(0) / len(rows) for rows in matrix.split(sizes)]).sum(0).t()
+    for block_bytes in (1, 64 << 20):
+        monkeypatch.setattr(class_attention, "_BLOCK_BYTES", block_bytes)
+        torch.testing.assert_close(mean_attention(q, k, *cut, mask=mask, bias=bias), total)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="this is the run that it starts")
+def test_triton_kernels_pass_interpreted() -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "-k", "triton and not interpreted"]
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None and int(passed.group(1)) > 30, done.stdout[-2000:]
+    assert "skipped" not in done.stdout.splitlines()[-1], done.stdout[-2000:]
