@@ -1,0 +1,98 @@
+"""Calls on which ``segment_topk``, ``segment_logsumexp`` and ``segment_pool`` are proved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigbag.bags import Segments
+from bigbag.testing import Sample
+
+_SIZES = {
+    "several": (5, 1, 300, 64, 17),
+    "empty bags": (0, 9, 0, 130, 0),
+    "one instance": (1,),
+    "small bags": (4,) * 40 + (3, 1, 2),
+    "off the block": (1025, 513),
+    "no bag has instances": (0, 0),
+}
+
+
+class _TopkSample(Sample):
+    """The index is no output that can be compared by its error: it enters as the scores that it points to."""
+
+    def call(self, tensors: dict[str, Tensor], impl: str | None) -> tuple[Tensor, ...]:
+        from bigbag.ops.topk import segment_topk
+
+        x = tensors["x"]
+        values, index, count = segment_topk(x, Segments.from_sizes(self.sizes, x.device), **self.options, impl=impl)
+        return values, index.to(x.dtype if x.dtype == torch.float64 else torch.float32), count.to(torch.float32)
+
+
+class _LogsumexpSample(Sample):
+    def call(self, tensors: dict[str, Tensor], impl: str | None) -> tuple[Tensor, ...]:
+        from bigbag.ops.topk import segment_logsumexp
+
+        x = tensors["x"]
+        out = segment_logsumexp(x, Segments.from_sizes(self.sizes, x.device), impl=impl)
+        # The -inf of empty bags has no error; where it stands is compared.
+        return out.masked_fill(out.isneginf(), -5.0), out.isneginf().to(x.dtype)
+
+
+class _PoolSample(Sample):
+    def call(self, tensors: dict[str, Tensor], impl: str | None) -> tuple[Tensor, ...]:
+        from bigbag.ops.topk import segment_pool
+
+        segments = Segments.from_sizes(self.sizes, tensors["x"].device)
+        return (segment_pool(tensors["weights"], tensors["x"], segments, impl=impl),)
+
+
+def _randn(**shapes: tuple[int, ...]) -> Callable[[torch.Generator], dict[str, Tensor]]:
+    def make(generator: torch.Generator) -> dict[str, Tensor]:
+        return {n: torch.randn(*shape, generator=generator, dtype=torch.float64) for n, shape in shapes.items()}
+
+    return make
+
+
+def _ties(rows: int) -> Callable[[torch.Generator], dict[str, Tensor]]:
+    """Few different values, so that most of a selection is decided by the row."""
+    return lambda generator: {"x": torch.randint(-2, 3, (rows, 3), generator=generator).double()}
+
+
+def _topk(name: str, sizes: str, k: int, make: Any = None, **options: Any) -> Sample:
+    shape = (sum(_SIZES[sizes]), 3)
+    return _TopkSample("segment_topk", name, _SIZES[sizes], make or _randn(x=shape), {"k": k, **options})
+
+
+def _pool(name: str, sizes: str, columns: int, width: int, contiguous: bool = True) -> Sample:
+    rows = sum(_SIZES[sizes])
+    made = _randn(weights=(rows, columns), x=(rows, width))
+    return _PoolSample("segment_pool", name, _SIZES[sizes], made, {}, contiguous)
+
+
+def _logsumexp(name: str, sizes: str, shape: tuple[int, ...] = (5,), scale: float = 1.0) -> Sample:
+    def make(generator: torch.Generator) -> dict[str, Tensor]:
+        return {"x": _randn(x=(sum(_SIZES[sizes]), *shape))(generator)["x"] * scale}
+
+    return _LogsumexpSample("segment_logsumexp", name, _SIZES[sizes], make)
+
+
+SAMPLES: list[Sample] = [
+    *(_topk(name, name, 7) for name in _SIZES),
+    _topk("ties", "several", 20, _ties(387)),
+    _topk("ties, smallest", "several", 20, _ties(387), largest=False),
+    _topk("smallest", "several", 7, largest=False),
+    _topk("k = 1", "off the block", 1),
+    _topk("k beyond every bag", "small bags", 9),
+    _topk("one-dimensional", "several", 7, _randn(x=(387,))),
+    *(_logsumexp(name, name) for name in _SIZES),
+    _logsumexp("one-dimensional", "several", ()),
+    _logsumexp("values at 1e4", "several", (3,), 1e4),
+    *(_pool(name, name, 7, 33) for name in _SIZES),
+    _pool("many columns", "several", 130, 20),
+    _pool("one column", "several", 1, 1),
+    _pool("non-contiguous", "several", 6, 17, contiguous=False),
+]

@@ -1,0 +1,173 @@
+"""Selection, log-sum-exp and weighted sums for many weights over segments, on CPU.
+
+    topk       the k best rows of each bag and column, best first, the lower row first among equals
+    logsumexp  out[b, c] = log sum_t exp(x[t, c])
+    pool       z[b] = weights_b^T x_b,   weights (T, S), x (T, P)
+
+``topk``: a job owns one bag and a block of columns and walks over the rows once; each column has a heap of its k best so far,
+whose root, the worst of them, a row must beat. That is T C comparisons, and about k log(N / k) insertions of O(log k) per column
+where rows come in no order (N in the worst order). x is read once. ``logsumexp`` reads x twice forward, once backward.
+``pool`` is one GEMM per bag (2 T S P FLOP), in chunks of ``CHUNK_ROWS`` where rows must be widened; sums are float32 (float64).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bigbag.kernels.cpu import segments
+from bigbag.kernels.cpu.segments import _jit, _launch, _widen, accumulation_dtype, array
+
+CHUNK_ROWS = 4096
+_COLUMNS = 32
+_LAST = np.iinfo(np.int64).max
+
+
+@_jit
+def _key(value, sign):
+    """An integer that orders like ``value`` (sign 1) or against it (-1); NaN is above infinity, as in torch.topk."""
+    wide = np.float64(value) + 0.0  # -0 and 0 are equal
+    if wide != wide:
+        return sign * np.int64(_LAST)
+    bits = np.float64(wide).view(np.int64)
+    return sign * (bits ^ ((bits >> np.int64(63)) & np.int64(_LAST)))
+
+
+@_jit
+def _sift(keys, rows, size):
+    """Puts the root in its place in the first ``size`` entries; every parent is worse than its children."""
+    key, row = keys[0], rows[0]
+    here = 0
+    while True:
+        child = 2 * here + 1
+        if child >= size:
+            break
+        other = child + 1
+        if other < size and (keys[other] < keys[child] or (keys[other] == keys[child] and rows[other] > rows[child])):
+            child = other
+        if keys[child] > key or (keys[child] == key and rows[child] < row):
+            break
+        keys[here], rows[here] = keys[child], rows[child]
+        here = child
+    keys[here], rows[here] = key, row
+
+
+@_jit
+def _rise(keys, rows, here):
+    """Puts entry ``here`` in its place among those before it."""
+    key, row = keys[here], rows[here]
+    while here > 0:
+        parent = (here - 1) // 2
+        if keys[parent] < key or (keys[parent] == key and rows[parent] > row):
+            break
+        keys[here], rows[here] = keys[parent], rows[parent]
+        here = parent
+    keys[here], rows[here] = key, row
+
+
+@_jit
+def _topk(begin, end, x, offsets, blocks, sign, index):
+    k, columns = index.shape[1], x.shape[1]
+    for job in range(begin, end):
+        bag, first = job // blocks, (job % blocks) * _COLUMNS
+        last = min(first + _COLUMNS, columns)
+        start = offsets[bag]
+        count = min(k, offsets[bag + 1] - start)
+        keys = np.empty((last - first, max(count, 1)), np.int64)
+        rows = np.empty((last - first, max(count, 1)), np.int64)
+        for t in range(start, start + count):
+            for c in range(first, last):
+                keys[c - first, t - start], rows[c - first, t - start] = _key(_widen(x[t, c]), sign), t
+                _rise(keys[c - first], rows[c - first], t - start)
+        for t in range(start + count, offsets[bag + 1]):
+            for c in range(first, last):
+                key = _key(_widen(x[t, c]), sign)
+                # Later rows lose against equals.
+                if count > 0 and key > keys[c - first, 0]:
+                    keys[c - first, 0], rows[c - first, 0] = key, t
+                    _sift(keys[c - first], rows[c - first], count)
+        for c in range(first, last):
+            for size in range(count, 0, -1):
+                index[bag, size - 1, c] = rows[c - first, 0]
+                keys[c - first, 0], rows[c - first, 0] = keys[c - first, size - 1], rows[c - first, size - 1]
+                _sift(keys[c - first], rows[c - first], size - 1)
+
+
+@_jit
+def _multiply(begin, end, x, factor, bags, starts, ends):
+    for i in range(begin, end):
+        for t in range(starts[i], ends[i]):
+            for c in range(x.shape[1]):
+                x[t, c] *= factor[bags[i], c]
+
+
+def topk(x: Tensor, offsets: Tensor, k: int, largest: bool) -> Tensor:
+    """(T, C) -> rows of the k best (B, k, C), -1 beyond the size of a bag."""
+    num_bags, columns = offsets.shape[0] - 1, x.shape[1]
+    index = torch.full((num_bags, k, columns), -1, dtype=torch.int64)
+    blocks = -(-columns // _COLUMNS)
+    if x.numel() and k:
+        args = (array(x), offsets.numpy(), blocks, np.int64(1 if largest else -1), index.numpy())
+        _launch(_topk, num_bags * blocks, x.numel(), *args)
+    return index
+
+
+def _shifted_exp(x: Tensor, shift: Tensor, pieces: segments.Pieces) -> Tensor:
+    out = torch.empty(x.shape, dtype=accumulation_dtype(x.dtype))
+    where = (pieces.bags, pieces.starts, pieces.ends)
+    _launch(segments._subtract, len(pieces), x.numel(), array(x), array(shift), *where, out.numpy())
+    return out.exp_()
+
+
+def logsumexp(x: Tensor, offsets: Tensor) -> Tensor:
+    """(T, C) -> (B, C) in the accumulation dtype; -inf for an empty bag."""
+    pieces = segments.Pieces(offsets)
+    top, _ = segments.max_rows(x, offsets, pieces)
+    top = torch.where(top.isinf(), 0, top)  # infinity minus infinity is nothing
+    return segments.sum_rows(_shifted_exp(x, top, pieces), offsets, pieces).log_().add_(top)
+
+
+def logsumexp_backward(grad: Tensor, x: Tensor, out: Tensor, offsets: Tensor) -> Tensor:
+    """grad (B, C) exp(x - out) -> (T, C) in the accumulation dtype."""
+    pieces = segments.Pieces(offsets)
+    grad_x = _shifted_exp(x, torch.where(out.isinf(), 0, out), pieces)
+    where = (pieces.bags, pieces.starts, pieces.ends)
+    _launch(_multiply, len(pieces), x.numel(), grad_x.numpy(), array(grad), *where)
+    return grad_x
+
+
+def _chunks(offsets: Tensor, whole: bool) -> list[tuple[int, int, int]]:
+    """Bag, first and last row; a bag is cut unless ``whole``."""
+    starts = offsets.tolist()
+    step = max([1, *starts]) if whole else CHUNK_ROWS
+    bags = enumerate(zip(starts, starts[1:]))
+    return [(bag, row, min(row + step, end)) for bag, (start, end) in bags for row in range(start, end, step)]
+
+
+def pool(weights: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
+    """weights (T, S), x (T, P) -> (B, S, P) in the accumulation dtype."""
+    acc = accumulation_dtype(torch.promote_types(weights.dtype, x.dtype))
+    out = torch.zeros(offsets.shape[0] - 1, weights.shape[1], x.shape[1], dtype=acc)
+    for bag, start, end in _chunks(offsets, weights.dtype == x.dtype == acc):
+        out[bag].addmm_(weights[start:end].to(acc).t(), x[start:end].to(acc))
+    return out
+
+
+def pool_backward(
+    grad: Tensor, weights: Tensor, x: Tensor, offsets: Tensor, need_weights: bool, need_x: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of weights (T, S) and x (T, P), each (0,) where it is not needed."""
+    acc, whole = grad.dtype, weights.dtype == x.dtype == grad.dtype
+    grad_weights = torch.empty(weights.shape if need_weights else (0,), dtype=weights.dtype)
+    grad_x = torch.empty(x.shape if need_x else (0,), dtype=x.dtype)
+    for bag, start, end in _chunks(offsets, whole):
+        for needed, out, rows, matrix in (
+            (need_weights, grad_weights, x, grad[bag].t()),
+            (need_x, grad_x, weights, grad[bag]),
+        ):
+            if needed and whole:
+                torch.mm(rows[start:end], matrix, out=out[start:end])
+            elif needed:
+                out[start:end] = rows[start:end].to(acc) @ matrix
+    return grad_weights, grad_x
