@@ -9,7 +9,9 @@ precision under test, plus rounding: so the budget follows from the definition, 
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +26,7 @@ from torch import Tensor
 from bigbag import ops
 from bigbag.bags import Segments
 
-_SIZES = {
+SIZES = {
     "one bag": (37,),
     "several": (5, 1, 300, 64, 17),
     "empty bags": (0, 9, 0, 130, 0),
@@ -34,6 +36,7 @@ _SIZES = {
     "long bag": (2600, 3),
     "no bag has instances": (0, 0),
 }
+"""Ways to cut a pack that have gone wrong somewhere."""
 
 
 @dataclass(frozen=True)
@@ -81,71 +84,24 @@ class Sample:
     def _call(
         self, first: Tensor, segments: Segments, rest: Sequence[Tensor], names: Sequence[str], impl: str | None
     ) -> tuple[Tensor, ...]:
-        named = {"b1": None} if self.op == "attention_pool" else {}
-        out = getattr(ops, self.op)(first, segments, **(named | dict(zip(names, rest))), **self.options, impl=impl)
+        out = getattr(ops, self.op)(first, segments, **dict(zip(names, rest)), **self.options, impl=impl)
         return out if isinstance(out, tuple) else (out,)
 
 
-def _attention_sample(
-    name: str,
-    sizes: str = "several",
-    width: int = 33,
-    dim: int = 20,
-    heads: int = 1,
-    gated: bool = True,
-    biases: bool = True,
-    scale: float = 1.0,
-    contiguous: bool = True,
-    **options: Any,
-) -> Sample:
-    def make(generator: torch.Generator) -> dict[str, Tensor]:
-        def randn(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-        made = {"x": randn(sum(_SIZES[sizes]), width), "w1": randn(dim, width) / width**0.5}
-        made |= {"b1": randn(dim)} if biases else {}
-        made |= {"w2": randn(heads, dim) * scale}
-        made |= {"wg": randn(dim, width) / width**0.5} if gated else {}
-        return made | ({"bg": randn(dim)} if gated and biases else {})
-
-    return Sample("attention_pool", name, _SIZES[sizes], make, options, contiguous)
-
-
-def _segment_samples(op: str) -> Iterator[Sample]:
-    def make(sizes: tuple[int, ...], shape: tuple[int, ...], scale: float) -> Callable[..., dict[str, Tensor]]:
-        return lambda generator: {
-            "x": torch.randn(sum(sizes), *shape, generator=generator, dtype=torch.float64) * scale
-        }
-
-    for name, sizes in _SIZES.items():
-        yield Sample(op, name, sizes, make(sizes, (5,), 1.0))
-    yield Sample(op, "one-dimensional", _SIZES["several"], make(_SIZES["several"], (), 1.0))
-    yield Sample(op, "three-dimensional", _SIZES["several"], make(_SIZES["several"], (2, 67), 1.0))
-    yield Sample(op, "values at 1e4", _SIZES["several"], make(_SIZES["several"], (3,), 1e4))
-    yield Sample(op, "non-contiguous", _SIZES["several"], make(_SIZES["several"], (6,), 1.0), contiguous=False)
-
-
 def samples(op: str) -> list[Sample]:
-    """The calls on which operator ``op`` is proved.
+    """The calls on which operator ``op`` is proved, from ``bigbag.samples``.
 
     Raises:
         ValueError: an operator without samples.
     """
-    if op.startswith("segment_"):
-        return list(_segment_samples(op))
-    if op != "attention_pool":
-        raise ValueError(f"bigbag.testing has no samples for operator {op!r}: add them beside the operator")
-    # Eight heads where there are few rows: the error of a single number says little about the reference.
-    cases = [_attention_sample(name, name, heads=8 if sum(sizes) < 10 else 1) for name, sizes in _SIZES.items()]
-    cases += [_attention_sample(f"act {act}", act=act, gated=False) for act in ("tanh", "relu", "gelu")]
-    cases += [_attention_sample(f"gated {act}, kept", act=act, keep_preactivations=True) for act in ("relu", "gelu")]
-    return cases + [
-        _attention_sample("three heads", heads=3, width=70, dim=65),
-        _attention_sample("no biases", biases=False),
-        _attention_sample("scores at 1e4", scale=1e4),
-        _attention_sample("non-contiguous", contiguous=False),
-        _attention_sample("kept", "off the block", width=16, dim=8, keep_preactivations=True),
-    ]
+    import bigbag.samples
+
+    names = [module.name for module in pkgutil.iter_modules(bigbag.samples.__path__)]
+    modules = [importlib.import_module(f"bigbag.samples.{name}") for name in names]
+    found = [sample for module in modules for sample in module.SAMPLES if sample.op == op]
+    if not found:
+        raise ValueError(f"operator {op!r} has no samples: add them to a file in bigbag/samples")
+    return found
 
 
 def run(sample: Sample, tensors: dict[str, Tensor], impl: str | None) -> dict[str, Tensor]:

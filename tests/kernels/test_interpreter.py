@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 def test_triton_kernels_pass_the_proof_interpreted() -> None:
     pytest.importorskip("triton")
     # Triton patches its language when it is imported, hence the process; long sums add nothing here but time.
-    command = [sys.executable, "-m", "pytest", "tests/ops/test_proof.py", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "tests/ops/test_proof.py", "-q", "-p", "no:cacheprovider", "-n", "0"]
     command += ["-k", "triton and not dimensional"]
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
