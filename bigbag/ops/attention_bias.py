@@ -108,8 +108,8 @@ def num_buckets(method: str, beta: float) -> tuple[int, ...]:
 def piecewise_index(offset: Tensor, alpha: float, beta: float, gamma: float) -> Tensor:
     """Bucket of an offset, int64 in [-floor(beta), floor(beta)] (eq. 18 of the paper).
 
-        round(x)                                                              where |x| <= alpha
-        sign(x) min(floor(beta), round(alpha + log(|x| / alpha) / log(gamma / alpha) (beta - alpha)))   elsewhere
+    round(x)                                                              where |x| <= alpha
+    sign(x) min(floor(beta), round(alpha + log(|x| / alpha) / log(gamma / alpha) (beta - alpha)))   elsewhere
     """
     size = offset.abs()
     far = alpha + torch.log((size / alpha).clamp_min(1)) / math.log(gamma / alpha) * (beta - alpha)

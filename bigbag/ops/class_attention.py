@@ -27,7 +27,7 @@ def class_token_attention(
 
         a[t, h] = softmax over the bag of  scale q_cls[b, h] . k[t, h]
 
-    FLOPs: 2 T H d forward, 4 T H d backward. Bytes: k once, scores (T, H) a few times. Memory: O(T H); backward writes the
+    FLOPs: 2 T H d forward, 4 T H d backward. Bytes: k once, scores (T, H) a few times. Memory: O(T H), and the
     gradient of k. Differentiable. An empty or wholly masked bag gives zeros.
 
     Args:
@@ -45,9 +45,8 @@ def class_token_attention(
         ValueError: shapes, dtypes or devices that do not fit, an ``impl`` that can't run.
     """
     if q_cls.dim() != 3 or q_cls.shape[0] != segments.num_bags:
-        raise ValueError(
-            f"class_token_attention: q_cls has shape {tuple(q_cls.shape)}, expected (B, H, d) with B = {segments.num_bags}"
-        )
+        expected = f"(B, H, d) with B = {segments.num_bags}"
+        raise ValueError(f"class_token_attention: q_cls has shape {tuple(q_cls.shape)}, expected {expected}")
     tokens = Segments(torch.arange(segments.num_bags + 1, device=segments.offsets.device), (1,) * segments.num_bags)
     _check_attention(q_cls, k, k, tokens, segments, mask, None, 0.0)
     dtype = compute_dtype(q_cls)
@@ -65,7 +64,7 @@ def class_token_attention(
 
 
 def _scores(k: Tensor, q: Tensor, acc: torch.dtype) -> Tensor:
-    """k (n, H, d), q (H, d) -> (n, H): one matrix-vector product per head, rounded where the compute dtype rounds it."""
+    """k (n, H, d), q (H, d) -> (n, H): one matrix-vector product per head, rounded as the compute dtype does."""
     return torch.bmm(k.transpose(0, 1), q[:, :, None])[..., 0].t().to(acc)
 
 
@@ -74,7 +73,7 @@ def mean_attention(
     q: Tensor, k: Tensor, segments: Segments, kv_segments: Segments | None = None, *, mask: Tensor | None = None,
     bias: AttentionBias | None = None, scale: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """How much attention each key gets on average over the queries of its bag: the column means of the attention matrix.
+    """How much attention each key gets, averaged over the queries of its bag: column means of the attention matrix.
 
         a[j, h] = 1 / n_b sum_{i in b} softmax_j(scale q[i, h] . k[j, h] + bias[i, j])
 

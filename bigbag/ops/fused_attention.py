@@ -1,8 +1,8 @@
 """Attention by the fused CUDA kernels of others: ``torch.nn.attention.varlen`` and xformers.
 
 Both take packs as they are, cut by cumulative sizes. Instances that are masked out are left out of the keys by copying
-the rest (one wait for the device, since the number of keys of each bag is then known there only). A bag without keys gets
-one of zeros, and its rows are set to zero afterwards. Head dimensions are padded with zeros to a multiple of 8.
+the rest (one wait for the device, since the number of keys of each bag is then known there only). A bag without keys
+gets one of zeros, and its rows are set to 0 afterwards. Head dimensions are padded with zeros to a multiple of 8.
 """
 
 from __future__ import annotations

@@ -53,7 +53,8 @@ def masked_attention(
     The computation runs in autocast's dtype where autocast is on (float64 excepted), else in that of ``q``; sums and
     softmax in float32 (float64 for float64). Gradients flow to q, k, v and to the slopes or table of ``bias``; not
     twice differentiable, except ``impl="reference"``. A query without any key, because its bag is empty or wholly
-    masked, gives zeros and no gradient.
+    masked, gives zeros and no gradient. Backward takes the weights from exp(S - logsumexp), whose relative error is
+    about |S| times the rounding of float32: scores in the tens of thousands cost the gradients three digits.
 
     Cost for a bag of N instances: 4 H N^2 d FLOP forward, 10 H N^2 d backward (S is recomputed from its logsumexp).
     Memory beyond inputs and outputs: O(T H d), with a bias O(T H (d + buckets)) in mode "contextual"; cpu: blocks of
@@ -94,7 +95,7 @@ def masked_attention(
     ready = attention_bias.for_kernels(bias, q, scale, acc)
     return _FORWARD[chosen](
         q, k, v, segments.offsets, kv_segments.offsets, mask, *_flat(ready), float(dropout), fold_seed(seed), scale
-    )[0]
+    )[0].to(q.dtype)
 
 
 def reference(
@@ -247,7 +248,9 @@ def _register(impl: str, module: str) -> Callable[..., Any]:
 
     @forward.register_fake
     def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
-        return q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[:2], dtype=accumulation(q))
+        # rest[6] is the kind of the bias: with one, out comes unrounded.
+        out = q.new_empty(*q.shape[:2], v.shape[2], dtype=accumulation(q) if rest[6] else q.dtype)
+        return out, q.new_empty(q.shape[:2], dtype=accumulation(q))
 
     @backward.register_fake
     def _(grad: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:

@@ -3,9 +3,9 @@
     S[i, j] = scale q[i] . k[j] + bias[i, j],   P = softmax_j S,   out[i] = sum_j drop(P)[i, j] v[j]
 
 Masked keys are left out by copying the others, once per bag: nothing is computed for them. Without bias and dropout a
-bag goes to PyTorch's own flash attention. With them, blocks of ``BLOCK_ROWS`` x ``BLOCK_KEYS`` scores are GEMMs into reused
-buffers with a running maximum and sum; what depends on the pair (distance, bucket, whether dropout keeps it) is
-computed once per block and, where possible, for all heads, with Numba. Backward computes the scores again from the
+bag goes to PyTorch's own flash attention. With them, blocks of ``BLOCK_ROWS`` x ``BLOCK_KEYS`` scores are GEMMs into
+reused buffers with a running maximum and sum; what depends on the pair (distance, bucket, whether dropout keeps it)
+is computed once per block and, where possible, for all heads, with Numba. Backward computes the scores again from the
 logsumexp (Dao 2023). Blocks compute in float32 (float64 for float64).
 
 Reads: q and out once, k and v once per block of queries. FLOPs: 4 N^2 d forward, 10 N^2 d backward, per head. Working
@@ -236,9 +236,12 @@ def _attend(bag: _Bag, out: Tensor, lse: Tensor) -> None:
 
 
 def forward(*arguments) -> tuple[Tensor, Tensor]:
-    """Arguments as in ``_Arguments`` -> out (Tq, H, dv) in the dtype of q, lse (Tq, H) in the accumulation dtype."""
+    """Arguments as in ``_Arguments`` -> out (Tq, H, dv), lse (Tq, H) in the accumulation dtype.
+
+    With a bias, out is in the accumulation dtype too: its gradients would suffer from a rounded out in backward.
+    """
     args = _Arguments(*arguments)
-    out = args.q.new_zeros(*args.q.shape[:2], args.v.shape[2])
+    out = args.q.new_zeros(*args.q.shape[:2], args.v.shape[2], dtype=args.dtype if args.kind else args.q.dtype)
     lse = args.q.new_full(args.q.shape[:2], -float("inf"), dtype=args.dtype)
     for bag in args.bags():
         if args.fast:

@@ -5,8 +5,8 @@
 A bag's rows are cut into blocks; the blocks are planned on the device from ``offsets`` alone, so nothing waits for it.
 ``_forward``: one program owns one block of queries and one head, and walks over the keys of its bag with a running
 maximum and sum (base 2). Backward computes S again from the logsumexp (Dao 2023): ``_grad_q`` owns a block of queries,
-``_grad_kv`` a block of keys, ``_grad_weights`` a block of queries again, for the table or slopes of the bias, one partial
-result per program. No atomics. Bias and dropout are computed for each tile from positions and row numbers.
+``_grad_kv`` a block of keys; a second run of ``_grad_q`` gives the gradient of the table or slopes of the bias, one
+partial result per program. No atomics. Bias and dropout come from positions and row numbers, tile by tile.
 
 Reads: q once, k and v once per block of queries (backward: also q and its gradient once per block of keys). FLOPs per
 head: 4 N^2 d forward, 14 N^2 d backward, 6 N^2 d and N^2 C additions more for the weights of a bias with C buckets.
@@ -97,7 +97,9 @@ def _bias(pairs, weights, rows, head, H, C, inside, KIND: tl.constexpr, PER_ROW:
 @triton.jit
 def _tile(base, rows, inside, head, H, D, cols, UPCAST: tl.constexpr):
     """(rows, cols) of one head of (T, H, D)."""
-    out = tl.load(base + (rows[:, None] * H + head) * D + cols[None, :], mask=inside[:, None] & (cols < D)[None, :], other=0.0)
+    out = tl.load(
+        base + (rows[:, None] * H + head) * D + cols[None, :], mask=inside[:, None] & (cols < D)[None, :], other=0.0
+    )
     if UPCAST:  # the interpreter has no bfloat16 arithmetic
         out = out.to(tl.float32)
     return out
@@ -105,7 +107,19 @@ def _tile(base, rows, inside, head, H, D, cols, UPCAST: tl.constexpr):
 
 @triton.jit
 def _scores(
-    q, k, scale, pairs, weights, rows, head, H, C, inside, KIND: tl.constexpr, PER_ROW: tl.constexpr, PRECISION: tl.constexpr
+    q,
+    k,
+    scale,
+    pairs,
+    weights,
+    rows,
+    head,
+    H,
+    C,
+    inside,
+    KIND: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Scores of a tile in base 2; -inf outside."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
@@ -184,7 +198,8 @@ def _row_sums(lse, rows, row_in, head, H):
 
 @triton.jit(do_not_specialize=["seed", "drop_below"])
 def _grad_q(
-    q, k, v, grad, lse, delta, grad_q, grad_parts, mask, coords, kv_coords, weights, thresholds, blocks, starts, ends, kv_offsets,
+    q, k, v, grad, lse, delta, grad_q, grad_parts, mask, coords, kv_coords, weights, thresholds,
+    blocks, starts, ends, kv_offsets,
     scale, dropout, seed, drop_below, H, D, DV, C,
     FOR_WEIGHTS: tl.constexpr, BLOCK_C: tl.constexpr,
     MASKED: tl.constexpr, KIND: tl.constexpr, STEPS: tl.constexpr, PER_ROW: tl.constexpr, DROP: tl.constexpr,
@@ -219,7 +234,7 @@ def _grad_q(
             if KIND == "distance":
                 acc -= tl.where(columns[None, :] == 0, tl.sum(grads * pairs, 1)[:, None], 0.0)
             else:
-                for column in range(0, C):
+                for column in range(0, C):  # noqa: PIE808 (Triton's range)
                     here = tl.sum(tl.where(pairs == column, grads, 0.0), 1)
                     acc += tl.where(columns[None, :] == column, here[:, None], 0.0)
         else:
@@ -238,7 +253,8 @@ def _grad_q(
 
 @triton.jit(do_not_specialize=["seed", "drop_below"])
 def _grad_kv(
-    q, k, v, grad, lse, delta, grad_k, grad_v, mask, coords, kv_coords, weights, thresholds, blocks, starts, ends, offsets,
+    q, k, v, grad, lse, delta, grad_k, grad_v, mask, coords, kv_coords, weights, thresholds,
+    blocks, starts, ends, offsets,
     scale, dropout, seed, drop_below, H, D, DV, C,
     MASKED: tl.constexpr, KIND: tl.constexpr, STEPS: tl.constexpr, PER_ROW: tl.constexpr, DROP: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
@@ -284,7 +300,7 @@ def _grad_kv(
 
 
 class _Cut:
-    """Bag, first and last row of blocks of at most ``size`` rows; there are at most T // size + B, the rest are empty."""
+    """Bag, first and last row of blocks of at most ``size`` rows: at most T // size + B of them, the rest empty."""
 
     def __init__(self, offsets: Tensor, num_rows: int, size: int) -> None:
         num_bags = offsets.shape[0] - 1
@@ -333,27 +349,33 @@ class _Call:
         width = max(self.options["BLOCK_D"], self.options["BLOCK_V"])
         wide = width > 64
         if self.q.dtype == torch.float32:
-            return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8 if wide else 4, "num_stages": 1}
-        if backward and width > 128:
             return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
-        if self.kind or self.options["DROP"]:  # pairs and random bits take registers
-            return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1 if wide else 2}
+        extras = bool(self.kind) or self.options["DROP"]  # pairs and random bits take registers
+        if width > 128 and backward or extras and wide:
+            return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4 if width <= 128 else 8, "num_stages": 1}
+        if extras:
+            return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
         if backward:
             return {"BLOCK_M": 64, "BLOCK_N": 32 if wide else 64, "num_warps": 8, "num_stages": 2}
         narrow = width <= 128
-        return {"BLOCK_M": 128 if narrow else 64, "BLOCK_N": 64 if narrow else 32, "num_warps": 8 if wide else 4, "num_stages": 2}
+        return {
+            "BLOCK_M": 128 if narrow else 64,
+            "BLOCK_N": 64 if narrow else 32,
+            "num_warps": 8 if wide else 4,
+            "num_stages": 2,
+        }
 
 
-def _stored(t: Tensor) -> Tensor:
+def _stored(t: Tensor, exact: bool = False) -> Tensor:
     """Where the kernel writes a tensor like t: the interpreter truncates where it should round to 16 bits."""
-    return torch.empty(t.shape, dtype=torch.float32 if INTERPRETED else t.dtype, device=t.device)
+    return torch.empty(t.shape, dtype=torch.float32 if INTERPRETED or exact else t.dtype, device=t.device)
 
 
 def forward(*arguments) -> tuple[Tensor, Tensor]:
-    """Arguments as in ``_Call`` -> out (Tq, H, dv) in the dtype of q, lse (Tq, H) float32."""
+    """Arguments as in ``_Call`` -> out (Tq, H, dv), lse (Tq, H) float32; out float32 with a bias, else as q."""
     call = _Call(*arguments)
     (num_rows, heads, _), width = call.q.shape, call.v.shape[2]
-    out = _stored(call.q.new_empty(num_rows, heads, width))
+    out = _stored(call.q.new_empty(num_rows, heads, width), bool(call.kind))
     lse = call.q.new_empty(num_rows, heads, dtype=torch.float32)
     if out.numel():
         tiles = call.tiles(backward=False)
@@ -362,7 +384,7 @@ def forward(*arguments) -> tuple[Tensor, Tensor]:
         _forward[cut.count, heads](
             call.q, call.k, call.v, out, lse, *call.pairs, *where, *call.numbers, **call.options, **tiles
         )
-    return out.to(call.q.dtype), lse
+    return out if call.kind else out.to(call.q.dtype), lse
 
 
 def backward(grad: Tensor, out: Tensor, lse: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -371,8 +393,8 @@ def backward(grad: Tensor, out: Tensor, lse: Tensor, *arguments) -> tuple[Tensor
     call = _Call(*arguments)
     heads = call.q.shape[1]
     tiles = call.tiles(backward=True)
-    grad, lse = grad.contiguous(), lse.contiguous()
     delta = (grad.float() * out.float()).sum(2)
+    grad, lse = grad.to(call.q.dtype).contiguous(), lse.contiguous()
     grad_q, grad_k, grad_v = _stored(call.q), _stored(call.k), _stored(call.v)
     cut = _Cut(call.offsets, call.q.shape[0], tiles["BLOCK_M"])
     parts = lse.new_zeros(call.weights.shape if call.options["PER_ROW"] else (cut.count, heads, call.columns))

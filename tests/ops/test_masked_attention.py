@@ -59,7 +59,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 def test_error_is_within_twice_that_of_the_reference(sample: Sample, impl: str) -> None:
     for dtype in FLOATING if impl == "cpu" else (*HALF, torch.float32):
         if dtype == torch.float16 and "1e4" in sample.name:
-            continue  # q itself is beyond float16
+            continue  # the query itself is beyond float16
         check(sample, impl, dtype, DEVICE[impl])
 
 
@@ -109,6 +109,26 @@ def test_rows_without_keys_are_zero_forward_and_backward(impl: str) -> None:
         assert torch.equal(out[:8], torch.zeros_like(out[:8])) and out[8:].ne(0).any()
         for grad in grads:
             assert torch.equal(grad[:8], torch.zeros_like(grad[:8])) and grad[8:].isfinite().all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_scores_at_1e4(impl: str) -> None:
+    """The output keeps its digits; the gradients lose those that exp(S - logsumexp) loses."""
+    device = DEVICE[impl]
+    leaves = [(randn(70, 2, 8, seed=i) * (1e4 if i == 0 else 1)).to(device).requires_grad_() for i in range(3)]
+    exact = [leaf.detach().cpu().double().requires_grad_() for leaf in leaves]
+    weight = randn(70, 2, 8, seed=3).to(device)
+    out = masked_attention(*leaves, Segments.from_sizes((40, 30), device), impl=impl)
+    truth = masked_attention(*exact, Segments.from_sizes((40, 30)), impl="reference")
+    torch.testing.assert_close(out.double().cpu(), truth, rtol=1e-6, atol=1e-6)
+    largest = float((leaves[0].norm(dim=2).amax() * leaves[1].norm(dim=2).amax() / 8**0.5).detach())
+    assert largest > 1e4
+    grads = torch.autograd.grad((out * weight).sum(), leaves)
+    for grad, wanted in zip(grads, torch.autograd.grad((truth * weight.cpu()).sum(), exact)):
+        assert grad.isfinite().all()
+        if wanted.abs().max() > 1:  # of q and k the gradient is next to nothing: the softmax has made its choice
+            loss = 2 * torch.finfo(torch.float32).eps * largest
+            torch.testing.assert_close(grad.double().cpu(), wanted, rtol=loss, atol=loss * float(wanted.abs().max()))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -206,7 +226,12 @@ def test_dropout_keeps_the_right_share_independently() -> None:
     deviation = (0.3 * 0.7 / kept.numel()) ** 0.5
     assert abs(kept.mean() - 0.7) < 4 * deviation
     assert (kept.mean((0, 2)) - 0.7).abs().max() < 5 * (0.21 / 1500) ** 0.5
-    for other in (keep(12, 3, torch.arange(400), torch.arange(500), 0.3), kept.roll(1, 0), kept.roll(1, 1), kept.roll(1, 2)):
+    for other in (
+        keep(12, 3, torch.arange(400), torch.arange(500), 0.3),
+        kept.roll(1, 0),
+        kept.roll(1, 1),
+        kept.roll(1, 2),
+    ):
         both = ((kept - 0.7) * (other.double() - 0.7)).mean()
         assert abs(both) < 4 * 0.21 / kept.numel() ** 0.5
     assert drop_below(0.0) == 0 and drop_below(1.0) == 2**32 - 1
@@ -299,7 +324,9 @@ def test_requests_that_cannot_run_say_why() -> None:
         with pytest.raises(ValueError, match="needs a CUDA device"), use_impl({"masked_attention": impl}):
             masked_attention(q, q, q, segments)
     meta = torch.empty(4, 1, 4, device="meta")
-    assert "no such implementation" in str(pytest.raises(ValueError, masked_attention, q, q, q, segments, impl="x").value)
+    assert "no such implementation" in str(
+        pytest.raises(ValueError, masked_attention, q, q, q, segments, impl="x").value
+    )
     assert fused_attention.why_not("varlen", meta, meta, False, 0.0) == "it needs a CUDA device, got meta"
 
 
@@ -371,7 +398,17 @@ def test_mean_attention_is_the_column_mean(options: str, monkeypatch: pytest.Mon
 @pytest.mark.skipif(INTERPRETED, reason="this is the run that it starts")
 def test_triton_kernels_pass_interpreted() -> None:
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "-k", "triton and not interpreted"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        __file__,
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "triton and not interpreted",
+    ]
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=Path(__file__).parents[2], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
