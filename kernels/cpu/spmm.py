@@ -9,8 +9,9 @@ With H heads, edge values are (E, H), and head h owns columns h D/H to (h + 1) D
 A thread owns a range of rows, or of the edges of these rows, and alone writes them: no races, and results do not depend
 on the number of threads. Sums are accumulated in float32 (float64 for float64).
 Bytes: x once (neighbours' rows come from cache where the graph is local), out once, 4 (1 + H) per edge.
-Whole rows, not blocks of columns: on 2 to 4 KiB rows, blocks of a quarter were 2 to 3 times slower (pages and
-prefetching favour whole rows).
+Whole rows, not blocks of columns: on rows of 2 and 4 KiB, blocks of a quarter measured 2 to 3 times slower.
+Columns are indexed from 0, rows are not sliced: a lower bound that may be negative keeps LLVM from vectorising, and a
+slice costs two atomic reference counts per edge.
 """
 
 from __future__ import annotations
@@ -67,119 +68,148 @@ def _wide(value):
     return _widen(value)
 
 
-@_jit
-def _add(acc, row, weight):
-    for c in range(len(acc)):
-        acc[c] += weight * _wide(row[c])
+def _accumulator(out):
+    raise NotImplementedError("compiled code only")
+
+
+@overload(_accumulator)
+def _accumulator_overload(out):
+    """Where rows of ``out`` are summed: in place, or in one row of float32 if ``out`` is narrower."""
+    if out.dtype in (numba.types.int16, numba.types.uint16):
+        return lambda out: np.empty((1, out.shape[1], out.shape[2]), np.float32)
+    return lambda out: out
+
+
+def _store(out, i, acc, a):
+    raise NotImplementedError("compiled code only")
+
+
+@overload(_store)
+def _store_overload(out, i, acc, a):
+    """Round row ``a`` of ``acc`` into row i of ``out``, if it is not there already."""
+    if out.dtype == acc.dtype:
+        return lambda out, i, acc, a: None
+
+    def store(out, i, acc, a):
+        for h in range(out.shape[1]):
+            for c in range(out.shape[2]):
+                out[i, h, c] = _narrow(acc[a, h, c], out[i, h, c])
+
+    return store
 
 
 @_jit
-def _add_two(acc, left, right, u, v):
-    for c in range(len(acc)):
-        acc[c] += u * _wide(left[c]) + v * _wide(right[c])
+def _add(acc, a, h, x, j, u):
+    for c in range(x.shape[2]):
+        acc[a, h, c] += u * _wide(x[j, h, c])
 
 
 @_jit
-def _gather(acc, first, last, col, weight, x):
-    """acc = sum of the weighted neighbours' rows, head by head; two at a time halve the traffic of acc."""
-    acc[:] = 0
-    heads = max(weight.shape[1], 1)
-    dim = len(acc) // heads
-    one = acc.dtype.type(1)
+def _add_two(acc, a, h, x, j, k, u, v):
+    for c in range(x.shape[2]):
+        acc[a, h, c] += u * _wide(x[j, h, c]) + v * _wide(x[k, h, c])
+
+
+@_jit
+def _set_two(acc, a, h, x, j, y, k, u, v):
+    for c in range(x.shape[2]):
+        acc[a, h, c] = u * _wide(x[j, h, c]) + v * _wide(y[k, h, c])
+
+
+@_jit
+def _set(acc, a, h, x, j, u):
+    for c in range(x.shape[2]):
+        acc[a, h, c] = u * _wide(x[j, h, c])
+
+
+@_jit
+def _gather(acc, a, h, first, last, col, weight, x, factor):
+    """acc[a, h] += factor * weighted neighbours' rows; two at a time halve the traffic of acc."""
     weighted = weight.shape[0] > 0
-    for h in range(heads):
-        part = acc[h * dim : (h + 1) * dim]
-        e = first
-        while e + 1 < last:
-            u = weight[e, h] if weighted else one
-            v = weight[e + 1, h] if weighted else one
-            _add_two(part, x[col[e], h * dim : (h + 1) * dim], x[col[e + 1], h * dim : (h + 1) * dim], u, v)
-            e += 2
-        if e < last:
-            _add(part, x[col[e], h * dim : (h + 1) * dim], weight[e, h] if weighted else one)
+    e = first
+    while e + 1 < last:
+        u = factor * weight[e, h] if weighted else factor
+        v = factor * weight[e + 1, h] if weighted else factor
+        _add_two(acc, a, h, x, col[e], col[e + 1], u, v)
+        e += 2
+    if e < last:
+        _add(acc, a, h, x, col[e], factor * weight[e, h] if weighted else factor)
 
 
 @_jit
-def _store(row, acc):
-    for c in range(len(acc)):
-        row[c] = _narrow(acc[c], row[c])
-
-
-@_jit
-def _spmm(begin, end, crow, col, weight, x, scale, diagonal, h, beta, out):
-    acc = np.empty(x.shape[1], beta.dtype)
+def _spmm(begin, end, crow, col, weight, x, scale, diagonal, extra, beta, out):
+    acc = _accumulator(out)
+    zero = beta.dtype.type(0)
     for i in range(begin, end):
-        _gather(acc, crow[i], crow[i + 1], col, weight, x)
-        if len(scale):
-            factor = scale[i] if len(scale) > 1 else scale[0]
-            for c in range(len(acc)):
-                acc[c] *= factor
-        if len(diagonal):
-            _add(acc, x[i], diagonal[i])
-        if len(h):
-            _add(acc, h[i], beta[0])
-        _store(out[i], acc)
+        a = i if len(acc) == len(out) else 0
+        factor = scale[i] if len(scale) > 1 else scale[0]
+        for h in range(x.shape[1]):
+            # What is not a neighbour's comes first, so that ``extra`` may be ``out``.
+            if len(extra) and len(diagonal):
+                _set_two(acc, a, h, x, i, extra, i, diagonal[i], beta[0])
+            elif len(extra):
+                _set(acc, a, h, extra, i, beta[0])
+            elif len(diagonal):
+                _set(acc, a, h, x, i, diagonal[i])
+            else:
+                for c in range(x.shape[2]):
+                    acc[a, h, c] = zero
+            _gather(acc, a, h, crow[i], crow[i + 1], col, weight, x, factor)
+        _store(out, i, acc, a)
 
 
 @_jit
-def _dot(acc, row):
-    total = acc.dtype.type(0)
-    for c in range(len(acc)):
-        total += acc[c] * _wide(row[c])
+def _dot(x, i, y, j, h, zero):
+    total = zero
+    for c in range(x.shape[2]):
+        total += _wide(x[i, h, c]) * _wide(y[j, h, c])
     return total
 
 
 @_jit
-def _square_distance(acc, row):
-    total = acc.dtype.type(0)
-    for c in range(len(acc)):
-        difference = acc[c] - _wide(row[c])
+def _square_distance(x, i, j, zero):
+    total = zero
+    for c in range(x.shape[2]):
+        difference = _wide(x[i, 0, c]) - _wide(x[j, 0, c])
         total += difference * difference
     return total
 
 
 @_jit
-def _load(acc, row):
-    for c in range(len(acc)):
-        acc[c] = _wide(row[c])
-
-
-@_jit
 def _edge_dots(begin, end, crow, col, x, y, out):
-    row = np.empty(x.shape[1], out.dtype)
-    dim = x.shape[1] // out.shape[1]
     for i in range(begin, end):
-        _load(row, x[i])
         for e in range(crow[i], crow[i + 1]):
             for h in range(out.shape[1]):
-                out[e, h] = _dot(row[h * dim : (h + 1) * dim], y[col[e], h * dim : (h + 1) * dim])
+                out[e, h] = _dot(x, i, y, col[e], h, out.dtype.type(0))
 
 
 @_jit
 def _edge_distances(begin, end, crow, col, x, out):
-    row = np.empty(x.shape[1], out.dtype)
     for i in range(begin, end):
-        _load(row, x[i])
         for e in range(crow[i], crow[i + 1]):
-            out[e, 0] = _square_distance(row, x[col[e]])
+            out[e, 0] = _square_distance(x, i, col[e], out.dtype.type(0))
 
 
 @_jit
 def _power_step(begin, end, crow, col, weight, w, f, coefficients, step, v, total, dots):
-    acc = np.empty(w.shape[1], dots.dtype)
-    sums = np.empty(w.shape[1], dots.dtype)
+    acc = _accumulator(v)
+    sums = np.empty((1, 1, w.shape[2]), dots.dtype)
+    zero, one = dots.dtype.type(0), dots.dtype.type(1)
     for i in range(begin, end):
-        _load(sums, total[i] if step > 1 else w[i])
+        a = i if len(acc) == len(v) else 0
         if step == 1:
-            dots[i, 0] = _dot(sums, f[i])
-            for c in range(len(sums)):
-                sums[c] *= coefficients[0]
-        _gather(acc, crow[i], crow[i + 1], col, weight, w)
-        dots[i, 1] = _dot(acc, f[i])
-        for c in range(len(sums)):
-            sums[c] += coefficients[step] * acc[c]
-        _store(v[i], acc)
-        _store(total[i], sums)
+            dots[i, 0] = _dot(w, i, f, i, 0, zero)
+            _set(sums, 0, 0, w, i, coefficients[0])
+        else:
+            _set(sums, 0, 0, total, i, one)
+        for c in range(w.shape[2]):
+            acc[a, 0, c] = zero
+        _gather(acc, a, 0, crow[i], crow[i + 1], col, weight, w, one)
+        dots[i, 1] = _dot(acc, a, f, i, 0, zero)
+        _store(v, i, acc, a)
+        for c in range(w.shape[2]):
+            value = sums[0, 0, c] + coefficients[step] * acc[a, 0, c]
+            total[i, 0, c] = _narrow(value, total[i, 0, c])
 
 
 @_jit
@@ -226,6 +256,11 @@ def _transpose(crow, col, crow_t, col_t, perm):
             perm[k] = e
 
 
+def _split(x: Tensor, heads: int = 1) -> np.ndarray:
+    """(T, D) as (T, heads, D / heads)."""
+    return array(x).reshape(x.shape[0], heads, x.shape[1] // max(heads, 1))
+
+
 def _values(x: Tensor | None, dtype: torch.dtype, dims: int = 1) -> np.ndarray:
     """Scalars, row or edge values as an array of the accumulation dtype; an empty one stands for None."""
     if x is None:
@@ -249,20 +284,20 @@ def spmm(
     ``out`` may be ``h`` itself, not x.
     """
     dtype = accumulation_dtype(x.dtype)
-    num_rows = crow.shape[0] - 1
+    num_rows, heads = crow.shape[0] - 1, 1 if weight is None else weight.shape[1]
     out = torch.empty(num_rows, x.shape[1], dtype=x.dtype) if out is None else out
-    rows = array(x)
-    extra = array(h) if h is not None else rows[:0]
-    factors = (_values(scale, dtype), _values(diagonal, dtype), extra, _values(torch.ones(1) if beta is None else beta, dtype))
-    work = (col.shape[0] + num_rows) * x.shape[1]
-    _launch(_spmm, num_rows, work, crow.numpy(), col.numpy(), _values(weight, dtype, 2), rows, *factors, array(out))
+    rows, one = _split(x, heads), torch.ones(1)
+    extra = rows[:0] if h is None else _split(h, heads)
+    args = (crow.numpy(), col.numpy(), _values(weight, dtype, 2), rows, _values(one if scale is None else scale, dtype))
+    factors = (_values(diagonal, dtype), extra, _values(one if beta is None else beta, dtype))
+    _launch(_spmm, num_rows, (col.shape[0] + num_rows) * x.shape[1], *args, *factors, _split(out, heads))
     return out
 
 
 def edge_dots(crow: Tensor, col: Tensor, x: Tensor, y: Tensor, heads: int) -> Tensor:
     """x, y (T, D) of one dtype -> (E, heads) in the accumulation dtype."""
     out = torch.empty(col.shape[0], heads, dtype=accumulation_dtype(x.dtype))
-    args = (crow.numpy(), col.numpy(), array(x), array(y), out.numpy())
+    args = (crow.numpy(), col.numpy(), _split(x, heads), _split(y, heads), out.numpy())
     _launch(_edge_dots, crow.shape[0] - 1, col.shape[0] * x.shape[1], *args)
     return out
 
@@ -270,7 +305,7 @@ def edge_dots(crow: Tensor, col: Tensor, x: Tensor, y: Tensor, heads: int) -> Te
 def edge_distances(crow: Tensor, col: Tensor, x: Tensor) -> Tensor:
     """x (T, D) -> (E, 1) in the accumulation dtype."""
     out = torch.empty(col.shape[0], 1, dtype=accumulation_dtype(x.dtype))
-    _launch(_edge_distances, crow.shape[0] - 1, col.shape[0] * x.shape[1], crow.numpy(), col.numpy(), array(x), out.numpy())
+    _launch(_edge_distances, crow.shape[0] - 1, col.shape[0] * x.shape[1], crow.numpy(), col.numpy(), _split(x), out.numpy())
     return out
 
 
@@ -283,9 +318,9 @@ def power_step(
     """
     dtype = accumulation_dtype(w.dtype)
     dots = torch.zeros(w.shape[0], 2, dtype=dtype)
-    args = (crow.numpy(), col.numpy(), _values(weight, dtype, 2), array(w), array(f), _values(coefficients, dtype))
+    args = (crow.numpy(), col.numpy(), _values(weight, dtype, 2), _split(w), _split(f), _values(coefficients, dtype))
     work = (col.shape[0] + w.shape[0]) * w.shape[1]
-    _launch(_power_step, w.shape[0], work, *args, step, array(v), array(total), dots.numpy())
+    _launch(_power_step, w.shape[0], work, *args, step, _split(v), _split(total), dots.numpy())
     return dots.sum(0, dtype=torch.float64)
 
 
