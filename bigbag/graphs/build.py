@@ -46,7 +46,10 @@ def build_adjacency(
 
     A radius graph takes O(T log T + E): points are sorted by cell (side ``radius``) and compared with those of the
     3**c cells around them; lattice or not makes no difference. c > 3, and knn, take a KD-tree. Working memory beside
-    the result (8 (T + 1) + 4 E bytes, 4 E more with weights): about 8 (c + 3) T bytes for a radius.
+    the result (8 (T + 1) + 4 E bytes, 4 E more with weights): about 8 (2 c + 3) T bytes for a radius; no (E, P) array
+    is formed. 1 M lattice points in random order, 8 neighbours, one core of an AMD EPYC: 0.77 s, 3.1 times np.lexsort
+    of the same int64 coordinates (int32: 3.8; already sorted, where lexsort has nothing to do: 0.32 s, 12 times), and
+    92 MiB at the peak, 2.4 times the result (``python tests/graphs/measure_graphs.py 1000 1``).
 
     Args:
         coords: ``(T, c)`` positions, integer or floating, in any unit.

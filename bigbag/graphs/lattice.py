@@ -71,9 +71,8 @@ def infer_stride(coords: np.ndarray | Tensor) -> float:
         )
     smallest, largest = min(strides.values()), max(strides.values())
     if largest - smallest > _SAME_GAP * largest:
-        raise ValueError(
-            f"infer_stride: axes disagree, {', '.join(f'axis {a}: {s:g}' for a, s in strides.items())}; state the stride"
-        )
+        found = ", ".join(f"axis {axis}: {stride:g}" for axis, stride in strides.items())
+        raise ValueError(f"infer_stride: axes disagree, {found}; state the stride")
     return smallest
 
 

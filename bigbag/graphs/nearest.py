@@ -8,6 +8,8 @@ import torch
 from bigbag.graphs.order import space_filling_order
 
 _CHUNK_DISTANCES = 2**22
+# Below this, starting threads takes longer than the search.
+_FEW_POINTS = 2**13
 
 
 def nearest_graph(points: np.ndarray, k: int, sizes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -38,13 +40,14 @@ def _nearest(points: np.ndarray, k: int) -> np.ndarray:
     tree = cKDTree(points, balanced_tree=False, compact_nodes=False)
     nearest = np.empty((len(points), k), dtype=np.int64)
     rows = np.arange(len(points))
+    workers = torch.get_num_threads() if len(points) > _FEW_POINTS else 1
     wanted = k + 2
     while len(rows):
         wanted = min(wanted, len(points))
         step = max(1, _CHUNK_DISTANCES // wanted)
         tied = []
         for chunk in (rows[i : i + step] for i in range(0, len(rows), step)):
-            distance, found = tree.query(points[chunk], k=wanted, workers=torch.get_num_threads())
+            distance, found = tree.query(points[chunk], k=wanted, workers=workers)
             found = order[found]
             itself = order[chunk]
             if wanted == k + 2 < len(points):

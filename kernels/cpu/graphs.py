@@ -26,13 +26,17 @@ NO_WEIGHT = np.empty(0, dtype=np.float32)
 
 # No fast-math: a distance equal to the radius must be one on every machine.
 _jit = numba.njit(parallel=True, cache=True, nogil=True, error_model="numpy")
-_jit_sums = numba.njit(parallel=True, cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})
+_jit_sums = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})
 _jit_serial = numba.njit(cache=True, nogil=True, error_model="numpy")
 
 
-def _use_threads_of_torch() -> None:
-    # Numba keeps its own number of threads; torch's is the one that users set.
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+def _use_threads_for(rows: int) -> None:
+    # Numba keeps its own number of threads; torch's is the one that users set. Waking them up costs more than a small
+    # bag does.
+    wanted = torch.get_num_threads()
+    numba.set_num_threads(min(wanted, numba.config.NUMBA_NUM_THREADS) if rows > 2 * PIECE_ROWS else 1)
+    if torch.get_num_threads() != wanted:  # Numba's first call resets OpenMP, which torch shares.
+        torch.set_num_threads(wanted)
 
 
 @_jit_serial
@@ -125,17 +129,27 @@ def _cells(keys, points, order, shifts, limit, crow, col, no_weight, fill):
 
 
 @_jit_sums
+def _widen_row(x, i, row):
+    for p in range(x.shape[1]):
+        row[p] = _widen(x[i, p])
+
+
+@_jit_sums
+def _square_distance(row, x, j):
+    total = row.dtype.type(0)
+    for p in range(x.shape[1]):
+        difference = row[p] - _widen(x[j, p])
+        total += difference * difference
+    return total
+
+
+@_jit
 def _distances(x, crow, col, out):
     for i in numba.prange(len(crow) - 1):
         row = np.empty(x.shape[1], out.dtype)
-        for p in range(x.shape[1]):
-            row[p] = _widen(x[i, p])
+        _widen_row(x, i, row)
         for e in range(crow[i], crow[i + 1]):
-            square = out.dtype.type(0)
-            for p in range(x.shape[1]):
-                difference = row[p] - _widen(x[col[e], p])
-                square += difference * difference
-            out[e] = np.exp(-np.sqrt(square) / x.shape[1])
+            out[e] = np.exp(-np.sqrt(_square_distance(row, x, col[e])) / x.shape[1])
 
 
 @_jit
@@ -238,7 +252,7 @@ def radius_neighbours(
         shifts: (S,) int64, from the key of a cell to that of the middle cell of each adjacent row of three.
         limit: squared radius.
     """
-    _use_threads_of_torch()
+    _use_threads_for(len(keys))
     crow = np.zeros(len(keys) + 1, dtype=np.int64)
     _cells(keys, points, order, shifts, limit, crow, np.empty(0, np.int32), NO_WEIGHT, False)
     np.cumsum(crow, out=crow)
@@ -249,7 +263,7 @@ def radius_neighbours(
 
 def feature_weights(x: np.ndarray | Tensor, crow: np.ndarray, col: np.ndarray) -> np.ndarray:
     """(E,) float32 exp(-||x_i - x_j|| / P); x (N, P) floating, sums in float32, float64 for float64."""
-    _use_threads_of_torch()
+    _use_threads_for(len(col))
     if isinstance(x, Tensor):
         x = array(x)
     elif x.dtype == np.float16:
@@ -263,7 +277,7 @@ def with_diagonal(
     crow: np.ndarray, col: np.ndarray, weight: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """A self loop of weight 1 in every row that has none."""
-    _use_threads_of_torch()
+    _use_threads_for(len(crow))
     has = np.zeros(len(crow) - 1, dtype=np.bool_)
     _has_diagonal(crow, col, has)
     new_crow = crow.copy()
@@ -276,7 +290,7 @@ def with_diagonal(
 
 def row_sums(crow: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """(N,) float64."""
-    _use_threads_of_torch()
+    _use_threads_for(len(crow))
     out = np.empty(len(crow) - 1)
     _degrees(crow, weight, out)
     return out
@@ -284,7 +298,7 @@ def row_sums(crow: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 def scale(crow: np.ndarray, col: np.ndarray, weight: np.ndarray, factor: np.ndarray, both: bool) -> np.ndarray:
     """(E,) weight[e] * factor[i], times factor[j] if ``both``, in the dtype of ``weight``."""
-    _use_threads_of_torch()
+    _use_threads_for(len(crow))
     out = np.empty_like(weight)
     _scale(crow, col, weight, factor, both, out)
     return out
@@ -294,7 +308,7 @@ def permute(
     crow: np.ndarray, col: np.ndarray, weight: np.ndarray | None, order: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Row i of the result is row order[i], its columns renamed alike."""
-    _use_threads_of_torch()
+    _use_threads_for(len(crow))
     place_of = np.empty(len(order), dtype=np.int32)
     place_of[order] = np.arange(len(order), dtype=np.int32)
     new_crow = np.zeros_like(crow)
@@ -308,7 +322,7 @@ def permute(
 def hilbert_keys(cells: np.ndarray, bits: int) -> np.ndarray:
     """(N,) int64 place of each cell (N, c) int64, 0 <= cell < 2**bits, c * bits <= 62, along Hilbert's curve."""
     assert cells.shape[1] * bits <= 62
-    _use_threads_of_torch()
+    _use_threads_for(len(cells))
     out = np.empty(len(cells), dtype=np.int64)
     _hilbert(cells, bits, out)
     return out

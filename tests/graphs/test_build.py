@@ -1,5 +1,8 @@
 """Graphs from coordinates, against brute force, a KD-tree and torchmil."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -85,7 +88,11 @@ def test_knn_equals_brute_force_with_ties_to_the_lowest_index(coords, k):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(0, 9), max_size=5), st.sampled_from([{"radius": 1.5}, {"knn": 3}]), st.integers(0, 2**32 - 1))
+@given(
+    st.lists(st.integers(0, 9), max_size=5),
+    st.sampled_from([{"radius": 1.5}, {"knn": 3}]),
+    st.integers(0, 2**32 - 1),
+)
 def test_pack_equals_its_bags_alone(sizes, how, seed):
     rng = np.random.default_rng(seed)
     coords = rng.integers(-2, 3, (sum(sizes), 2))
@@ -257,6 +264,18 @@ def test_number_of_threads_changes_nothing():
     finally:
         torch.set_num_threads(before)
     assert torch.equal(graphs[0].col, graphs[1].col) and torch.equal(graphs[0].weight, graphs[1].weight)
+
+
+def test_threads_of_torch_stay_as_the_user_set_them():
+    """In a new process, since only Numba's first call would change them."""
+    code = """
+import numpy as np, torch
+from bigbag.graphs import build_adjacency
+torch.set_num_threads(1)
+build_adjacency(np.zeros((3, 2)), radius=1)
+assert torch.get_num_threads() == 1, torch.get_num_threads()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 POINTS = np.zeros((3, 2))
