@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bigbag.kernels.cpu import segments
-from bigbag.kernels.cpu.segments import _jit, _launch, _widen, accumulation_dtype, array
+from bigbag.kernels.cpu.segments import _jit, _launch, accumulation_dtype, array
 
 CHUNK_ROWS = 4096
 _COLUMNS = 32
@@ -78,11 +78,11 @@ def _topk(begin, end, x, offsets, blocks, sign, index):
         rows = np.empty((last - first, max(count, 1)), np.int64)
         for t in range(start, start + count):
             for c in range(first, last):
-                keys[c - first, t - start], rows[c - first, t - start] = _key(_widen(x[t, c]), sign), t
+                keys[c - first, t - start], rows[c - first, t - start] = _key(x[t, c], sign), t
                 _rise(keys[c - first], rows[c - first], t - start)
         for t in range(start + count, offsets[bag + 1]):
             for c in range(first, last):
-                key = _key(_widen(x[t, c]), sign)
+                key = _key(x[t, c], sign)
                 # Later rows lose against equals.
                 if count > 0 and key > keys[c - first, 0]:
                     keys[c - first, 0], rows[c - first, 0] = key, t
@@ -108,7 +108,8 @@ def topk(x: Tensor, offsets: Tensor, k: int, largest: bool) -> Tensor:
     index = torch.full((num_bags, k, columns), -1, dtype=torch.int64)
     blocks = -(-columns // _COLUMNS)
     if x.numel() and k:
-        args = (array(x), offsets.numpy(), blocks, np.int64(1 if largest else -1), index.numpy())
+        # 16 bits are exact in 32; widened here, since scores are narrow.
+        args = (array(x.to(accumulation_dtype(x.dtype))), offsets.numpy(), blocks, np.int64(1 if largest else -1), index.numpy())
         _launch(_topk, num_bags * blocks, x.numel(), *args)
     return index
 

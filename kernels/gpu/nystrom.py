@@ -15,6 +15,8 @@ full precision unless torch.set_float32_matmul_precision allows TF32.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -219,11 +221,17 @@ def _landmark_grads(
         _store_landmarks(g2, grad2, ids, base, DV, M, BLOCK_V)
 
 
-def _options(rows: Tensor, width: int, landmarks: int) -> dict[str, object]:
+def _options(rows: Tensor, width: int, landmarks: int) -> dict[str, Any]:
     """Compile-time arguments. The tiles are those without register spills on sm_80 and sm_90."""
     blocks = {"BLOCK_D": max(16, triton.next_power_of_2(rows.shape[2])), "BLOCK_V": max(16, triton.next_power_of_2(width))}
     exact = rows.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    tiles: dict[str, int] = {"BLOCK_T": 32, "BLOCK_M": 32, "num_warps": 8 if exact else 4, "num_stages": 1 if exact else 2}
+    tiles = {"BLOCK_T": 32, "BLOCK_M": 32, "num_warps": 4, "num_stages": 2}
+    if exact:  # without tensor cores, operands stand in registers
+        tiles |= {"BLOCK_T": 16, "num_stages": 1}
+        if max(blocks.values()) > 64:
+            tiles |= {"BLOCK_M": 16, "num_warps": 8}
+    elif (rows.shape[2] | width) % 16:  # rows that are not aligned are loaded element by element, which takes registers
+        tiles |= {"num_warps": 8, "num_stages": 1}
     if INTERPRETED:  # the interpreter's cost is per operation, not per element
         tiles = {"BLOCK_T": 128, "BLOCK_M": max(16, triton.next_power_of_2(landmarks))}
     return {**blocks, **tiles, "PRECISION": "ieee" if exact else "tf32"}
@@ -268,7 +276,7 @@ def gather(queries: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> tuple[Tens
     if num_rows == 0:
         return queries.new_zeros(*queries.shape[:3], width), queries.new_zeros(2, *queries.shape[:3])
     options = _options(k, width, landmarks)
-    block = int(options["BLOCK_M"])
+    block = options["BLOCK_M"]
     splits = _splits(offsets, num_rows, heads, landmarks, block)
     parts = queries.new_empty(splits, num_bags, heads, landmarks, width)
     tops, totals = queries.new_empty(parts.shape[:-1]), queries.new_empty(parts.shape[:-1])
@@ -295,7 +303,7 @@ def _backward(
     common = (r1, r2, l1, l2, norms[0], norms[1], delta)
     sizes = (heads, landmarks, dim, width, spread_pass)
     _row_grads[len(bags), heads](*common, g1, g1 if g2 is None else g2, bags, starts, offsets, *sizes, **options)
-    block = int(options["BLOCK_M"])
+    block = options["BLOCK_M"]
     splits = _splits(offsets, num_rows, heads, landmarks, block)
     h1 = l1.new_empty(splits, *l1.shape)
     h2 = l2.new_empty(splits, *l2.shape) if spread_pass else None

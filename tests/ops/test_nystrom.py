@@ -1,0 +1,253 @@
+"""nystrom_attention: the proof of the contract, parity with torchmil, memory, the class token's row.
+
+Under TRITON_INTERPRET=1 the Triton kernels run here too; the last test starts that run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+from bigbag import Segments
+from bigbag.ops import pseudo_inverse
+from bigbag.ops.nystrom import nystrom_attention, nystrom_class_token_attention
+from bigbag.ops.registry import INTERPRETED
+from bigbag.samples.nystrom import SAMPLES
+from bigbag.testing import Sample, check, poisoned_empty, run
+
+DEVICE = {"cpu": "cpu", "triton": "cpu" if INTERPRETED else "cuda", "reference": "cpu"}
+NO_GPU = not (INTERPRETED or torch.cuda.is_available())
+TRITON = pytest.param(
+    "triton",
+    marks=[pytest.mark.gpu, pytest.mark.skipif(NO_GPU, reason="no CUDA device (the last test interprets these kernels)")],
+)
+IMPLS = ["cpu", TRITON]
+NAMED = {sample.name: sample for sample in SAMPLES}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def qkv(rows: int, heads: int = 2, dim: int = 16, width: int = 5, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    widths = (dim, dim, width)
+    return [torch.randn(rows, heads, w, generator=generator, dtype=torch.float64).to(dtype) for w in widths]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.name)
+def test_error_is_within_twice_that_of_the_reference(sample: Sample, impl: str) -> None:
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    if INTERPRETED:
+        dtypes = (torch.float32,) if sample.name in ("off the block", "small bags") else dtypes[:2]
+    for dtype in dtypes if impl == "triton" else (torch.float64, *dtypes):
+        check(sample, impl, dtype, DEVICE[impl])
+
+
+def test_reference_and_adjoint_pass_gradcheck() -> None:
+    """The reference, whose gradient is autograd's, and the cpu implementation, whose adjoints are written by hand."""
+    tensors = [tensor.requires_grad_() for tensor in qkv(14, dim=4, width=3)]
+    segments = Segments.from_sizes((9, 0, 4, 1))
+    for impl in ("reference", "cpu"):
+
+        def call(*values: Tensor, impl: str = impl) -> Tensor:
+            return nystrom_attention(*values, segments, num_landmarks=4, num_iterations=3, impl=impl)
+
+        assert torch.autograd.gradcheck(call, tuple(tensors), fast_mode=True)
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLS])
+def test_packed_equals_each_bag_alone(impl: str) -> None:
+    sizes = (5, 40, 0, 17, 1)
+    tensors = [tensor.float().to(DEVICE[impl]) for tensor in qkv(63)]
+    together = nystrom_attention(*tensors, Segments.from_sizes(sizes, DEVICE[impl]), num_landmarks=8, impl=impl)
+    start = 0
+    for size in sizes:
+        part = [tensor[start : start + size] for tensor in tensors]
+        alone = nystrom_attention(*part, Segments.from_sizes((size,), DEVICE[impl]), num_landmarks=8, impl=impl)
+        torch.testing.assert_close(together[start : start + size], alone, rtol=2e-5, atol=2e-5)
+        start += size
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLS])
+def test_agrees_with_torchmil_where_it_pads_nothing(impl: str) -> None:
+    layer = pytest.importorskip("torchmil.nn.attention.nystrom_attention").NystromAttention
+    torch.manual_seed(0)
+    theirs = layer(in_dim=12, att_dim=32, n_heads=2, n_landmarks=8, out_dim=32)
+    x = torch.randn(1, 48, 12)
+    expected = theirs(x)[0]
+    packed = theirs.qkv_nn(x[0]).to(DEVICE[impl]).view(48, 3, 2, 16).unbind(1)
+    found = nystrom_attention(*packed, Segments.from_sizes((48,), DEVICE[impl]), num_landmarks=8, impl=impl)
+    torch.testing.assert_close(found.flatten(1).cpu(), expected, rtol=1e-4, atol=1e-5)
+    weight = torch.randn(48, 32)
+    wanted = torch.autograd.grad((expected * weight).sum(), theirs.qkv_nn.weight, retain_graph=True)[0]
+    got = torch.autograd.grad((found.flatten(1).cpu() * weight).sum(), theirs.qkv_nn.weight)[0]
+    torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+
+
+def test_landmarks_are_means_of_the_real_rows_only() -> None:
+    """A direct computation for 7 rows and 3 landmarks: groups 0-1, 2-3, 4-6."""
+    q, k, v = qkv(7, heads=1)
+    groups = [slice(0, 2), slice(2, 4), slice(4, 7)]
+    ql, kl = (torch.stack([x[group, 0].mean(0) for group in groups]) for x in (q, k))
+    first, a, third = ((left @ right.T / 4).softmax(1) for left, right in ((q[:, 0], kl), (ql, kl), (ql, k[:, 0])))
+    z = a.T / (a.sum(1).max() * a.sum(0).max())
+    for _ in range(20):
+        z = 0.25 * z @ (13 * torch.eye(3) - a @ z @ (15 * torch.eye(3) - a @ z @ (7 * torch.eye(3) - a @ z)))
+    torch.testing.assert_close(z, torch.linalg.pinv(a))
+    for impl in ("reference", "cpu"):
+        found = nystrom_attention(q, k, v, Segments.from_sizes((7,)), num_landmarks=3, num_iterations=20, impl=impl)
+        torch.testing.assert_close(found[:, 0], first @ torch.linalg.pinv(a) @ third @ v[:, 0])
+
+
+def test_as_many_landmarks_as_rows_give_exact_attention() -> None:
+    """With m = N and a pseudo-inverse that has converged, A A^-1 A v = A v."""
+    q, k, v = qkv(6, dim=16)
+    found = nystrom_attention(q, k, v, Segments.from_sizes((6,)), num_iterations=40, impl="cpu")
+    exact = ((q.transpose(0, 1) @ k.permute(1, 2, 0)) / 4).softmax(2) @ v.transpose(0, 1)
+    torch.testing.assert_close(found, exact.transpose(0, 1), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("token", [0, -1])
+def test_class_token_row_is_that_of_the_whole_matrix(impl: str, token: int) -> None:
+    sizes = (9, 0, 30, 1)
+    q, k, _ = qkv(40, dtype=torch.float32)
+    q, k = q.to(DEVICE[impl]), k.to(DEVICE[impl])
+    segments = Segments.from_sizes(sizes, DEVICE[impl])
+    row = nystrom_class_token_attention(q, k, segments, token=token, num_landmarks=4, impl=impl)
+    for start, end in ((0, 9), (9, 39), (39, 40)):
+        # Values that are the identity give back the attention matrix.
+        size = end - start
+        eye = torch.eye(size, device=q.device)[:, None].expand(-1, 2, -1).contiguous()
+        alone = Segments.from_sizes((size,), DEVICE[impl])
+        matrix = nystrom_attention(q[start:end], k[start:end], eye, alone, num_landmarks=4, impl=impl)
+        torch.testing.assert_close(row[start:end].T, matrix[token], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_one_instance_gives_its_value_and_no_gradient_to_its_scores(impl: str) -> None:
+    q, k, v = (tensor.float().to(DEVICE[impl]).requires_grad_() for tensor in qkv(1))
+    out = nystrom_attention(q, k, v, Segments.from_sizes((1,), DEVICE[impl]), impl=impl)
+    torch.testing.assert_close(out, v, rtol=1e-6, atol=1e-6)
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    assert float(grads[0].abs().max()) < 1e-5 and float(grads[1].abs().max()) < 1e-5
+    torch.testing.assert_close(grads[2], torch.ones_like(v), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", ["small", "empty bags", "no bag has instances"])
+def test_nothing_is_read_before_it_is_written(name: str, impl: str) -> None:
+    with poisoned_empty():
+        for dtype in (torch.float32, torch.bfloat16):
+            check(NAMED[name], impl, dtype, DEVICE[impl])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_two_runs_give_the_same_bits(impl: str) -> None:
+    sample = NAMED["several"]
+    tensors = sample.tensors(torch.float32, DEVICE[impl])
+    first, second = run(sample, tensors, impl), run(sample, tensors, impl)
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_parts_pass_opcheck(impl: str) -> None:
+    device = DEVICE[impl]
+    q, k, v = (tensor.float().to(device).requires_grad_() for tensor in qkv(11, dim=4))
+    offsets = Segments.from_sizes((6, 0, 5), device).offsets
+    marks = torch.randn(3, 2, 4, 4, device=device, requires_grad=True)
+    values = torch.randn(3, 2, 4, 5, device=device, requires_grad=True)
+    opcheck(getattr(torch.ops.bigbag, f"nystrom_spread_{impl}").default, (q, marks, values, offsets))
+    opcheck(getattr(torch.ops.bigbag, f"nystrom_gather_{impl}").default, (marks, k, v, offsets))
+    counts = offsets.diff().clamp_max(4)
+    opcheck(torch.ops.bigbag.nystrom_inverse_times.default, (marks, marks.detach() + 1, values, counts, counts.cpu(), 2))
+
+
+def test_compiles_to_one_graph_that_does_not_depend_on_the_cut() -> None:
+    tensors = [tensor.requires_grad_() for tensor in qkv(40)]
+
+    def step(offsets: Tensor, *values: Tensor) -> Tensor:
+        return nystrom_attention(*values, Segments(offsets, (40,)), num_landmarks=8).square().sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for sizes in ((30, 10), (5, 35)):
+        loss = compiled(Segments.from_sizes(sizes).offsets, *tensors)
+        expected = nystrom_attention(*tensors, Segments.from_sizes(sizes), num_landmarks=8).square().sum()
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(torch.autograd.grad(loss, tensors), torch.autograd.grad(expected, tensors))
+
+
+def test_similar_bags_share_a_batch_and_each_is_in_one() -> None:
+    groups = torch.tensor([256, 3, 0, 200, 16, 17])
+    found = list(pseudo_inverse.batches(2, 256, groups))
+    assert sorted(bag for bags, _ in found for bag in bags) == list(range(6))
+    assert all(groups[bag] <= size <= 256 for bags, size in found for bag in bags)
+    assert ([1, 2, 4], 16) in found and ([5], 32) in found
+
+
+def test_memory_holds_no_matrix_of_rows_by_landmarks() -> None:
+    """At 20,000 rows and 64 landmarks: the output, three gradients and one more, chunks; a quarter of torchmil's."""
+    rows, heads, dim, landmarks = 20_480, 4, 16, 64
+    tensors = [tensor.requires_grad_() for tensor in qkv(rows, heads, dim, dim, torch.float32)]
+    segments = Segments.from_sizes((rows,))
+
+    def peak(impl: str) -> int:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            out = nystrom_attention(*tensors, segments, num_landmarks=landmarks, impl=impl)
+            torch.autograd.grad(out.sum(), tensors)
+        live = most = 0
+        for event in profile.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                live += event.nbytes()
+                most = max(most, live)
+        return most
+
+    one = rows * heads * dim * 4
+    assert 4 * one < peak("cpu") < 6.5 * one + (24 << 20)
+    assert peak("reference") > 4 * rows * heads * landmarks * 4  # the measure sees what the definition keeps
+
+
+def test_errors_name_what_does_not_fit() -> None:
+    q, k, v = qkv(5)
+    segments = Segments.from_sizes((5,))
+    with pytest.raises(ValueError, match="expected floating q, k"):
+        nystrom_attention(q, k[:, :1], v, segments)
+    with pytest.raises(ValueError, match="4 instances"):
+        nystrom_attention(q, k, v, Segments.from_sizes((4,)))
+    with pytest.raises(ValueError, match="num_landmarks >= 1"):
+        nystrom_attention(q, k, v, segments, num_landmarks=0)
+    with pytest.raises(ValueError, match="k or v is torch.float32"):
+        nystrom_attention(q, k, v.float(), segments)
+    with pytest.raises(ValueError, match="no row token=5"):
+        nystrom_class_token_attention(q, k, segments, token=5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="this run is the interpreted one")
+def test_triton_kernels_pass_interpreted() -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "tests/ops/test_nystrom.py", "tests/ops/test_topk.py", "-q"]
+    command += ["-p", "no:cacheprovider", "-k", "triton and not interpreted"]
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None and int(passed.group(1)) > 40, done.stdout[-2000:]
+    assert "skipped" not in done.stdout.splitlines()[-1], done.stdout[-2000:]
