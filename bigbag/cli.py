@@ -66,6 +66,7 @@ def _quiet_known_noise() -> None:
     """Show bigbag's own messages, on one rank, and only warnings of the libraries under it."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("bigbag").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    logging.getLogger("bigbag.ops").setLevel(logging.WARNING)  # the banner names the implementations
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 
