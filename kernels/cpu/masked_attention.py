@@ -193,10 +193,17 @@ class _Blocks:
         self.launch(_kept, *numbers, out.numpy())
         return out
 
-    def add_to_weights(self, out: Tensor, head: int, grad_scores: Tensor) -> None:
-        """Add the gradient of the bias weights to ``out`` (R, H, C)."""
+    def begin_rows(self) -> None:
+        """For the gradient of slopes, per head and row: sums of dS * distance, dS and P * distance."""
+        self.moments = torch.zeros(self.bag.q.shape[0], 3, BLOCK_ROWS, dtype=self.args.dtype)
+
+    def add_to_weights(self, out: Tensor, head: int, weights: Tensor, grad_scores: Tensor) -> None:
+        """Add the gradient of the bias weights to ``out`` (R, H, C), or to the moments."""
         if self.args.kind == "distance":
-            out[0, head, 0] -= torch.dot(grad_scores.flatten(), self.pairs.flatten())
+            moments = self.moments[head, :, : self.shape[0]]
+            moments[1] += grad_scores.sum(1)
+            moments[0] += grad_scores.mul_(self.pairs).sum(1)
+            moments[2] += weights.mul_(self.pairs).sum(1)
             return
         rows = torch.zeros(self.shape[0], out.shape[2], dtype=out.dtype)
         self.launch(_gather_gradient, grad_scores.numpy(), self.pairs.numpy(), rows.numpy())
@@ -204,6 +211,12 @@ class _Blocks:
             out[0, head] += rows.sum(0)
         else:
             out[self.bag.rows][self.rows, head] += rows
+
+    def end_rows(self, out: Tensor) -> None:
+        if self.args.kind == "distance":
+            # dS sums to 0 over a row, but for the rounding of delta, which enters as P: take its share out again.
+            found, rest, mean = self.moments.unbind(1)
+            out[0, :, 0] -= (found - rest * mean).sum(1)
 
 
 def _same_width(*tensors: Tensor) -> list[Tensor]:
@@ -264,6 +277,7 @@ def _differentiate(
         delta = (upper * out[rows].transpose(0, 1).to(args.dtype)).sum(2, keepdim=True)
         sums = lse[rows].t()[..., None]
         found = torch.zeros_like(q)
+        blocks.begin_rows()
         for keys in blocks.key_bounds():
             blocks.enter(rows, keys)
             for head in range(len(q)):
@@ -279,7 +293,9 @@ def _differentiate(
                 found[head].addmm_(grads, blocks.k[head, keys], alpha=args.scale)
                 grad_k[head, keys].addmm_(grads.t(), q[head])
                 if grad_weights is not None:
-                    blocks.add_to_weights(grad_weights, head, grads)
+                    blocks.add_to_weights(grad_weights, head, weights, grads)
+        if grad_weights is not None:
+            blocks.end_rows(grad_weights)
         grad_q[rows] = found.transpose(0, 1)
     return grad_k, grad_v
 

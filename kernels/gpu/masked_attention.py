@@ -14,6 +14,8 @@ head: 4 N^2 d forward, 14 N^2 d backward, 6 N^2 d and N^2 C additions more for t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -218,6 +220,8 @@ def _grad_q(
     sums = _row_sums(lse, rows, row_in, head, H)
     deltas = tl.load(delta + rows * H + head, mask=row_in, other=0.0)
     acc = tl.zeros([BLOCK_M, BLOCK_C if FOR_WEIGHTS else BLOCK_D], tl.float32)
+    rest = tl.zeros([BLOCK_M], tl.float32)
+    mean = tl.zeros([BLOCK_M], tl.float32)
     for first in range(kv_start, kv_end, BLOCK_N):
         cols, col_in, pairs = _key_tile(
             mask, coords, kv_coords, thresholds, rows, row_in, first, kv_end, MASKED, KIND, STEPS, BLOCK_N
@@ -229,10 +233,13 @@ def _grad_q(
         grads = tl.dot(grad_tile, tl.trans(v_tile), input_precision=PRECISION)
         if DROP:
             grads *= _factors(rows, cols, head, seed, drop_below, dropout)
-        grads = tl.exp2(scores - sums[:, None]) * (grads - deltas[:, None])
+        p = tl.exp2(scores - sums[:, None])
+        grads = p * (grads - deltas[:, None])
         if FOR_WEIGHTS:
             if KIND == "distance":
                 acc -= tl.where(columns[None, :] == 0, tl.sum(grads * pairs, 1)[:, None], 0.0)
+                rest += tl.sum(grads, 1)
+                mean += tl.sum(p * pairs, 1)
             else:
                 for column in range(0, C):  # noqa: PIE808 (Triton's range)
                     here = tl.sum(tl.where(pairs == column, grads, 0.0), 1)
@@ -240,6 +247,9 @@ def _grad_q(
         else:
             acc = tl.dot(grads.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
     if FOR_WEIGHTS:
+        if KIND == "distance":
+            # grads sums to 0 over a row, but for the rounding of delta, which enters as p: take its share out again.
+            acc += tl.where(columns[None, :] == 0, (rest * mean)[:, None], 0.0)
         if PER_ROW:
             place = grad_parts + (rows[:, None] * H + head) * C + columns[None, :]
             tl.store(place, acc, mask=row_in[:, None] & (columns < C)[None, :])
@@ -337,7 +347,12 @@ class _Call:
         self.pairs = (q if mask is None else mask.view(torch.uint8), *places, self.weights, limits)
         per_row = weights is not None and kind != "distance" and weights.shape[0] > 1
         exact = q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-        self.options = {"MASKED": mask is not None, "KIND": kind, "STEPS": len(thresholds), "PER_ROW": per_row}
+        self.options: dict[str, Any] = {
+            "MASKED": mask is not None,
+            "KIND": kind,
+            "STEPS": len(thresholds),
+            "PER_ROW": per_row,
+        }
         self.options |= {"DROP": dropout > 0, "UPCAST": INTERPRETED, "PRECISION": "ieee" if exact else "tf32"}
         self.options |= {"BLOCK_D": max(16, triton.next_power_of_2(q.shape[2]))}
         self.options |= {"BLOCK_V": max(16, triton.next_power_of_2(v.shape[2]))}
@@ -351,8 +366,8 @@ class _Call:
         if self.q.dtype == torch.float32:
             return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
         extras = bool(self.kind) or self.options["DROP"]  # pairs and random bits take registers
-        if width > 128 and backward or extras and wide:
-            return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4 if width <= 128 else 8, "num_stages": 1}
+        if (width > 128 and backward) or (extras and wide):
+            return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
         if extras:
             return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
         if backward:
@@ -364,6 +379,10 @@ class _Call:
             "num_warps": 8 if wide else 4,
             "num_stages": 2,
         }
+
+    def tiles_for_weights(self) -> dict[str, int]:
+        """What differs where ``_grad_q`` accumulates one number per bucket."""
+        return {"BLOCK_M": 16, "num_warps": 8} if self.q.dtype == torch.float32 and not INTERPRETED else {}
 
 
 def _stored(t: Tensor, exact: bool = False) -> Tensor:
@@ -396,23 +415,25 @@ def backward(grad: Tensor, out: Tensor, lse: Tensor, *arguments) -> tuple[Tensor
     delta = (grad.float() * out.float()).sum(2)
     grad, lse = grad.to(call.q.dtype).contiguous(), lse.contiguous()
     grad_q, grad_k, grad_v = _stored(call.q), _stored(call.k), _stored(call.v)
-    cut = _Cut(call.offsets, call.q.shape[0], tiles["BLOCK_M"])
-    parts = lse.new_zeros(call.weights.shape if call.options["PER_ROW"] else (cut.count, heads, call.columns))
+    parts = lse.new_empty(0)
     inputs = (call.q, call.k, call.v, grad, lse, delta)
-    settings = call.options | tiles
-    if call.q.numel():
-        where = (*cut.tensors(), call.kv_offsets)
-        for for_weights in (False, True) if need_weights else (False,):
+    for for_weights in (False, True) if need_weights else (False,):
+        settings = call.options | tiles | (call.tiles_for_weights() if for_weights else {})
+        cut = _Cut(call.offsets, call.q.shape[0], settings["BLOCK_M"])
+        if for_weights:
+            shape = call.weights.shape if call.options["PER_ROW"] else (cut.count, heads, call.columns)
+            parts = lse.new_zeros(shape)
+        if call.q.numel():
             _grad_q[cut.count, heads](
-                *inputs, grad_q, parts, *call.pairs, *where, *call.numbers,
+                *inputs, grad_q, parts, *call.pairs, *cut.tensors(), call.kv_offsets, *call.numbers,
                 FOR_WEIGHTS=for_weights, BLOCK_C=triton.next_power_of_2(call.columns), **settings,
             )  # fmt: skip
     if call.k.numel():
         kv_cut = _Cut(call.kv_offsets, call.k.shape[0], tiles["BLOCK_N"])
         where = (*kv_cut.tensors(), call.offsets)
-        _grad_kv[kv_cut.count, heads](*inputs, grad_k, grad_v, *call.pairs, *where, *call.numbers, **settings)
-    if not need_weights:
-        parts = lse.new_empty(0)
-    elif not call.options["PER_ROW"]:
+        _grad_kv[kv_cut.count, heads](
+            *inputs, grad_k, grad_v, *call.pairs, *where, *call.numbers, **call.options, **tiles
+        )
+    if need_weights and not call.options["PER_ROW"]:
         parts = parts.sum(0, keepdim=True)
     return grad_q.to(call.q.dtype), grad_k.to(call.k.dtype), grad_v.to(call.v.dtype), parts
