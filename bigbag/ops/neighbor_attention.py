@@ -12,7 +12,6 @@ from bigbag.ops.registry import Operator
 from bigbag.ops.spmm import (
     DTYPES,
     Graph,
-    accumulation_dtype,
     edge_dots,
     graph_of,
     kernels,

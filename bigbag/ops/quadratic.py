@@ -25,9 +25,7 @@ from bigbag.ops.spmm import (
 )
 
 
-def quadratic_form(
-    adj: Adjacency, x: Tensor, segments: Segments | None = None, *, impl: str | None = None
-) -> Tensor:
+def quadratic_form(adj: Adjacency, x: Tensor, segments: Segments | None = None, *, impl: str | None = None) -> Tensor:
     """``sum_ij A_ij <x_i, x_j>`` = trace(x^T A x), in total or per bag: the numerator of a min-cut loss.
 
     Gradients flow to x and to ``adj.weight``. Cost: 2 E D FLOP forward, twice that backward. Bytes: x once forward,
@@ -56,9 +54,7 @@ def quadratic_form(
     return _sum_edges("quadratic_form", adj, dots[:, 0], segments, chosen)
 
 
-def dirichlet_energy(
-    adj: Adjacency, x: Tensor, segments: Segments | None = None, *, impl: str | None = None
-) -> Tensor:
+def dirichlet_energy(adj: Adjacency, x: Tensor, segments: Segments | None = None, *, impl: str | None = None) -> Tensor:
     """``1/2 sum_ij A_ij |x_i - x_j|^2``: how much x varies along edges; for a symmetric A, trace(x^T (D - A) x).
 
     Differences are squared edge by edge, so a smooth x loses nothing to cancellation. Cost: 3 E D FLOP forward, twice
@@ -95,14 +91,16 @@ def _register(impl: str) -> None:
     def run(x: Tensor, crow: Tensor, col: Tensor, crow_t: Any, col_t: Any, perm: Any) -> Tensor:
         return kernels(impl).edge_distances(crow, col, x)
 
-    def run_backward(grad: Tensor, x: Tensor, crow: Tensor, col: Tensor, crow_t: Tensor, col_t: Tensor, perm: Any) -> Tensor:
+    def run_backward(grad: Tensor, x: Tensor, crow: Tensor, col: Tensor, crow_t: Any, col_t: Any, perm: Any) -> Tensor:
         # With G the matrix of gradients: 2 (rows of G + columns of G) x - 2 G x - 2 G^T x.
         multiply, minus_two = kernels(impl).spmm, grad.new_full((1,), -2)
         grad_t = _permuted(grad, perm)
         ones = grad.new_ones(x.shape[0], 1)
         sums = multiply(crow, col, grad, ones) + multiply(crow_t, col_t, grad_t, ones)
-        half = multiply(crow, col, grad, x, minus_two, 2 * sums[:, 0])
-        return multiply(crow_t, col_t, grad_t, x, minus_two, None, half, grad.new_ones(1), half)
+        # The two halves may cancel: the first is kept in the accumulation dtype.
+        half = torch.empty(x.shape, dtype=grad.dtype, device=x.device)
+        multiply(crow, col, grad, x, minus_two, 2 * sums[:, 0], out=half)
+        return multiply(crow_t, col_t, grad_t, x, minus_two, None, half, grad.new_ones(1))
 
     graph = "Tensor crow, Tensor col, Tensor crow_t, Tensor col_t, Tensor? perm"
     name = f"bigbag::edge_distances_{impl}"
@@ -110,9 +108,7 @@ def _register(impl: str) -> None:
     backward = torch.library.custom_op(
         name + "_backward", run_backward, mutates_args=(), schema=f"(Tensor grad, Tensor x, {graph}) -> Tensor"
     )
-    forward.register_fake(
-        lambda x, crow, col, *rest: x.new_empty(col.shape[0], 1, dtype=accumulation_dtype(x.dtype))
-    )
+    forward.register_fake(lambda x, crow, col, *rest: x.new_empty(col.shape[0], 1, dtype=accumulation_dtype(x.dtype)))
     backward.register_fake(lambda grad, x, *rest: x.new_empty(x.shape))
 
     def setup(ctx: Any, inputs: Any, output: Any) -> None:

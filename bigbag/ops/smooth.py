@@ -111,7 +111,7 @@ def _steps(impl: str, f: Tensor, a: Tensor, weight: Tensor | None, crow: Tensor,
 
 
 def _moments(
-    impl: str, grad: Tensor, f: Tensor, a: Tensor, weight_t: Tensor | None, crow_t: Tensor, col_t: Tensor, num_steps: int
+    impl: str, grad: Tensor, f: Tensor, a: Tensor, weight_t: Any, crow_t: Tensor, col_t: Tensor, num_steps: int
 ) -> tuple[Tensor, Tensor]:
     """sum_k p_k w_k (T, D), and <w_k, f> for k = 0 .. T, where w_k = (A^T)^k grad."""
     grad, f = grad.contiguous(), f.contiguous()
@@ -131,8 +131,8 @@ _STEPS = "Tensor? weight, Tensor? weight_t, Tensor crow, Tensor col, Tensor crow
 def _register(impl: str) -> None:
     """Custom operators ``bigbag::smooth_{impl}`` and ``bigbag::smooth_moments_{impl}``."""
 
-    def run(f: Tensor, a: Tensor, w: Any, w_t: Any, crow: Tensor, col: Tensor, crow_t: Any, col_t: Any, n: int) -> Tensor:
-        return _steps(impl, f, a, w, crow, col, n)
+    def run(f: Tensor, a: Tensor, w: Any, w_t: Any, crow: Tensor, col: Tensor, *rest: Any) -> Tensor:
+        return _steps(impl, f, a, w, crow, col, rest[-1])
 
     def run_moments(grad: Tensor, f: Tensor, a: Tensor, w_t: Any, crow_t: Tensor, col_t: Tensor, n: int) -> Any:
         return _moments(impl, grad, f, a, w_t, crow_t, col_t, n)

@@ -169,8 +169,8 @@ def _register(impl: str) -> None:
     def run_spmm(x: Tensor, weight: Any, crow: Tensor, col: Tensor, crow_t: Any, col_t: Any, perm: Any) -> Tensor:
         return kernels(impl).spmm(crow, col, weight, x)
 
-    def run_dots(x: Tensor, y: Tensor, crow: Tensor, col: Tensor, crow_t: Any, col_t: Any, perm: Any, heads: int) -> Tensor:
-        return kernels(impl).edge_dots(crow, col, x, y, heads)
+    def run_dots(x: Tensor, y: Tensor, crow: Tensor, col: Tensor, *rest: Any) -> Tensor:
+        return kernels(impl).edge_dots(crow, col, x, y, rest[-1])
 
     def run_transpose(crow: Tensor, col: Tensor) -> Any:
         return kernels(impl).transpose(crow, col)
