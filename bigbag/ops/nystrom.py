@@ -3,8 +3,8 @@
     out = softmax(q kl^T) pinv(softmax(ql kl^T)) softmax(ql k^T) v
 
 from right to left: ``gather`` (the third factor times v) and ``spread`` (the first factor times what the middle leaves)
-stream over rows and keep no T x M matrix; the middle is in :mod:`bigbag.ops.pseudo_inverse`. The three are custom operators
-that take ``offsets`` alone; landmarks stand in (B, H, M, d) with zeros where a bag has fewer than M.
+stream over rows and keep no T x M matrix; the middle is in :mod:`bigbag.ops.pseudo_inverse`. The three are custom
+operators that take ``offsets`` alone; landmarks stand in (B, H, M, d) with zeros where a bag has fewer than M.
 """
 
 from __future__ import annotations
@@ -38,19 +38,21 @@ def nystrom_attention(
 
         out = softmax(s q kl^T) pinv(softmax(s ql kl^T)) softmax(s ql k^T) v
 
-    Landmarks: a bag of N instances has m = min(num_landmarks, N), the means ql, kl of q, k over m contiguous groups; group i
-    is rows floor(i N / m) to floor((i + 1) N / m). So nothing is padded, and a bag gives the same alone or packed. (torchmil
-    pads with zero rows in front up to a multiple of ``num_landmarks``, which then count as instances; where N is a multiple
-    the two agree.) The pseudo-inverse is ``num_iterations`` steps of Razavi et al. 2014 from A^T / (max row sum * max column
-    sum), both maxima over the heads of the bag, as torchmil does for a batch of one.
+    Landmarks: a bag of N instances has m = min(num_landmarks, N), the means ql, kl of q, k over m contiguous groups;
+    group i is rows floor(i N / m) to floor((i + 1) N / m). So nothing is padded, and a bag gives the same alone or
+    packed. (torchmil pads with zero rows in front up to a multiple of ``num_landmarks``, which then count as
+    instances; where N is a multiple the two agree.) The pseudo-inverse is ``num_iterations`` steps of Razavi et al.
+    2014 from A^T / (max row sum * max column sum), both maxima over the heads of the bag, as torchmil does for a
+    batch of one.
 
     Accumulation and landmarks are float32 (float64 for float64) also for 16-bit inputs: the pseudo-inverse magnifies
     rounding by up to (13 / 4) ** num_iterations. Not twice differentiable, except ``impl="reference"``.
 
     FLOPs: T H m (4 d + 4 dv) forward, T H m (12 d + 8 dv) backward, and 2 H m^3 (4 n) and 2 H m^3 (15 n) per bag for n
-    iterations. (The product from left to right, as torchmil has it, costs 2 T H m^2 more forward and 4 T H m^2 backward.)
-    Bytes: q, k, v read twice forward and once more backward. Kept for backward: q, k, v, 2 T H numbers and
-    landmarks; working memory O(T H d) for one gradient, a constant number of chunks, and the m x m matrices of one bag.
+    iterations. (The product from left to right, as torchmil has it, costs 2 T H m^2 more forward and 4 T H m^2
+    backward.) Bytes: q, k, v read twice forward and once more backward. Kept for backward: q, k, v, 2 T H numbers and
+    landmarks; working memory O(T H d) for one gradient, a constant number of chunks, and the m x m matrices of one
+    bag.
 
     Args:
         q, k: (T, H, d) floating.
@@ -67,17 +69,19 @@ def nystrom_attention(
     Raises:
         ValueError: shapes or dtypes that do not fit, an ``impl`` that can't run.
 
-    Xiong et al., Nystromformer: a Nystrom-based algorithm for approximating self-attention, AAAI 2021 (arXiv 2102.03902).
+    Xiong et al., Nystromformer: a Nystrom-based algorithm for approximating self-attention, AAAI 2021 (arXiv
+    2102.03902).
     """
     _check("nystrom_attention", q, k, v, segments, num_landmarks, num_iterations)
     chosen = choose("nystrom_attention", _DTYPES, impl, q.device.type, q.dtype)
     scale = q.shape[2] ** -0.5 if scale is None else scale
     if chosen == "reference":
-        bags = [_reference_factors(*_bag((q, k), s, e), num_landmarks, num_iterations, scale) for s, e in _bounds(segments)]
-        values = [v[s:e].to(_acc(v.dtype)).transpose(0, 1) for s, e in _bounds(segments)]
-        outs = [(f1 @ (z @ (f3 @ value))).transpose(0, 1) for (f1, z, f3), value in zip(bags, values)]
-        nothing = v[:0].to(_acc(v.dtype)) + q[:0].sum() + k[:0].sum()  # keeps its place in the graph where no bag has rows
-        return torch.cat([nothing, *outs]).to(q.dtype)
+        # Without rows, an empty sum keeps its place in the graph.
+        outs = [v[:0].to(_acc(v.dtype)) + q[:0].sum() + k[:0].sum()]
+        for start, end in _bounds(segments):
+            f1, z, f3 = _reference_factors(q[start:end], k[start:end], num_landmarks, num_iterations, scale)
+            outs.append((f1 @ (z @ (f3 @ v[start:end].to(f3.dtype).transpose(0, 1)))).transpose(0, 1))
+        return torch.cat(outs).to(q.dtype)
     landmarks = _Landmarks(segments, num_landmarks)
     with torch.autocast(q.device.type, enabled=False):
         ql, kl = landmarks.means(q, chosen) * scale, landmarks.means(k, chosen)
@@ -101,9 +105,11 @@ def nystrom_class_token_attention(
 ) -> Tensor:
     """One row of the attention matrix of :func:`nystrom_attention` per bag and head: that of its class token.
 
-        a[t, h] = (softmax(s q_c kl^T) pinv(softmax(s ql kl^T)) softmax(s ql k^T))[t],   c the token's row in the bag of t
+        a[t, h] = (softmax(s q_c kl^T) pinv(softmax(s ql kl^T)) softmax(s ql k^T))[t],   c the token's row in the bag
+        of t
 
-    The row sums to about one, but entries may be negative. Without gradient. FLOPs: 4 T H m d, bytes: q once, k three times.
+    The row sums to about one, but entries may be negative. Without gradient. FLOPs: 4 T H m d, bytes: q once, k three
+    times.
 
     Args:
         token: row of the class token in each bag; negative counts from the bag's end.
@@ -122,8 +128,11 @@ def nystrom_class_token_attention(
     chosen = choose("nystrom_attention", _DTYPES, impl, q.device.type, q.dtype)
     scale = q.shape[2] ** -0.5 if scale is None else scale
     if chosen == "reference":
-        bags = [_reference_factors(*_bag((q, k), s, e), num_landmarks, num_iterations, scale) for s, e in _bounds(segments)]
-        return torch.cat([q[:0, :, 0].to(_acc(q.dtype)), *((f1[:, token, None] @ z @ f3)[:, 0].t() for f1, z, f3 in bags)])
+        found = [q[:0, :, 0].to(_acc(q.dtype))]
+        for start, end in _bounds(segments):
+            f1, z, f3 = _reference_factors(q[start:end], k[start:end], num_landmarks, num_iterations, scale)
+            found.append((f1[:, token, None] @ z @ f3)[:, 0].t())
+        return torch.cat(found)
     landmarks = _Landmarks(segments, num_landmarks)
     with torch.autocast(q.device.type, enabled=False):
         ql, kl = landmarks.means(q, chosen) * scale, landmarks.means(k, chosen)
@@ -135,11 +144,11 @@ def nystrom_class_token_attention(
         scores = (tokens * scale @ kl.mT).masked_fill(~valid[:, None, None], torch.finfo(ql.dtype).min)
         first = scores.softmax(3) * valid[:, None, None]
         weights = torch.zeros_like(first)
-        for batch, size in pseudo_inverse.batches(*ql.shape[1:3], landmarks.groups):
-            bags = torch.tensor(batch, device=q.device)
-            a = pseudo_inverse.landmark_softmax(ql[bags, :, :size], kl[bags, :, :size], landmarks.counts[bags])
+        for batch, size in pseudo_inverse.batches(ql.shape[1], ql.shape[2], landmarks.groups):
+            index = torch.tensor(batch, device=q.device)
+            a = pseudo_inverse.landmark_softmax(ql[index, :, :size], kl[index, :, :size], landmarks.counts[index])
             z = pseudo_inverse.iterate(a, pseudo_inverse.initial_inverse(a)[0], num_iterations)[-1]
-            weights[bags, :, :, :size] = first[bags, :, :, :size] @ z
+            weights[index, :, :, :size] = first[index, :, :, :size] @ z
         weigh = importlib.import_module(_MODULES[chosen]).weigh
         return weigh(ql, k, norms, weights[:, :, 0], segments.offsets)
 
@@ -152,16 +161,12 @@ def _bounds(segments: Segments) -> list[tuple[int, int]]:
     return [(start, end) for start, end in zip(segments.starts, segments.starts[1:]) if end > start]
 
 
-def _bag(tensors: tuple[Tensor, ...], start: int, end: int) -> list[Tensor]:
-    """(H, N, d) in the accumulation dtype."""
-    return [tensor[start:end].to(_acc(tensor.dtype)).transpose(0, 1) for tensor in tensors]
-
-
 def _reference_factors(
     q: Tensor, k: Tensor, num_landmarks: int, num_iterations: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The three factors (H, N, m), (H, m, m), (H, m, N) of one bag, dense."""
-    size = q.shape[1]
+    """The three factors (H, N, m), (H, m, m), (H, m, N) of one bag, dense, from its q and k (N, H, d)."""
+    size = q.shape[0]
+    q, k = (x.to(_acc(x.dtype)).transpose(0, 1) for x in (q, k))
     m = min(num_landmarks, size)
     cuts = [i * size // m for i in range(m + 1)]
     ql, kl = (torch.stack([x[:, s:e].mean(1) for s, e in zip(cuts, cuts[1:])], 1) for x in (q, k))
@@ -202,7 +207,9 @@ class _Landmarks:
         return mean.view(-1, self.most, *x.shape[1:]).transpose(1, 2)
 
 
-def _check(name: str, q: Tensor, k: Tensor, v: Tensor, segments: Segments, num_landmarks: int, num_iterations: int) -> None:
+def _check(
+    name: str, q: Tensor, k: Tensor, v: Tensor, segments: Segments, num_landmarks: int, num_iterations: int
+) -> None:
     if q.dim() != 3 or not q.is_floating_point() or k.shape != q.shape or v.dim() != 3 or v.shape[:2] != q.shape[:2]:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
         raise ValueError(f"{name}: expected floating q, k (T, H, d) and v (T, H, dv), got {shapes}, {q.dtype}")
@@ -212,14 +219,15 @@ def _check(name: str, q: Tensor, k: Tensor, v: Tensor, segments: Segments, num_l
     if not torch.compiler.is_compiling() and q.shape[0] != segments.num_instances:
         raise ValueError(f"{name}: q has {q.shape[0]} rows, but segments has {segments.num_instances} instances")
     if num_landmarks < 1 or num_iterations < 0:
-        raise ValueError(f"{name}: expected num_landmarks >= 1 and num_iterations >= 0, got {num_landmarks}, {num_iterations}")
+        got = f"{num_landmarks}, {num_iterations}"
+        raise ValueError(f"{name}: expected num_landmarks >= 1 and num_iterations >= 0, got {got}")
 
 
 _OPS: dict[tuple[str, str], Any] = {}
 
 
 def _register(impl: str, module: str) -> None:
-    """Custom operators ``bigbag::nystrom_{spread,gather}_{impl}`` and their ``_backward`` around the launchers of ``module``."""
+    """Custom operators ``bigbag::nystrom_{spread,gather}{,_backward}_{impl}`` around the launchers of ``module``."""
 
     def define(function: str, schema: str) -> Any:
         def call(*args: Any) -> Any:
@@ -232,10 +240,12 @@ def _register(impl: str, module: str) -> None:
     gather = define("gather", "(Tensor queries, Tensor k, Tensor v, Tensor offsets) -> (Tensor, Tensor)")
     three = "(Tensor, Tensor, Tensor)"
     spread_backward = define(
-        "spread_backward", f"(Tensor grad, Tensor q, Tensor keys, Tensor values, Tensor norms, Tensor offsets) -> {three}"
+        "spread_backward",
+        f"(Tensor grad, Tensor q, Tensor keys, Tensor values, Tensor norms, Tensor offsets) -> {three}",
     )
     gather_backward = define(
-        "gather_backward", f"(Tensor grad, Tensor queries, Tensor k, Tensor v, Tensor y, Tensor norms, Tensor offsets) -> {three}"
+        "gather_backward",
+        f"(Tensor grad, Tensor queries, Tensor k, Tensor v, Tensor y, Tensor norms, Tensor offsets) -> {three}",
     )
     _OPS["spread", impl], _OPS["gather", impl] = spread, gather
 

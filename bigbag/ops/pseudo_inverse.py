@@ -3,13 +3,13 @@
     A = softmax(ql kl^T);   Z_0 = A^T / (max row sum * max column sum);   P = A Z_n
     Z_{n+1} = Z_n (13 I - P (15 I - P (7 I - P))) / 4;   result = Z_num_iterations other
 
-The two maxima are over the heads of a bag. A bag with c < M landmarks has zeros beyond the c-th row and column of A, which
-stay zeros in every Z; bags with about as many landmarks are therefore computed together, a few at a time. Nothing of size
-M x M is kept for backward, which runs the iteration again and then its adjoint. Plain PyTorch, so that it runs on every
-device; wrapped as a custom operator since autograd is not at hand inside of one.
+The two maxima are over the heads of a bag. A bag with c < M landmarks has zeros beyond the c-th row and column of A,
+which stay zeros in every Z; bags with about as many landmarks are therefore computed together, a few at a time.
+Nothing of size M x M is kept for backward, which runs the iteration again and then its adjoint. Plain PyTorch, so
+that it runs on every device; wrapped as a custom operator since autograd is not at hand inside of one.
 
-FLOPs per bag: 2 H M^3 (4 n) forward, 2 H M^3 (15 n) backward, n iterations. Bytes kept: none. Working memory: (n + 8) H M^2
-floats per bag of a batch, of which there are so many as fit ``BATCH_ELEMENTS``, or one.
+FLOPs per bag: 2 H M^3 (4 n) forward, 2 H M^3 (15 n) backward, n iterations. Bytes kept: none. Working memory: (n + 8)
+H M^2 floats per bag of a batch, of which there are so many as fit ``BATCH_ELEMENTS``, or one.
 """
 
 from __future__ import annotations
@@ -95,9 +95,11 @@ def batches(heads: int, landmarks: int, groups: Tensor) -> Iterator[tuple[list[i
             yield bags[first : first + step], bucket
 
 
-def _forward(queries: Tensor, keys: Tensor, other: Tensor, counts: Tensor, groups: Tensor, num_iterations: int) -> Tensor:
+def _forward(
+    queries: Tensor, keys: Tensor, other: Tensor, counts: Tensor, groups: Tensor, num_iterations: int
+) -> Tensor:
     out = torch.zeros_like(other)
-    for batch, size in batches(*queries.shape[1:3], groups):
+    for batch, size in batches(queries.shape[1], queries.shape[2], groups):
         bags = torch.tensor(batch, device=out.device)
         q, k, right = (tensor[bags, :, :size] for tensor in (queries, keys, other))
         a = landmark_softmax(q, k, counts[bags])
@@ -110,7 +112,7 @@ def _backward(
     grad: Tensor, queries: Tensor, keys: Tensor, other: Tensor, counts: Tensor, groups: Tensor, num_iterations: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = [torch.zeros_like(tensor) for tensor in (queries, keys, other)]
-    for batch, size in batches(*queries.shape[1:3], groups):
+    for batch, size in batches(queries.shape[1], queries.shape[2], groups):
         bags = torch.tensor(batch, device=grad.device)
         q, k, right, grad_out = (tensor[bags, :, :size] for tensor in (queries, keys, other, grad))
         a = landmark_softmax(q, k, counts[bags])

@@ -22,10 +22,12 @@ def segment_topk(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The k largest (or smallest) scores of each bag, column by column, and where they are.
 
-        index[b, :, c] = rows of bag b by scores[:, c], best first, the lower row first among equals;  values = scores[index]
+        index[b, :, c] = rows of bag b by scores[:, c], best first, the lower row first among equals;  values =
+        scores[index]
 
-    NaN counts as the largest value. The gradient of ``values`` goes to the rows taken. Bytes: the scores once (cpu), twice per
-    bit of a score from cache (triton), B k C forward and backward. Comparisons: T C, and B C k log T more for the order.
+    NaN counts as the largest value. The gradient of ``values`` goes to the rows taken. Bytes: the scores once (cpu),
+    twice per bit of a score from cache (triton), B k C forward and backward. Comparisons: T C, and B C k log T more
+    for the order.
 
     Args:
         scores: (T,) or (T, C) floating.
@@ -35,8 +37,8 @@ def segment_topk(
         impl: "reference", "cpu" or "triton"; None chooses by device.
 
     Returns:
-        values (B, k[, C]) in the dtype of ``scores``, 0 where the bag has fewer than k rows; index (B, k[, C]) int64, row in
-        the pack, -1 there; count (B,) int64, min(k, size of the bag).
+        values (B, k[, C]) in the dtype of ``scores``, 0 where the bag has fewer than k rows; index (B, k[, C]) int64,
+        row in the pack, -1 there; count (B,) int64, min(k, size of the bag).
 
     Raises:
         ValueError: shapes that do not fit, k < 1, an ``impl`` that can't run.
@@ -93,7 +95,8 @@ def segment_pool(weights: Tensor, x: Tensor, segments: Segments, *, impl: str | 
 
         z[b, s] = sum_{t in b} weights[t, s] x[t]
 
-    FLOPs: 2 T S P forward, 4 T S P backward. Bytes: weights and x once each way. Working memory: a constant number of chunks.
+    FLOPs: 2 T S P forward, 4 T S P backward. Bytes: weights and x once each way. Working memory: a constant number of
+    chunks.
 
     Args:
         weights: (T, S) floating.
@@ -128,7 +131,7 @@ def _check(name: str, x: Tensor, segments: Segments, ranks: tuple[int, ...] | No
     rank_fits = x.dim() > 0 if ranks is None else x.dim() in ranks
     fits = rank_fits and (torch.compiler.is_compiling() or x.shape[0] == segments.num_instances)
     if not fits or not x.is_floating_point():
-        shape = {None: "(T, ...)", (1, 2): "(T,) or (T, C)", (2,): "(T, C)"}[ranks]
+        shape = "(T, ...)" if ranks is None else " or ".join({1: "(T,)", 2: "(T, C)"}[rank] for rank in ranks)
         raise ValueError(
             f"{name}: expected floating {shape} with T = {segments.num_instances} as in segments, "
             f"got {tuple(x.shape)} {x.dtype}"
@@ -147,7 +150,7 @@ _OPS: dict[tuple[str, str], Any] = {}
 
 
 def _register(impl: str, module: str) -> None:
-    """Custom operators ``bigbag::segment_{topk,logsumexp,pool}_{impl}`` and backwards around the launchers of ``module``."""
+    """Custom operators ``bigbag::segment_{topk,logsumexp,pool}_{impl}`` around the launchers of ``module``."""
 
     def define(function: str, schema: str) -> Any:
         def call(*args: Any) -> Any:

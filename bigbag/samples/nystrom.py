@@ -22,10 +22,12 @@ def _make(sizes: tuple[int, ...], heads: int, dim: int, width: int, scale: float
 
 
 def _make_saturated(generator: torch.Generator) -> dict[str, Tensor]:
-    """A bag whose softmaxes saturate, of integers, so that scores of 1e4 are exact in every precision, and an ordinary one.
+    """A bag whose softmaxes saturate, of integers, so that scores of 1e4 are exact in every precision, and an
+    ordinary one.
 
-    (Near 1e4 the rounding of a score decides between close ones: implementations then differ as they please.) The gradients of
-    the first bag are zeros; what rounding leaves of them is as large as its rows, so the second bag's values are, too.
+    (Near 1e4 the rounding of a score decides between close ones: implementations then differ as they please.) The
+    gradients of the first bag are zeros; what rounding leaves of them is as large as its rows, so the second bag's
+    values are, too.
     """
     rows = torch.randint(-50, 51, (2, 64, 2, 16), generator=generator).double()
     ordinary = torch.randn(3, 30, 2, 16, generator=generator, dtype=torch.float64)
@@ -53,7 +55,7 @@ class _NystromSample(Sample):
         from bigbag.ops.nystrom import nystrom_attention
 
         segments = Segments.from_sizes(self.sizes, tensors["q"].device)
-        return (nystrom_attention(*tensors.values(), segments, **self.options, impl=impl),)
+        return (nystrom_attention(tensors["q"], tensors["k"], tensors["v"], segments, **self.options, impl=impl),)
 
 
 def _sample(
@@ -67,9 +69,7 @@ def _sample(
     **options: Any,
 ) -> Sample:
     options = {"num_landmarks": 16, **options}
-    return _NystromSample(
-        "nystrom_attention", name, sizes, _make(sizes, heads, dim, width, scale), options, contiguous
-    )
+    return _NystromSample("nystrom_attention", name, sizes, _make(sizes, heads, dim, width, scale), options, contiguous)
 
 
 SAMPLES: list[Sample] = [

@@ -1,14 +1,14 @@
-"""Attention between the rows of a pack and the landmarks of their bags, on CPU: the two long factors of Nystrom attention.
+"""Attention between the rows of a pack and the landmarks of their bags, on CPU: the long factors of Nystrom attention.
 
-    spread  out[t] = sum_i p[t, i] values[b, i],   p = softmax over i of q[t] . keys[b, i]        (few keys for many rows)
-    gather  y[b, i] = sum_t p[t, i] v[t],          p = softmax over t of queries[b, i] . k[t]     (few queries for many rows)
+    spread  out[t] = sum_i p[t, i] values[b, i],    p = softmax over i of q[t] . keys[b, i]
+    gather  y[b, i] = sum_t p[t, i] v[t],           p = softmax over t of queries[b, i] . k[t]
 
-per head, b the bag of row t. A bag of N rows has min(N, M) landmarks; what stands beyond them is not read, and gives zeros.
-Rows are walked in chunks whose (H, chunk, M) score matrix has about ``CHUNK_ELEMENTS`` elements and stays in cache: batched
-GEMMs over the heads into reused buffers, softmax in place, ``gather`` with a running maximum. Backward walks again and
-recomputes p from the scores, their maximum and the sum of exponentials.
-(Those two and not their log-sum-exp: near 1e4 it is off by more than a softmax that saturates may be.) Arithmetic is float32 (float64 for float64) whatever the rows are
-stored in: the pseudo-inverse between the factors magnifies rounding.
+per head, b the bag of row t. A bag of N rows has min(N, M) landmarks; what stands beyond them is not read, and gives
+zeros. Rows are walked in chunks whose (H, chunk, M) score matrix has about ``CHUNK_ELEMENTS`` elements and stays in
+cache: batched GEMMs over the heads into reused buffers, softmax in place, ``gather`` with a running maximum. Backward
+walks again and recomputes p from the scores, their maximum and the sum of exponentials. (Those two and not their
+log-sum-exp: near 1e4 it is off by more than a softmax that saturates may be.) Arithmetic is float32 (float64 for
+float64) whatever the rows are stored in: the pseudo-inverse between the factors magnifies rounding.
 
 FLOPs (d the width of q and k, dv that of v): 2 T H M (d + dv) forward, 2 T H M (3 d + 2 dv) backward, for each.
 Bytes: q, out (k, v) once forward; q, grad_out, grad_q (k, v, grad_k, grad_v) once backward.
@@ -28,7 +28,7 @@ CHUNK_ELEMENTS = 1 << 19
 
 
 class _Rows:
-    """Chunks of (T, H, d) rows as (H, rows, d) in the accumulation dtype, through one reused buffer where they are narrower."""
+    """Chunks of (T, H, d) rows as (H, rows, d), widened through a buffer where they are narrower."""
 
     def __init__(self, x: Tensor, rows: int) -> None:
         self.x = x
@@ -170,7 +170,7 @@ def gather_backward(
 
 
 def weigh(queries: Tensor, k: Tensor, norms: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
-    """sum_i weights[b, h, i] p[t, i] with the p of ``gather``: weights (B, H, M) -> (T, H) in the accumulation dtype."""
+    """sum_i weights[b, h, i] p[t, i], p of ``gather``: weights (B, H, M) -> (T, H) in the accumulation dtype."""
     walk = _Walk(offsets, k.shape[1], queries.shape[2], queries.dtype, 1)
     out = torch.empty(k.shape[:2], dtype=queries.dtype)
     keys = _Rows(k, walk.rows)

@@ -4,10 +4,11 @@
     logsumexp  out[b, c] = log sum_t exp(x[t, c])
     pool       z[b] = weights_b^T x_b,   weights (T, S), x (T, P)
 
-``topk``: a job owns one bag and a block of columns and walks over the rows once; each column has a heap of its k best so far,
-whose root, the worst of them, a row must beat. That is T C comparisons, and about k log(N / k) insertions of O(log k) per column
-where rows come in no order (N in the worst order). x is read once. ``logsumexp`` reads x twice forward, once backward.
-``pool`` is one GEMM per bag (2 T S P FLOP), in chunks of ``CHUNK_ROWS`` where rows must be widened; sums are float32 (float64).
+``topk``: a job owns one bag and a block of columns and walks over the rows once; each column has a heap of its k best
+so far, whose root, the worst of them, a row must beat. That is T C comparisons, and about k log(N / k) insertions of
+O(log k) per column where rows come in no order (N in the worst order). x is read once. ``logsumexp`` reads x twice
+forward, once backward. ``pool`` is one GEMM per bag (2 T S P FLOP), in chunks of ``CHUNK_ROWS`` where rows must be
+widened; sums are float32 (float64).
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ _LAST = np.iinfo(np.int64).max
 @_jit
 def _key(value, sign):
     """An integer that orders like ``value`` (sign 1) or against it (-1); NaN is above infinity, as in torch.topk."""
-    wide = np.float64(value) + 0.0  # -0 and 0 are equal
+    wide = np.float64(value)
+    if wide == 0:  # -0 and 0 are equal
+        return np.int64(0)
     if wide != wide:
         return sign * np.int64(_LAST)
-    bits = np.float64(wide).view(np.int64)
+    bits = wide.view(np.int64)
     return sign * (bits ^ ((bits >> np.int64(63)) & np.int64(_LAST)))
 
 
@@ -109,7 +112,13 @@ def topk(x: Tensor, offsets: Tensor, k: int, largest: bool) -> Tensor:
     blocks = -(-columns // _COLUMNS)
     if x.numel() and k:
         # 16 bits are exact in 32; widened here, since scores are narrow.
-        args = (array(x.to(accumulation_dtype(x.dtype))), offsets.numpy(), blocks, np.int64(1 if largest else -1), index.numpy())
+        args = (
+            array(x.to(accumulation_dtype(x.dtype))),
+            offsets.numpy(),
+            blocks,
+            np.int64(1 if largest else -1),
+            index.numpy(),
+        )
         _launch(_topk, num_bags * blocks, x.numel(), *args)
     return index
 

@@ -1,16 +1,17 @@
-"""Attention between the rows of a pack and the landmarks of their bags, on the GPU: see kernels/cpu/nystrom for the formulas.
+"""Attention between the rows of a pack and the landmarks of their bags, on the GPU, as in kernels/cpu/nystrom.
 
 ``_spread``: one program owns BLOCK_T rows of one bag and one head, and walks over the landmarks with a running maximum.
-``_gather``: one program owns BLOCK_M landmarks, one head and one of S splits of the bag's rows; the splits are combined exactly. Backward has the same two forms for both factors. With rows r1, r2 and landmarks l1, l2 of
+``_gather``: one program owns BLOCK_M landmarks, one head and one of S splits of the bag's rows; the splits are
+combined exactly. Backward has the same two forms for both factors. With rows r1, r2 and landmarks l1, l2 of
 
     spread: r1 = q, r2 = grad_out, l1 = keys, l2 = values;    gather: r1 = k, r2 = v, l1 = queries, l2 = grad_y
     p = exp(r1 l1^T - top) / total,  ds = p (r2 l2^T - delta)
 
 ``_row_grads`` computes ds l1 (gather: and p l2) for its rows, ``_landmark_grads`` ds^T r1 (spread: and p^T r2) for its
-landmarks, in splits that are added afterwards. top, total and delta belong to rows in spread, to landmarks in gather. No T x M matrix,
-no atomics. FLOPs as on the CPU, 2 T H M (d + dv) more for spread's delta. Bytes: the rows once per kernel and block of
-landmarks (from L2 but the first time); partials are S times the landmarks. 16-bit rows are multiplied in TF32, float32 in
-full precision unless torch.set_float32_matmul_precision allows TF32.
+landmarks, in splits that are added afterwards. top, total and delta belong to rows in spread, to landmarks in gather.
+No T x M matrix, no atomics. FLOPs as on the CPU, 2 T H M (d + dv) more for spread's delta. Bytes: the rows once per
+kernel and block of landmarks (from L2 but the first time); partials are S times the landmarks. 16-bit rows are
+multiplied in TF32, float32 in full precision unless torch.set_float32_matmul_precision allows TF32.
 """
 
 from __future__ import annotations
@@ -116,7 +117,8 @@ def _gather(
         value = _load_rows(v, rows, head, H, DV, end, BLOCK_V)
         acc = tl.dot(p, value, acc * decay[:, None], input_precision=PRECISION)
         top = new
-    # Not yet divided. A split without rows gives 0 and -inf; landmarks beyond the bag's number give what the caller masks.
+    # Not yet divided. A split without rows gives 0 and -inf; landmarks beyond the bag's number give what the caller
+    # masks.
     base += split.to(tl.int64) * B * H * M
     _store_landmarks(y, acc, ids, base, DV, M, BLOCK_V)
     tl.store(tops + base + ids, top, mask=ids < M)
@@ -223,7 +225,10 @@ def _landmark_grads(
 
 def _options(rows: Tensor, width: int, landmarks: int) -> dict[str, Any]:
     """Compile-time arguments. The tiles are those without register spills on sm_80 and sm_90."""
-    blocks = {"BLOCK_D": max(16, triton.next_power_of_2(rows.shape[2])), "BLOCK_V": max(16, triton.next_power_of_2(width))}
+    blocks = {
+        "BLOCK_D": max(16, triton.next_power_of_2(rows.shape[2])),
+        "BLOCK_V": max(16, triton.next_power_of_2(width)),
+    }
     exact = rows.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     tiles = {"BLOCK_T": 32, "BLOCK_M": 32, "num_warps": 4, "num_stages": 2}
     if exact:  # without tensor cores, operands stand in registers
@@ -231,14 +236,14 @@ def _options(rows: Tensor, width: int, landmarks: int) -> dict[str, Any]:
         if max(blocks.values()) > 64:
             tiles |= {"BLOCK_M": 16, "num_warps": 8}
     elif (rows.shape[2] | width) % 16:  # rows that are not aligned are loaded element by element, which takes registers
-        tiles |= {"num_warps": 8, "num_stages": 1}
+        tiles |= {"BLOCK_M": 16, "num_stages": 1, "num_warps": 8 if max(blocks.values()) > 64 else 4}
     if INTERPRETED:  # the interpreter's cost is per operation, not per element
         tiles = {"BLOCK_T": 128, "BLOCK_M": max(16, triton.next_power_of_2(landmarks))}
     return {**blocks, **tiles, "PRECISION": "ieee" if exact else "tf32"}
 
 
 def _blocks(offsets: Tensor, num_rows: int, size: int) -> tuple[Tensor, Tensor]:
-    """Bag and first row of each block of ``size`` rows, planned on the device: at most T // size + B, those beyond empty."""
+    """Bag and first row of each block of ``size`` rows, planned on the device: T // size + B, the last maybe empty."""
     num_bags = offsets.shape[0] - 1
     counts = (offsets.diff() + size - 1) // size
     last = counts.cumsum(0)
@@ -255,7 +260,8 @@ def _splits(offsets: Tensor, num_rows: int, heads: int, landmarks: int, block: i
 
 
 def spread(q: Tensor, keys: Tensor, values: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """q (T, H, d); keys (B, H, M, d), values (B, H, M, dv) float32 -> out (T, H, dv) in the dtype of q, and maxima and sums of exponentials (2, T, H) float32."""
+    """q (T, H, d); keys (B, H, M, d), values (B, H, M, dv) float32
+    -> out (T, H, dv) in the dtype of q, and maxima and sums of exponentials (2, T, H) float32."""
     q, keys, values = q.contiguous(), keys.contiguous(), values.contiguous()
     (num_rows, heads, dim), (landmarks, width) = q.shape, values.shape[2:]
     out, norms = q.new_empty(num_rows, heads, width), keys.new_empty(2, num_rows, heads)
@@ -316,7 +322,9 @@ def spread_backward(
     grad: Tensor, q: Tensor, keys: Tensor, values: Tensor, norms: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q (T, H, d), keys (B, H, M, d), values (B, H, M, dv)."""
-    grad_q, _, grad_keys, grad_values = _backward(True, q, grad, keys, values, norms, torch.empty_like(norms[0]), offsets)
+    grad_q, _, grad_keys, grad_values = _backward(
+        True, q, grad, keys, values, norms, torch.empty_like(norms[0]), offsets
+    )
     assert grad_values is not None
     return grad_q, grad_keys, grad_values
 

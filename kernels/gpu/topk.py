@@ -1,13 +1,15 @@
-"""Selection, log-sum-exp and weighted sums for many weights over segments, on the GPU: see kernels/cpu/topk for the formulas.
+"""Selection, log-sum-exp and weighted sums for many weights over segments, on the GPU: see kernels/cpu/topk for the
+formulas.
 
-``_threshold``: one program owns one bag and one column; it finds the k-th best key bit by bit, counting the rows at or above
-each candidate, so that nothing is sorted but the k rows taken. A key is an integer that orders like the score. ``_collect``, with
-the same owner, writes the rows above the threshold, and the first rows at it, in order; a stable sort of B x C x k values ends.
-``_pool``: one program owns a tile of z and one of S splits of a bag's rows; the splits are added afterwards. ``_pool_rows``: one
-program owns a block of rows of one bag and a block of columns of a gradient. No atomics.
+``_threshold``: one program owns one bag and one column; it finds the k-th best key bit by bit, counting the rows at
+or above each candidate, so that nothing is sorted but the k rows taken. A key is an integer that orders like the
+score. ``_collect``, with the same owner, writes the rows above the threshold, and the first rows at it, in order; a
+stable sort of B x C x k values ends. ``_pool``: one program owns a tile of z and one of S splits of a bag's rows; the
+splits are added afterwards. ``_pool_rows``: one program owns a block of rows of one bag and a block of columns of a
+gradient. No atomics.
 
-Bytes: topk reads the scores once from memory and as often as a score has bits, two more times, from cache where a bag fits;
-pool reads weights once per block of P, x once per block of S. FLOPs of pool: 2 T S P forward, 4 T S P backward.
+Bytes: topk reads the scores once from memory and as often as a score has bits, two more times, from cache where a bag
+fits; pool reads weights once per block of P, x once per block of S. FLOPs of pool: 2 T S P forward, 4 T S P backward.
 """
 
 from __future__ import annotations

@@ -28,7 +28,10 @@ DEVICE = {"cpu": "cpu", "triton": "cpu" if INTERPRETED else "cuda", "reference":
 NO_GPU = not (INTERPRETED or torch.cuda.is_available())
 TRITON = pytest.param(
     "triton",
-    marks=[pytest.mark.gpu, pytest.mark.skipif(NO_GPU, reason="no CUDA device (the last test interprets these kernels)")],
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(NO_GPU, reason="no CUDA device (the last test interprets these kernels)"),
+    ],
 )
 IMPLS = ["cpu", TRITON]
 NAMED = {sample.name: sample for sample in SAMPLES}
@@ -176,7 +179,9 @@ def test_parts_pass_opcheck(impl: str) -> None:
     opcheck(getattr(torch.ops.bigbag, f"nystrom_spread_{impl}").default, (q, marks, values, offsets))
     opcheck(getattr(torch.ops.bigbag, f"nystrom_gather_{impl}").default, (marks, k, v, offsets))
     counts = offsets.diff().clamp_max(4)
-    opcheck(torch.ops.bigbag.nystrom_inverse_times.default, (marks, marks.detach() + 1, values, counts, counts.cpu(), 2))
+    opcheck(
+        torch.ops.bigbag.nystrom_inverse_times.default, (marks, marks.detach() + 1, values, counts, counts.cpu(), 2)
+    )
 
 
 def test_compiles_to_one_graph_that_does_not_depend_on_the_cut() -> None:

@@ -19,7 +19,10 @@ DEVICE = {"cpu": "cpu", "triton": "cpu" if INTERPRETED else "cuda", "reference":
 NO_GPU = not (INTERPRETED or torch.cuda.is_available())
 TRITON = pytest.param(
     "triton",
-    marks=[pytest.mark.gpu, pytest.mark.skipif(NO_GPU, reason="no CUDA device (test_nystrom interprets these kernels)")],
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(NO_GPU, reason="no CUDA device (test_nystrom interprets these kernels)"),
+    ],
 )
 IMPLS = ["cpu", TRITON]
 NAMED = {str(sample): sample for sample in SAMPLES}
@@ -36,7 +39,11 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("sample", SAMPLES, ids=str)
 def test_error_is_within_twice_that_of_the_reference(sample: Sample, impl: str) -> None:
-    dtypes = (torch.float32, torch.bfloat16) if INTERPRETED else (torch.float32, torch.bfloat16, torch.float16)
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    if (
+        INTERPRETED
+    ):  # the interpreter's time is that of the operations: one dtype, the cheaper one where there are many bags
+        dtypes = (torch.bfloat16,) if len(sample.sizes) > 9 else (torch.float32,)
     for dtype in dtypes if impl == "triton" else (torch.float64, *dtypes):
         check(sample, impl, dtype, DEVICE[impl])
 
@@ -56,7 +63,9 @@ def test_reference_passes_gradcheck(sample: Sample) -> None:
 @pytest.mark.parametrize("impl", ["reference", *IMPLS])
 @pytest.mark.parametrize("largest", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_topk_takes_the_rows_that_sorting_by_score_and_row_puts_first(impl: str, largest: bool, dtype: torch.dtype) -> None:
+def test_topk_takes_the_rows_that_sorting_by_score_and_row_puts_first(
+    impl: str, largest: bool, dtype: torch.dtype
+) -> None:
     """Against Python's sort, with ties, negative numbers, both zeros, infinities and NaN; every row in its place."""
     choices = torch.tensor([-3.0, -1.5, -0.0, 0.0, 1.0, 2.5, float("inf"), -float("inf"), float("nan")])
     sizes, k = (3, 0, 120, 40), 17
@@ -77,7 +86,9 @@ def test_topk_takes_the_rows_that_sorting_by_score_and_row_puts_first(impl: str,
         for column in range(2):
             expected = sorted(range(start, start + size), key=lambda row: place(row, column))[:k]
             assert index[bag, :, column].tolist() == expected + [-1] * (k - len(expected))
-            torch.testing.assert_close(values[bag, : len(expected), column].cpu(), scores[expected, column], equal_nan=True)
+            torch.testing.assert_close(
+                values[bag, : len(expected), column].cpu(), scores[expected, column], equal_nan=True
+            )
             assert values[bag, len(expected) :, column].eq(0).all()
         start += size
 
@@ -93,11 +104,11 @@ def test_gradient_of_topk_goes_to_the_rows_taken(impl: str) -> None:
     assert scores.grad is not None and scores.grad.tolist() == [3, 1, 2, 0, 5, 4]
 
 
-def test_topk_of_many_columns_agrees_with_torch() -> None:
+def test_topk_of_many_columns_agrees_with_a_stable_sort() -> None:
     x = torch.randn(5000, 70, generator=torch.Generator().manual_seed(0))
     values, index, _ = segment_topk(x, Segments.from_sizes((5000,)), 300, impl="cpu")
-    expected = x.topk(300, 0)
-    assert torch.equal(values[0], expected.values) and torch.equal(index[0], expected.indices)
+    expected = x.sort(dim=0, descending=True, stable=True)
+    assert torch.equal(values[0], expected.values[:300]) and torch.equal(index[0], expected.indices[:300])
 
 
 def test_topk_in_the_worst_order() -> None:
@@ -138,7 +149,9 @@ def test_packed_equals_each_bag_alone(impl: str) -> None:
     index = segment_topk(x, segments, 6, impl=impl)[1]
     for bag, (start, end) in enumerate(zip(segments.starts, segments.starts[1:])):
         part, alone = x[start:end], Segments.from_sizes((end - start,), device)
-        torch.testing.assert_close(pooled[bag], segment_pool(part.exp(), part, alone, impl=impl)[0], rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(
+            pooled[bag], segment_pool(part.exp(), part, alone, impl=impl)[0], rtol=2e-6, atol=2e-6
+        )
         torch.testing.assert_close(total[bag], segment_logsumexp(part, alone, impl=impl)[0], rtol=2e-6, atol=2e-6)
         single = segment_topk(part, alone, 6, impl=impl)[1][0]
         assert torch.equal(index[bag], torch.where(single < 0, -1, single + start))
