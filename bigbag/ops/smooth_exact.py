@@ -36,7 +36,7 @@ def smooth_exact(
     also makes D). ``smooth`` with alpha = gamma / (1 + gamma) converges to the normalized form.
 
     Cost: 2 E D FLOP and about ten passes over (T, D) per step, forward and backward; steps grow with
-    sqrt(1 + 2 gamma). It holds g, and five blocks of about D / 8 columns.
+    sqrt(1 + 2 gamma). It holds g, and five blocks of D / 8 columns (of 8 to 64).
 
     Args:
         adj: (T, T) symmetric adjacency; for "normalized", with eigenvalues up to 1 (symmetrically normalised).
@@ -74,7 +74,8 @@ def smooth_exact(
         degree = degrees(adj, impl=chosen).to(acc) if laplacian == "combinatorial" else None
     graph = graph_of(adj, chosen, transposed=False)
     tolerance = (1e-12 if acc == torch.float64 else 1e-6) if tolerance is None else tolerance
-    return _OPS["solve", chosen](rows, g, weight, degree, graph.crow, graph.col, tolerance, max_steps).view(f.shape)
+    solved = _OPS["solve", chosen](rows, g, weight, degree, graph.crow, graph.col, tolerance, max_steps)
+    return solved.to(f.dtype).view(f.shape)
 
 
 def _reference(adj: Adjacency, weight: Tensor | None, f: Tensor, gamma: Tensor, laplacian: str) -> Tensor:
@@ -102,7 +103,7 @@ class _System:
 
 
 def _columns(width: int) -> int:
-    return max(1, min(64, width // 8))
+    return max(8, min(64, width // 8))
 
 
 def _solve(
@@ -117,7 +118,8 @@ def _solve(
     steps: int,
 ) -> Tensor:
     system = _System(impl, gamma, weight, degree, crow, col)
-    out = torch.empty_like(f, memory_format=torch.contiguous_format)
+    # In the precision of the sums: the gradient to gamma takes small differences of it.
+    out = torch.empty(f.shape, dtype=gamma.dtype, device=f.device)
     width = _columns(f.shape[1])
     if f.shape[0] == 0:
         return out
@@ -153,8 +155,8 @@ def _conjugate_gradients(system: _System, f: Tensor, tolerance: float, max_steps
     worst = float((rr / goal.clamp_min(torch.finfo(rr.dtype).tiny)).max().sqrt()) * tolerance
     raise ValueError(
         f"smooth_exact: residual {worst:.2g} of |f| after {max_steps} steps, expected {tolerance:.2g}; is the "
-        "adjacency symmetric, with eigenvalues up to 1 (normalized) or weights of 0 or more (combinatorial)? If so, raise "
-        "max_steps or tolerance"
+        "adjacency symmetric, with eigenvalues up to 1 (normalized) or weights of 0 or more (combinatorial)? "
+        "If so, raise max_steps or tolerance"
     )
 
 
@@ -197,12 +199,13 @@ def _register(impl: str) -> None:
     to_edges = define(
         "_edges", "(Tensor u, Tensor g, Tensor gamma, Tensor? degree, Tensor crow, Tensor col) -> Tensor", run_edges
     )
-    solve.register_fake(lambda f, *rest: f.new_empty(f.shape))
+    solve.register_fake(lambda f, gamma, *rest: gamma.new_empty(f.shape))
     to_gamma.register_fake(lambda u, g, gamma, *rest: gamma.new_empty(()))
     to_edges.register_fake(lambda u, g, gamma, degree, crow, col: gamma.new_empty(col.shape[0], 1))
 
     def setup(ctx: Any, inputs: Any, output: Any) -> None:
-        _, *graph, ctx.tolerance, ctx.max_steps = inputs
+        f, *graph, ctx.tolerance, ctx.max_steps = inputs
+        ctx.dtype = f.dtype
         ctx.save_for_backward(output if any(ctx.needs_input_grad[1:3]) else None, *graph)
 
     def differentiate(ctx: Any, grad: Tensor) -> Any:
@@ -210,7 +213,7 @@ def _register(impl: str) -> None:
         u = solve(grad, gamma, weight, degree, crow, col, ctx.tolerance, ctx.max_steps)
         grad_gamma = to_gamma(u, g, gamma, weight, degree, crow, col) if ctx.needs_input_grad[1] else None
         grad_weight = to_edges(u, g, gamma, degree, crow, col) if ctx.needs_input_grad[2] else None
-        return u if ctx.needs_input_grad[0] else None, grad_gamma, grad_weight, *[None] * 5
+        return u.to(ctx.dtype) if ctx.needs_input_grad[0] else None, grad_gamma, grad_weight, *[None] * 5
 
     solve.register_autograd(differentiate, setup_context=setup)
     _OPS["solve", impl] = solve

@@ -145,7 +145,7 @@ def reference_spmm(adj: Adjacency, weight: Tensor | None, x: Tensor) -> Tensor:
     gathered = x.to(acc)[adj.col.long()]
     if weight is not None:
         heads = weight.shape[1]
-        gathered = (gathered.view(-1, heads, x.shape[1] // heads) * weight[:, :, None]).flatten(1)
+        gathered = (gathered.view(adj.num_edges, heads, x.shape[1] // heads) * weight[:, :, None]).flatten(1)
     return x.new_zeros(adj.num_nodes, x.shape[1], dtype=acc).index_add(0, rows_of(adj), gathered)
 
 

@@ -231,11 +231,15 @@ def _edge_softmax(begin, end, crow, scores, out):
 def _edge_softmax_backward(begin, end, crow, a, grad, out):
     for i in range(begin, end):
         for h in range(a.shape[1]):
-            delta = out.dtype.type(0)
+            # Gradients count from that of the largest weight: one that is nearly 1 would cancel with the mean.
+            top, base, mean = out.dtype.type(-1), out.dtype.type(0), out.dtype.type(0)
             for e in range(crow[i], crow[i + 1]):
-                delta += a[e, h] * grad[e, h]
+                if a[e, h] > top:
+                    top, base = a[e, h], grad[e, h]
             for e in range(crow[i], crow[i + 1]):
-                out[e, h] = a[e, h] * (grad[e, h] - delta)
+                mean += a[e, h] * (grad[e, h] - base)
+            for e in range(crow[i], crow[i + 1]):
+                out[e, h] = a[e, h] * ((grad[e, h] - base) - mean)
 
 
 @_jit_serial

@@ -177,15 +177,25 @@ def _edge_softmax_backward(crow, a, grad, out, T, HEADS: tl.constexpr, BLOCK_R: 
     start = tl.load(crow + rows, mask=rows < T, other=0)
     end = tl.load(crow + rows + 1, mask=rows < T, other=0)
     longest = tl.max(end - start)
-    delta = tl.zeros([BLOCK_R], tl.float32)
+    # Gradients count from that of the largest weight: one that is nearly 1 would cancel with the mean.
+    top = tl.full([BLOCK_R], -1.0, tl.float32)
+    base = tl.zeros([BLOCK_R], tl.float32)
     for k in range(0, longest):
         place = (start + k) * HEADS + head
         present = start + k < end
-        delta += tl.load(a + place, mask=present, other=0.0) * tl.load(grad + place, mask=present, other=0.0)
+        weight = tl.load(a + place, mask=present, other=-1.0)
+        base = tl.where(weight > top, tl.load(grad + place, mask=present, other=0.0), base)
+        top = tl.maximum(top, weight)
+    mean = tl.zeros([BLOCK_R], tl.float32)
     for k in range(0, longest):
         place = (start + k) * HEADS + head
         present = start + k < end
-        difference = tl.load(grad + place, mask=present, other=0.0) - delta
+        difference = tl.load(grad + place, mask=present, other=0.0) - base
+        mean += tl.load(a + place, mask=present, other=0.0) * difference
+    for k in range(0, longest):
+        place = (start + k) * HEADS + head
+        present = start + k < end
+        difference = tl.load(grad + place, mask=present, other=0.0) - base - mean
         tl.store(out + place, tl.load(a + place, mask=present, other=0.0) * difference, mask=present)
 
 
