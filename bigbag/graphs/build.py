@@ -44,12 +44,14 @@ def build_adjacency(
     (so its radius sqrt(3) misses the corners of a 3-D lattice), computes distances of half-precision features in half
     precision, and adds a self loop where there already is one.
 
-    A radius graph takes O(T log T + E): points are sorted by cell (side ``radius``) and compared with those of the
-    3**c cells around them; lattice or not makes no difference. c > 3, and knn, take a KD-tree. Working memory beside
-    the result (8 (T + 1) + 4 E bytes, 4 E more with weights): about 8 (2 c + 3) T bytes for a radius; no (E, P) array
-    is formed. 1 M lattice points in random order, 8 neighbours, one core of an AMD EPYC: 0.77 s, 3.1 times np.lexsort
-    of the same int64 coordinates (int32: 3.8; already sorted, where lexsort has nothing to do: 0.32 s, 12 times), and
-    92 MiB at the peak, 2.4 times the result (``python tests/graphs/measure_graphs.py 1000 1``).
+    A radius graph compares each point with those of the 3**c cells (side ``radius``) around its own: O(T + E) where
+    there are at most 4 cells to a point, as on a lattice, since points are then sorted by counting; O(T log T + E)
+    elsewhere. c > 3, boxes of more than 2**62 cells, and knn take a KD-tree. Working memory beside the result
+    (8 (T + 1) + 4 E bytes, 4 E more with weights) is about 8 (2 c + 2) T bytes; no (E, P) array is formed.
+    1 M lattice points in random order, 8 neighbours, seconds on one core of an AMD EPYC: 0.62, which is 2.7 times
+    np.lexsort of the same int64 coordinates (int32: 3.1 times; already sorted, where lexsort has next to nothing to do:
+    0.22 s, 8 times). numpy holds 88 MiB at the peak, 2.3 times the result; knn=8 takes 2.4 s
+    (``python tests/graphs/measure_graphs.py 1000 1``).
 
     Args:
         coords: ``(T, c)`` positions, integer or floating, in any unit.

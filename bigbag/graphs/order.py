@@ -20,10 +20,10 @@ def space_filling_order(coords: np.ndarray | Tensor, sizes: Sequence[int] | None
 
     Use it as ``x[order]``, ``coords[order]``, ``permute(adj, order)``. Instances at one place keep their order.
 
-    What it is worth: a sparse product over 1 M lattice points (8 neighbours, one core of an AMD EPYC) takes 2.8 times
-    (64 columns) to 5.2 times (512 columns) as long with instances in random order. Sorted row by row they are as fast
-    as along the curve, or faster (0.66 and 1.03 times its time), so reorder what comes in no order; patches cut row by
-    row gain nothing (``python tests/graphs/measure_graphs.py 1000 1``).
+    What it is worth: a sparse product over 1 M lattice points (8 neighbours, one core of an AMD EPYC) takes 3.4 times
+    (64 columns) to 5.2 times (512 columns) as long with instances in random order. Sorted row by row it is faster
+    still (0.66 and 0.83 times the time along the curve), so reorder what comes in no order; patches cut row by row
+    gain nothing (``python tests/graphs/measure_graphs.py 1000 1``).
 
     Args:
         coords: ``(T, c)`` positions, c of 1 to 3, integer or floating.

@@ -84,6 +84,21 @@ def _lower_bound(keys, value):
     return low
 
 
+@_jit_serial
+def _counting_sort(keys, points, starts, sorted_keys, sorted_points, order):
+    for k in range(len(keys)):
+        starts[keys[k] + 1] += 1
+    for cell in range(1, len(starts)):
+        starts[cell] += starts[cell - 1]
+    for k in range(len(keys)):
+        place = starts[keys[k]]
+        starts[keys[k]] += 1
+        order[place] = k
+        sorted_keys[place] = keys[k]
+        for a in range(points.shape[1]):
+            sorted_points[place, a] = points[k, a]
+
+
 @_jit
 def _cells(keys, points, order, shifts, limit, crow, col, no_weight, fill):
     # A shift leads to a row of three cells; their points lie end to end, keys[k] + shift - 1 .. keys[k] + shift + 1.
@@ -240,6 +255,16 @@ def _hilbert(cells, bits, out):
         out[i] = key
 
 
+def counting_sort(
+    keys: np.ndarray, points: np.ndarray, num_cells: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Keys (N,) int64 below num_cells in ascending order, the points (N, c) beside them, and the order; stable."""
+    order, starts = np.empty(len(keys), dtype=np.int32), np.zeros(num_cells + 1, dtype=np.int32)
+    sorted_keys, sorted_points = np.empty_like(keys), np.empty_like(points)
+    _counting_sort(keys, points, starts, sorted_keys, sorted_points, order)
+    return sorted_keys, sorted_points, order
+
+
 def radius_neighbours(
     keys: np.ndarray, points: np.ndarray, order: np.ndarray, shifts: np.ndarray, limit: float
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -248,7 +273,7 @@ def radius_neighbours(
     Args:
         keys: (N,) int64 cell of each point, ascending.
         points: (N, c) float64, in the order of ``keys``.
-        order: (N,) int64, row of the graph that each point stands for.
+        order: (N,) int32, row of the graph that each point stands for.
         shifts: (S,) int64, from the key of a cell to that of the middle cell of each adjacent row of three.
         limit: squared radius.
     """
