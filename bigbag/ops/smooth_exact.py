@@ -139,13 +139,19 @@ def _conjugate_gradients(system: _System, f: Tensor, tolerance: float, max_steps
         # A column that is solved exactly stays where it is.
         return torch.where(b > 0, a / torch.where(b > 0, b, 1), 0)
 
-    x = f.clone()
-    r = f - system.apply(x)
-    p, q = r.clone(), torch.empty_like(r)
-    rr, goal = dot(r, r), tolerance**2 * dot(f, f)
+    x, q, goal = f.clone(), torch.empty_like(f), tolerance**2 * dot(f, f)
+    r, refined = f - system.apply(x), False
+    p, rr = r.clone(), dot(r, r)
     for step in range(max_steps + 1):
         if (step % _CHECK_EVERY == 0 or step == max_steps) and bool((rr <= goal).all()):
-            return x
+            if refined:
+                return x
+            # The recursion's residual drifts from the true one: once more from there, often in no step at all.
+            torch.sub(f, system.apply(x, out=q), out=r)
+            p.copy_(r)
+            rr, refined = dot(r, r), True
+            if bool((rr <= goal).all()):
+                return x
         system.apply(p, out=q)
         a = divided(rr, dot(p, q))
         x.addcmul_(p, a)

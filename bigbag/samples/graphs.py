@@ -75,8 +75,6 @@ class GraphSample(Sample):
         if self.per_bag:
             options["segments"] = Segments.from_sizes(self.sizes, device)
         function = getattr(importlib.import_module(f"bigbag.ops.{_MODULES.get(self.op, self.op)}"), self.op)
-        if self.op == "smooth_exact":
-            options |= {"gamma": named.pop("gamma")}
         if self.op == "smooth":
             options |= {"alpha": named.pop("alpha")} if "alpha" in named else {"alpha": 0.6}
         first = (*named.values(), adj) if self.op.startswith("neighbor") else (adj, *named.values())
@@ -108,7 +106,7 @@ def _make(
         # Integers at a large scale: products are exact in every precision, so scores saturate and do not err.
         made = {name: rows().round() if scale > 1 else rows() for name in names.split()}
         made |= {"weight": _edge_weights(graph, sizes, generator)} if weighted else {}
-        return made | ({scalar: torch.tensor(0.25, dtype=torch.float64)} if scalar else {})
+        return made | ({scalar: torch.tensor(0.625, dtype=torch.float64)} if scalar else {})
 
     return make
 
@@ -171,7 +169,7 @@ def _samples() -> Iterator[GraphSample]:
     yield from (_sample("chebyshev", f"{k} terms", weighted=False, num_terms=k, lambda_max=9.0) for k in (1, 2, 6))
     yield _sample("chebyshev", "lattice", graph="lattice", weighted=False, num_terms=4, lambda_max=14.0, shape=(5,))
     yield from _everywhere("chebyshev", constant_weights=True, num_terms=3, lambda_max=2.0)
-    exact: dict[str, Any] = {"graph": "lattice", "scalar": "gamma", "shape": (3,), "tolerance": 1e-15, "max_steps": 400}
+    exact: dict[str, Any] = {"graph": "lattice", "gamma": 0.5, "shape": (3,), "tolerance": 1e-16, "max_steps": 400}
     yield from _everywhere("smooth_exact", **exact)
     yield _sample("smooth_exact", "combinatorial", laplacian="combinatorial", **exact)
 
