@@ -119,7 +119,7 @@ def _class_token(name: str, sizes: str, masked: bool = False, factor: float = 1.
 
 SAMPLES: list[Sample] = [
     *(_attention(name, name, heads=8 if name == "bags of one" else 2) for name in _SIZES),
-    _attention("masked", masked=True),
+    _attention("masked", heads=3, width=16, masked=True),
     _attention("values wider", dim=5, width=40),
     _attention("values narrower", dim=33, width=7, masked=True),
     _attention("scale", scale=0.2),

@@ -57,7 +57,10 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("sample", ALL)
 def test_error_is_within_twice_that_of_the_reference(sample: Sample, impl: str) -> None:
-    for dtype in FLOATING if impl == "cpu" else (*HALF, torch.float32):
+    dtypes = FLOATING if impl == "cpu" else (*HALF, torch.float32)
+    if impl == "triton" and INTERPRETED and sample.name not in ("several", "dropout", "contextual product"):
+        dtypes = (torch.float32,)  # the interpreter is slow
+    for dtype in dtypes:
         if dtype == torch.float16 and "1e4" in sample.name:
             continue  # the query itself is beyond float16
         check(sample, impl, dtype, DEVICE[impl])
@@ -133,7 +136,7 @@ def test_scores_at_1e4(impl: str) -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_nothing_is_read_before_it_is_written(impl: str) -> None:
-    for name in ("empty bags", "values narrower", "distance, cross", "contextual cross", "bias quant"):
+    for name in ("empty bags", "values narrower", "distance, cross", "contextual cross", "dropout"):
         with poisoned_empty():
             check(NAMED[f"masked_attention, {name}"], impl, torch.float32, DEVICE[impl])
 
