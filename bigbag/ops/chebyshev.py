@@ -70,13 +70,17 @@ def chebyshev(
     acc = accumulation_dtype(x.dtype)
     ratio = _ratio(lambda_max, segments, adj, acc)
     weight = None if adj.weight is None else adj.weight.detach().to(acc)[:, None]
-    degree = degrees(adj, impl=chosen).to(acc)
+    degree = degrees(_with_weight(adj, weight), impl=chosen).to(acc)
     shape = (num_terms, *x.shape)
     if chosen == "reference":
         return _reference(adj, weight, rows, ratio, ratio * degree - 1, num_terms).view(shape)
     graph = graph_of(adj, chosen, transposed=needs_grad(x))
     args = (-ratio, ratio * degree - 1, weight, _permuted(weight, graph.perm), *graph[:4])
     return _OPS["chebyshev", chosen](rows, *args, num_terms).view(shape)
+
+
+def _with_weight(adj: Adjacency, weight: Tensor | None) -> Adjacency:
+    return adj if weight is None else Adjacency(adj.crow, adj.col, weight[:, 0], adj.symmetric)
 
 
 def _ratio(lambda_max: float | Tensor, segments: Segments | None, adj: Adjacency, acc: torch.dtype) -> Tensor:

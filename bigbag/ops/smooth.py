@@ -103,10 +103,12 @@ def _coefficient_slopes(a: Tensor, num_steps: int) -> Tensor:
 
 
 def _steps(impl: str, f: Tensor, a: Tensor, weight: Tensor | None, crow: Tensor, col: Tensor, num_steps: int) -> Tensor:
-    f, g, spare = f.contiguous(), f, None
-    for _ in range(num_steps):
+    f = f.contiguous()
+    # Two buffers in turn; the first step reads f, which is not ours to write.
+    g, spare = f, None
+    for step in range(num_steps):
         out = kernels(impl).spmm(crow, col, weight, g, a.view(1), None, f, (1 - a).view(1), spare)
-        spare, g = (None if g is f else g), out
+        g, spare = out, (g if step > 0 else None)
     return g
 
 

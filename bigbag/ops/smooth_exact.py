@@ -70,8 +70,10 @@ def smooth_exact(
     weight = None if adj.weight is None else adj.weight.to(acc)[:, None]
     if chosen == "reference":
         return _reference(adj, weight, rows, g, laplacian).view(f.shape)
-    with torch.no_grad():
-        degree = degrees(adj, impl=chosen).to(acc) if laplacian == "combinatorial" else None
+    degree = None
+    if laplacian == "combinatorial":
+        bare = None if weight is None else weight.detach()[:, 0]
+        degree = degrees(Adjacency(adj.crow, adj.col, bare, True), impl=chosen).to(acc)
     graph = graph_of(adj, chosen, transposed=False)
     tolerance = (1e-12 if acc == torch.float64 else 1e-6) if tolerance is None else tolerance
     solved = _OPS["solve", chosen](rows, g, weight, degree, graph.crow, graph.col, tolerance, max_steps)

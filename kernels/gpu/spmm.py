@@ -167,7 +167,7 @@ def _edge_softmax(crow, scores, out, T, HEADS: tl.constexpr, BLOCK_R: tl.constex
     for k in range(0, longest):
         place = (start + k) * HEADS + head
         value = tl.load(scores + place, mask=start + k < end, other=-float("inf"))
-        tl.store(out + place, tl.exp(value - top) / total, mask=start + k < end)
+        tl.store(out + place, tl.exp(value - top) / tl.where(start < end, total, 1.0), mask=start + k < end)
 
 
 @triton.jit
@@ -199,11 +199,14 @@ def _edge_softmax_backward(crow, a, grad, out, T, HEADS: tl.constexpr, BLOCK_R: 
         tl.store(out + place, tl.load(a + place, mask=present, other=0.0) * difference, mask=present)
 
 
-def _tiles(num_cols: int) -> dict[str, int]:
+def _tiles(num_cols: int, heads: int = 1) -> dict[str, int]:
     if INTERPRETED:  # the interpreter's cost is per operation, not per element
         return {"BLOCK_R": 512, "BLOCK_C": triton.next_power_of_2(num_cols)}
     columns = min(256, triton.next_power_of_2(num_cols))
-    return {"BLOCK_R": min(128, 2048 // columns), "BLOCK_C": columns}
+    # Rows that are not aligned to 16 bytes load element by element, and with several heads every element loads a
+    # weight of its own: each by a pointer in registers.
+    elements = 512 if heads > 1 else 2048 if num_cols % 8 == 0 else 1024
+    return {"BLOCK_R": min(128, max(1, elements // columns)), "BLOCK_C": columns}
 
 
 def _row_block() -> int:
@@ -244,7 +247,7 @@ def spmm(
         "DIAGONAL": diagonal is not None,
         "ADDED": h is not None,
     }
-    tiles = _tiles(num_cols)
+    tiles = _tiles(num_cols, flags["HEADS"])
     grid = (triton.cdiv(num_rows, tiles["BLOCK_R"]), triton.cdiv(num_cols, tiles["BLOCK_C"]))
     _spmm[grid](crow, col, *tensors, _values(beta, x), out, num_rows, num_cols, **flags, **tiles)
     return out
@@ -259,7 +262,10 @@ def _edges(crow: Tensor, col: Tensor, x: Tensor, y: Tensor, heads: int, distance
     nodes = torch.arange(crow.shape[0] - 1, device=crow.device)
     rows = torch.repeat_interleave(nodes, crow.diff(), output_size=num_edges)
     dim = triton.next_power_of_2(x.shape[1] // heads)
-    tiles = {"BLOCK_E": 4096, "BLOCK_C": dim} if INTERPRETED else {"BLOCK_E": 32, "BLOCK_C": min(128, dim)}
+    aligned = x.shape[1] // heads % 8 == 0
+    tiles = {"BLOCK_E": 32 if aligned else 8, "BLOCK_C": min(128, dim)}
+    if INTERPRETED:
+        tiles = {"BLOCK_E": 4096, "BLOCK_C": dim}
     grid = (triton.cdiv(num_edges, tiles["BLOCK_E"]), heads)
     _edge_dots[grid](rows, col, x, y, out, num_edges, x.shape[1], HEADS=heads, DISTANCE=distance, **tiles)
     return out

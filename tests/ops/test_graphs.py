@@ -1,0 +1,492 @@
+"""Operators on adjacencies: the proof of the contract, dense references, torchmil, memory."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+from bigbag import Segments
+from bigbag.adjacency import Adjacency
+from bigbag.ops import spmm as spmm_module
+from bigbag.ops.chebyshev import chebyshev, lambda_max
+from bigbag.ops.neighbor_attention import neighbor_attention, neighbor_scores
+from bigbag.ops.quadratic import dirichlet_energy, quadratic_form
+from bigbag.ops.registry import INTERPRETED
+from bigbag.ops.smooth import smooth
+from bigbag.ops.smooth_exact import smooth_exact
+from bigbag.ops.spmm import degrees, graph_of, spmm
+from bigbag.samples.graphs import SAMPLES, GraphSample, pattern
+from bigbag.testing import Sample, check, poisoned_empty, run
+
+ROOT = Path(__file__).parents[2]
+DEVICE = {"cpu": "cpu", "triton": "cpu" if INTERPRETED else "cuda", "reference": "cpu"}
+NO_GPU = not (INTERPRETED or torch.cuda.is_available())
+TRITON = pytest.param(
+    "triton",
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(NO_GPU, reason="no CUDA device (test_interpreted runs these kernels on the CPU)"),
+    ],
+)
+IMPLS = ["cpu", TRITON]
+NAMED = {str(sample): sample for sample in SAMPLES}
+OPS = sorted({sample.op for sample in SAMPLES})
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("sample", SAMPLES, ids=str)
+def test_error_is_within_twice_that_of_the_reference(sample: Sample, impl: str) -> None:
+    dtypes = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+    if impl == "triton":
+        # The interpreter truncates to bfloat16 where hardware rounds; long recursions show it.
+        dtypes = dtypes[1:2] if INTERPRETED and sample.op in ("chebyshev", "smooth_exact") else dtypes[1:]
+        dtypes = dtypes[:2] if INTERPRETED else dtypes
+    for dtype in dtypes:
+        check(sample, impl, dtype, DEVICE[impl])
+
+
+@pytest.mark.parametrize("sample", [s for s in SAMPLES if 0 < sum(s.sizes) < 100 or "lattice" in s.name], ids=str)
+def test_reference_passes_gradcheck(sample: Sample) -> None:
+    tensors = sample.tensors(torch.float64)
+
+    def call(*values: Tensor) -> tuple[Tensor, ...]:
+        return sample.call(dict(zip(tensors, values)), "reference")
+
+    # Central differences lose digits where values are large.
+    assert torch.autograd.gradcheck(call, tuple(tensors.values()), fast_mode=True, atol=1e-4)
+
+
+def dense(adj: Adjacency) -> Tensor:
+    """(T, T) with repeated edges added up, by a loop in Python."""
+    out = torch.zeros(adj.num_nodes, adj.num_nodes, dtype=torch.float64)
+    for i in range(adj.num_nodes):
+        for e in range(int(adj.crow[i]), int(adj.crow[i + 1])):
+            out[i, int(adj.col[e])] += 1.0 if adj.weight is None else float(adj.weight[e])
+    return out
+
+
+def on(adj: Adjacency, device: str) -> Adjacency:
+    weight = None if adj.weight is None else adj.weight.to(device)
+    return Adjacency(adj.crow.to(device), adj.col.to(device), weight, adj.symmetric)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def normalised_lattice(*sizes: int) -> Adjacency:
+    """D^-1/2 A D^-1/2 in float32."""
+    adj = pattern("lattice", sizes)
+    scale = adj.crow.diff().clamp_min(1).float().rsqrt()
+    return replace(adj, weight=scale[adj.rows()] * scale[adj.col.long()])
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLS])
+@pytest.mark.parametrize("kind", ["random", "star", "lattice"])
+def test_linear_operators_agree_with_dense_matrices(kind: str, impl: str) -> None:
+    adj = pattern(kind, (23, 9))
+    adj = replace(adj, weight=torch.rand(adj.num_edges)) if kind != "lattice" else adj
+    matrix, x, device = dense(adj), randn(32, 6), DEVICE[impl]
+    there, features = on(adj, device), x.to(device)
+
+    def close(found: Tensor, expected: Tensor) -> None:
+        torch.testing.assert_close(found.cpu().double(), expected.double(), rtol=1e-5, atol=2e-5)
+
+    close(spmm(there, features, impl=impl), matrix @ x.double())
+    close(degrees(there, impl=impl), matrix.sum(1))
+    steps = x.double()
+    for _ in range(3):
+        steps = 0.3 * x.double() + 0.7 * matrix @ steps
+    close(smooth(there, features, 0.7, 3, impl=impl), steps)
+    laplacian = 2 * (matrix.sum(1).diag() - matrix) / (9 + 1e-6) - torch.eye(32)
+    terms = [x.double(), laplacian @ x.double()]
+    terms += [2 * laplacian @ terms[1] - terms[0]]
+    close(chebyshev(there, features, 3, 9.0, impl=impl), torch.stack(terms))
+    total = torch.einsum("ij,ic,jc->", matrix, x.double(), x.double())
+    close(quadratic_form(there, features, impl=impl), total)
+    differences = (x.double()[:, None] - x.double()[None]).square().sum(2)
+    cut = Segments.from_sizes((23, 9), device)
+    energies = torch.stack([(matrix * differences)[s:e, s:e].sum() / 2 for s, e in ((0, 23), (23, 32))])
+    close(dirichlet_energy(there, features, cut, impl=impl), energies)
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLS])
+def test_attention_agrees_with_masked_dense_attention(impl: str) -> None:
+    adj = pattern("lattice", (23, 9, 1))
+    q, k, v = (randn(33, 8, seed=s) for s in range(3))
+    mask = dense(adj) > 0
+    scores = (q @ k.T / 8**0.5).masked_fill(~mask, -float("inf"))
+    expected = scores.softmax(1).nan_to_num(0) @ v
+    found = neighbor_attention(*(t.to(DEVICE[impl]) for t in (q, k, v)), on(adj, DEVICE[impl]), impl=impl)
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-5)
+    assert found[32].abs().sum() == 0
+
+
+def test_camil_s_context_is_the_softmax_of_neighbor_scores() -> None:
+    camil = pytest.importorskip("torchmil.models.camil")
+    adj, x = normalised_lattice(23), randn(23, 12)
+    layer = camil.CAMILSelfAttention(12, 6)
+    expected = layer(x[None], adj.to_coo()[None])[0]
+    q, k = layer.qk_nn(x).chunk(2, -1)
+    found = neighbor_scores(q, k, adj).softmax(0)[:, None] * layer.v_nn(x)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_smooth_and_its_gradients_are_torchmil_s() -> None:
+    sm = pytest.importorskip("torchmil.nn.sm")
+    adj, x = normalised_lattice(64), randn(64, 5)
+    results = []
+    for ours in (True, False):
+        theirs = sm.ApproxSm("trainable", num_steps=7)
+        f = x.clone().requires_grad_()
+        if ours:
+            out = smooth(adj, f, 1 / (1 + theirs.coef), 7, impl="cpu")
+        else:
+            out = theirs(f[None], adj.to_coo()[None])[0]
+        results.append((out, *torch.autograd.grad((out * randn(64, 5, seed=1)).sum(), [f, theirs.coef])))
+    for found, expected in zip(*results):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("laplacian", ["normalized", "combinatorial"])
+def test_smooth_exact_and_its_gradients_are_those_of_a_dense_solve(laplacian: str) -> None:
+    adj, gamma = normalised_lattice(64, 9), torch.tensor(1.7, requires_grad=True)
+    weight, f = adj.weight.clone().requires_grad_(), randn(73, 70).requires_grad_()
+    out = smooth_exact(replace(adj, weight=weight), f, gamma, laplacian=laplacian, tolerance=1e-7, impl="cpu")
+    matrix = torch.zeros(73, 73).index_put((adj.rows(), adj.col.long()), weight)
+    own = torch.eye(73) if laplacian == "normalized" else matrix.sum(1).diag()
+    expected = torch.linalg.solve(torch.eye(73) + gamma * (own - matrix), f)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    grads = [torch.autograd.grad((z * randn(73, 70, seed=1)).sum(), [f, gamma, weight]) for z in (out, expected)]
+    for found, wanted in zip(*grads):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    # Sm by steps converges to it.
+    if laplacian == "normalized":
+        alpha = 1.7 / 2.7
+        torch.testing.assert_close(smooth(adj, f, alpha, 60), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_smooth_exact_is_torchmil_s() -> None:
+    sm = pytest.importorskip("torchmil.nn.sm")
+    adj, x = normalised_lattice(40), randn(40, 3)
+    expected = sm.ExactSm(alpha=0.6)(x[None], adj.to_coo().to_dense()[None])[0]
+    torch.testing.assert_close(smooth_exact(adj, x, 0.6 / 0.4), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_smooth_exact_refuses_what_conjugate_gradients_cannot_solve() -> None:
+    adj = pattern("lattice", (30,))
+    # Eigenvalues up to 8: I + gamma (I - A) is indefinite.
+    with pytest.raises(ValueError, match="residual .* after 50 steps, expected 1e-06"):
+        smooth_exact(adj, randn(30, 2), 5.0, max_steps=50)
+    with pytest.raises(ValueError, match=r"adj\.symmetric is False"):
+        smooth_exact(replace(adj, symmetric=False), randn(30, 2), 1.0)
+
+
+@pytest.mark.parametrize("laplacian", [True, False])
+def test_lambda_max_is_the_largest_eigenvalue_of_each_bag(laplacian: bool) -> None:
+    sizes = (23, 0, 1, 40)
+    adj = pattern("lattice", sizes)
+    adj = replace(adj, weight=adj.rows().double().cos().square() + 0.5 + adj.col.double().cos().square())
+    matrix = dense(adj)
+    matrix = matrix.sum(1).diag() - matrix if laplacian else matrix
+    starts = Segments.from_sizes(sizes).starts
+    bags = [matrix[s:e, s:e] for s, e in zip(starts, starts[1:])]
+    expected = [float(torch.linalg.eigvalsh(bag).max()) if len(bag) else 0.0 for bag in bags]
+    found = lambda_max(adj, Segments.from_sizes(sizes), laplacian=laplacian, num_steps=400)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-9)
+    # Few steps give a lower bound, and a bag gives the same alone.
+    few = lambda_max(adj, Segments.from_sizes(sizes), laplacian=laplacian, num_steps=20)
+    assert (few <= found + 1e-9).all() and (few > 0.9 * found - 1e-9).all()
+    alone = Adjacency(adj.crow[:24], adj.col[: int(adj.crow[23])], adj.weight[: int(adj.crow[23])], True)
+    torch.testing.assert_close(lambda_max(alone, laplacian=laplacian, num_steps=20), few[:1])
+
+
+def test_chebyshev_scales_every_bag_by_its_own_eigenvalue() -> None:
+    sizes = (20, 0, 30)
+    segments, x = Segments.from_sizes(sizes), randn(50, 4)
+    largest = torch.tensor([12.0, 1.0, 5.0])
+    together = chebyshev(pattern("lattice", sizes), x, 4, largest, segments)
+    # Patterns of one bag are the same alone.
+    for part, size, value in ((slice(0, 20), 20, 12.0), (slice(20, 50), 30, 5.0)):
+        torch.testing.assert_close(together[:, part], chebyshev(pattern("lattice", (size,)), x[part], 4, value))
+
+
+@pytest.mark.parametrize("impl", ["cpu", "triton"])
+def test_transposes(impl: str) -> None:
+    """Triton's is PyTorch on any device."""
+    pytest.importorskip("triton") if impl == "triton" else None
+    adj = pattern("random", (60, 0, 5))
+    adj = replace(adj, weight=torch.rand(adj.num_edges))
+    crow, col, perm = spmm_module.kernels(impl).transpose(adj.crow, adj.col)
+    assert crow.dtype == torch.int64 and col.dtype == torch.int32
+    assert torch.equal(dense(Adjacency(crow, col, adj.weight[perm])), dense(adj).T)
+
+
+def test_a_symmetric_graph_is_not_transposed_and_another_one_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    right = spmm_module._OPS["transpose", "cpu"]
+    monkeypatch.setitem(spmm_module._OPS, ("transpose", "cpu"), lambda *args: calls.append(1) or right(*args))
+    x = randn(60, 3).requires_grad_()
+    smooth(pattern("lattice", (60,)), x, 0.5).sum().backward()
+    assert not calls
+    adj = pattern("random", (60,))
+    for _ in range(3):
+        smooth(adj, spmm(adj, x), 0.5).sum().backward()
+    assert len(calls) == 1
+    # A change in place is noticed.
+    before = graph_of(adj, "cpu", transposed=True)
+    adj.col[0] = (int(adj.col[0]) + 1) % 60
+    after = graph_of(adj, "cpu", transposed=True)
+    assert len(calls) == 2 and not (torch.equal(before.crow_t, after.crow_t) and torch.equal(before.col_t, after.col_t))
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLS])
+@pytest.mark.parametrize("op", OPS)
+def test_packed_equals_each_bag_alone(op: str, impl: str) -> None:
+    if impl == "triton" and INTERPRETED and op == "smooth_exact":
+        pytest.skip("minutes in the interpreter")
+    sizes = (20, 7, 1, 33)
+    sample = NAMED[f"{op}, several"]
+    assert isinstance(sample, GraphSample)
+    # Patterns of several bags draw their edges in turn, so the bags are cut out of the pack.
+    whole = pattern("lattice", sizes)
+    width = 12
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randn(61, width, generator=generator) for _ in range(3)]
+    weight = normalised_lattice(*sizes).weight
+
+    def call(adj: Adjacency, parts: list[Tensor], segments: Segments) -> Tensor:
+        parts, adj = [part.to(DEVICE[impl]) for part in parts], on(adj, DEVICE[impl])
+        first = parts[0]
+        table: dict[str, Callable[[], Tensor]] = {
+            "spmm": lambda: spmm(adj, first, impl=impl),
+            "smooth": lambda: smooth(adj, first, 0.6, 4, impl=impl),
+            "smooth_exact": lambda: smooth_exact(adj, first, 2.0, tolerance=1e-7, impl=impl),
+            "chebyshev": lambda: chebyshev(adj, first, 3, impl=impl).transpose(0, 1),
+            "neighbor_attention": lambda: neighbor_attention(*parts, adj, impl=impl),
+            "neighbor_scores": lambda: neighbor_scores(*parts[:2], adj, impl=impl),
+            "quadratic_form": lambda: quadratic_form(adj, first, segments, impl=impl),
+            "dirichlet_energy": lambda: dirichlet_energy(adj, first, segments, impl=impl),
+        }
+        return table[op]().cpu()
+
+    packed = call(replace(whole, weight=weight), rows, Segments.from_sizes(sizes, DEVICE[impl]))
+    starts = Segments.from_sizes(sizes).starts
+    for bag, (start, end) in enumerate(zip(starts, starts[1:])):
+        crow = whole.crow[start : end + 1]
+        edges = slice(int(crow[0]), int(crow[-1]))
+        alone = Adjacency(crow - crow[0], whole.col[edges] - start, weight[edges], True)
+        single = call(alone, [part[start:end] for part in rows], Segments.from_sizes((end - start,), DEVICE[impl]))
+        part = packed[bag : bag + 1] if packed.shape[0] == len(sizes) else packed[start:end]
+        torch.testing.assert_close(part, single, rtol=4e-6, atol=4e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("op", OPS)
+def test_nothing_is_read_before_it_is_written_and_two_runs_agree(op: str, impl: str) -> None:
+    with poisoned_empty():
+        check(NAMED[f"{op}, empty bags"], impl, torch.float32, DEVICE[impl])
+        if not (INTERPRETED and impl == "triton"):
+            check(NAMED[f"{op}, several"], impl, torch.bfloat16, DEVICE[impl])
+    sample = NAMED[f"{op}, bags of one" if INTERPRETED else f"{op}, off the block"]
+    tensors = sample.tensors(torch.float32, DEVICE[impl])
+    first, second = run(sample, tensors, impl), run(sample, tensors, impl)
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    adj, x = normalised_lattice(900), randn(900, 300).requires_grad_()
+    alpha, found = torch.tensor(0.6, requires_grad=True), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        out = smooth(adj, x, alpha, 3)
+        loss = out.square().sum() + dirichlet_energy(adj, x)
+        found.append([out, *torch.autograd.grad(loss, [x, alpha])])
+    for others in found[1:]:
+        for one, other in zip(found[0][:2], others[:2]):
+            assert torch.equal(one, other)
+        # torch sums over all instances in the order of its own threads.
+        torch.testing.assert_close(found[0][2], others[2], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_operators_pass_opcheck(impl: str) -> None:
+    device = DEVICE[impl]
+    adj = on(pattern("random", (23, 0, 9)), device)
+    adj = replace(adj, weight=torch.rand(adj.num_edges, device=device))
+    graph = graph_of(adj, impl, transposed=True)
+    x, y = (randn(32, 6, seed=s).to(device).requires_grad_() for s in range(2))
+    edges = torch.rand(adj.num_edges, 2, device=device).requires_grad_()
+    weight = adj.weight[:, None]
+    scalar = torch.tensor(0.4, device=device).requires_grad_()
+    rows = torch.rand(32, device=device)
+    calls = {
+        "spmm": (x, edges, *graph),
+        "edge_dots": (x, y, *graph, 2),
+        "csr_transpose": (adj.crow, adj.col),
+        "smooth": (x, scalar, weight, weight[graph.perm], *graph[:4], 3),
+        "chebyshev": (x, -rows, rows, weight, weight[graph.perm], *graph[:4], 3),
+        "edge_softmax": (edges, adj.crow),
+        "edge_distances": (x, *graph),
+    }
+    for name, args in calls.items():
+        opcheck(getattr(torch.ops.bigbag, f"{name}_{impl}").default, args)
+    if impl == "cpu":
+        lattice = normalised_lattice(32)
+        symmetric = lattice.weight[:, None].clone().requires_grad_()
+        args = (x, scalar, symmetric, None, lattice.crow, lattice.col, 1e-6, 100)
+        opcheck(torch.ops.bigbag.smooth_exact_cpu.default, args)
+
+
+@pytest.mark.slow
+def test_compiles_to_one_graph() -> None:
+    adj, x = pattern("random", (50,)), randn(50, 4).requires_grad_()
+    weight = torch.rand(adj.num_edges).requires_grad_()
+
+    def step(x: Tensor, weight: Tensor, crow: Tensor, col: Tensor) -> Tensor:
+        graph = Adjacency(crow, col, weight)
+        attended = neighbor_attention(x, x, x, Adjacency(crow, col))
+        terms = chebyshev(Adjacency(crow, col), attended, 3)
+        return spmm(graph, x).square().sum() + smooth(Adjacency(crow, col), attended, 0.5, 3).sum() + terms.sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    losses = [f(x, weight, adj.crow, adj.col) for f in (compiled, step)]
+    torch.testing.assert_close(*losses)
+    for found, wanted in zip(*(torch.autograd.grad(loss, [x, weight]) for loss in losses)):
+        torch.testing.assert_close(found, wanted)
+
+
+def peak_bytes(step: Callable[[], object]) -> int:
+    """The most bytes of tensors alive at once during ``step``, beyond those alive before, from the profiler's log."""
+    step()
+    gc.collect()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    live = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
+
+
+_LINEAR: dict[str, Callable[[Adjacency, Tensor, Tensor], Tensor]] = {
+    "spmm": lambda adj, x, scalar: spmm(adj, x),
+    "smooth": lambda adj, x, scalar: smooth(adj, x, 0.5, 10),
+    "smooth, alpha": lambda adj, x, scalar: smooth(adj, x, scalar, 10),
+    "smooth_exact": lambda adj, x, scalar: smooth_exact(adj, x, 1.5),
+    "chebyshev": lambda adj, x, scalar: chebyshev(adj, x, 3),
+}
+
+
+@pytest.mark.parametrize("name", _LINEAR)
+def test_linear_operators_stay_within_three_times_inputs_and_outputs(name: str) -> None:
+    """Forward and backward, the input and the gradient that enters counted."""
+    adj, x = normalised_lattice(3000), randn(3000, 256).requires_grad_()
+    scalar = torch.tensor(0.5, requires_grad=True)
+    grads: list[Tensor] = []
+
+    def step() -> None:
+        out = _LINEAR[name](adj, x, scalar)
+        grads[:] = torch.autograd.grad(out, [x, scalar] if "alpha" in name else [x], torch.ones_like(out))
+
+    own = sum(t.nbytes for t in (x, adj.crow, adj.col, adj.weight))
+    outputs = x.nbytes * (3 if name == "chebyshev" else 1)
+    assert peak_bytes(step) + own <= 3 * (own + outputs)
+
+
+@pytest.mark.parametrize("name", ["alpha", "no alpha"])
+def test_smooth_holds_as_much_for_many_steps_as_for_few(name: str) -> None:
+    adj, x = normalised_lattice(3000), randn(3000, 64).requires_grad_()
+    alpha = torch.tensor(0.5, requires_grad=name == "alpha")
+    peaks = [peak_bytes(lambda n=n: smooth(adj, x, alpha, n).sum().backward()) for n in (3, 30)]
+    assert peaks[1] <= peaks[0] + 2048
+    # Through the gradient of every step, as with trainable edges, memory grows: the measure sees it.
+    edges = replace(adj, weight=adj.weight.clone().requires_grad_())
+    assert peak_bytes(lambda: smooth(edges, x, alpha, 30).sum().backward()) > peaks[1] + 20 * x.nbytes
+
+
+def test_errors_name_what_does_not_fit() -> None:
+    adj, x = pattern("lattice", (30,)), randn(29, 4)
+    with pytest.raises(
+        ValueError, match=r"spmm: x must be floating \(T, \.\.\.\) with T = 30 as in adj, got \(29, 4\)"
+    ):
+        spmm(adj, x)
+    x = randn(30, 4)
+    with pytest.raises(ValueError, match="num_steps is -1"):
+        smooth(adj, x, 0.5, -1)
+    with pytest.raises(ValueError, match="alpha must be a number or a tensor of one element"):
+        smooth(adj, x, torch.ones(2))
+    with pytest.raises(ValueError, match="num_terms is 0"):
+        chebyshev(adj, x, 0)
+    with pytest.raises(ValueError, match=r"adj\.weight requires grad"):
+        chebyshev(replace(adj, weight=torch.ones(adj.num_edges, requires_grad=True)), x, 2)
+    with pytest.raises(ValueError, match="lambda_max has shape"):
+        chebyshev(adj, x, 2, torch.ones(3), Segments.from_sizes((10, 20)))
+    with pytest.raises(ValueError, match="of one dtype"):
+        neighbor_attention(x, x[:, :2], x, adj)
+    with pytest.raises(ValueError, match="segments has 31 instances, but adj has 30 nodes"):
+        quadratic_form(adj, x, Segments.from_sizes((31,)))
+    with pytest.raises(ValueError, match="laplacian must be one of"):
+        smooth_exact(adj, x, 1.0, laplacian="none")
+
+
+@pytest.mark.slow
+def test_interpreted() -> None:
+    """The Triton kernels' numerics without a GPU: this file, in a process of its own under TRITON_INTERPRET=1."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "tests/ops/test_graphs.py", "-q", "-p", "no:cacheprovider"]
+    command += ["-k", "triton and not interpreted"]
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None and int(passed.group(1)) > 60, done.stdout[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_without_spills(capability: int) -> None:
+    pytest.importorskip("triton.backends.nvidia")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("compile_graphs.py")),
+        str(capability),
+        "bfloat16",
+        "float32",
+    ]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    for row in rows:
+        assert row["spill_bytes"] == 0 and row["shared_bytes"] <= 166912, row
+    assert {row["kernel"] for row in rows} == {
+        "_spmm",
+        "_power_step",
+        "_edge_dots",
+        "_edge_softmax",
+        "_edge_softmax_backward",
+    }
