@@ -165,6 +165,7 @@ class _Blocks:
         args, bag = self.args, self.bag
         if not args.kind:
             return
+        assert args.coords is not None and args.kv_coords is not None
         where = (args.coords[bag.rows][rows].numpy(), args.kv_coords[bag.take][keys].numpy())
         self.pairs = self.buffer("pairs")
         if args.kind == "distance":
@@ -175,9 +176,11 @@ class _Blocks:
     def score(self, head: int, q: Tensor) -> Tensor:
         """Scores (rows, keys) of one head; q (rows, d) is scaled already."""
         scores = torch.mm(q, self.k[head, self.keys].t(), out=self.buffer("scores"))
+        if self.args.weights is None:
+            return scores
         if self.args.kind == "distance":
             scores.addcmul_(self.pairs, self.args.weights[0, head, :1], value=-1)
-        elif self.args.kind:
+        else:
             weights = self.args.weights[:, head]
             weights = weights[self.bag.rows][self.rows] if len(weights) > 1 else weights
             self.launch(_add_weights, weights.numpy(), self.pairs.numpy(), scores.numpy())
@@ -302,10 +305,10 @@ def _differentiate(
 
 def backward(grad: Tensor, out: Tensor, lse: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, and of weights or (0,)."""
-    *arguments, need_weights = arguments
-    args = _Arguments(*arguments)
+    need_weights = arguments[-1]
+    args = _Arguments(*arguments[:-1])
     grad_q, grad_k, grad_v = (t.new_zeros(t.shape) for t in (args.q, args.k, args.v))
-    grad_weights = torch.zeros_like(args.weights) if need_weights else None
+    grad_weights = torch.zeros_like(args.weights) if need_weights and args.weights is not None else None
     for bag in args.bags():
         if args.fast:
             outer = (t[bag.rows].transpose(0, 1) for t in (grad, out))
@@ -315,8 +318,8 @@ def backward(grad: Tensor, out: Tensor, lse: Tensor, *arguments) -> tuple[Tensor
             for_q, for_k, for_v = (t[0] for t in found)
             grad_q[bag.rows] = for_q.transpose(0, 1)[..., : grad_q.shape[2]]
         else:
-            rows = (t[bag.rows] for t in (grad, out, lse, grad_q))
-            for_k, for_v = _differentiate(bag, *rows, grad_weights)
+            mine = bag.rows
+            for_k, for_v = _differentiate(bag, grad[mine], out[mine], lse[mine], grad_q[mine], grad_weights)
         grad_k[bag.take] = for_k.transpose(0, 1)[..., : grad_k.shape[2]].to(grad_k.dtype)
         grad_v[bag.take] = for_v.transpose(0, 1)[..., : grad_v.shape[2]].to(grad_v.dtype)
     return grad_q, grad_k, grad_v, lse.new_empty(0) if grad_weights is None else grad_weights

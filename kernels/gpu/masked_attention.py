@@ -406,10 +406,10 @@ def forward(*arguments) -> tuple[Tensor, Tensor]:
     return out if call.kind else out.to(call.q.dtype), lse
 
 
-def backward(grad: Tensor, out: Tensor, lse: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(grad: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, and of weights or (0,)."""
-    *arguments, need_weights = arguments
-    call = _Call(*arguments)
+    need_weights = arguments[-1]
+    call = _Call(*arguments[:-1])
     heads = call.q.shape[1]
     tiles = call.tiles(backward=True)
     delta = (grad.float() * out.float()).sum(2)
