@@ -35,7 +35,7 @@ def smooth_exact(
     is implicit: with u = M^-1 grad, df = u, dgamma = -<u, L g>, dA_ij = gamma <u_i, g_j> (less gamma <u_i, g_i> where A
     also makes D). ``smooth`` with alpha = gamma / (1 + gamma) converges to the normalized form.
 
-    Cost: 2 E D FLOP and about ten passes over (T, D) per step, forward and backward; steps grow with
+    Cost: 2 E D FLOP and about twenty passes over (T, D) per step, forward and backward; steps grow with
     sqrt(1 + 2 gamma). It holds g, and five blocks of D / 8 columns (of 8 to 64).
 
     Args:

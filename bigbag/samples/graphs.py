@@ -150,7 +150,8 @@ def _samples() -> Iterator[GraphSample]:
         yield _sample(op, "non-contiguous", contiguous=False, shape=(6,))
     for op, shape in (("spmm", (37,)), ("neighbor_attention", (3,)), ("smooth", (4,))):
         yield _sample(op, "lattice", graph="lattice", shape=shape, weighted=op != "neighbor_attention")
-        yield _sample(op, "star", graph="star", shape=shape, weighted=op != "neighbor_attention")
+        if op != "smooth":
+            yield _sample(op, "star", graph="star", shape=shape, weighted=op == "spmm")
     yield _sample("spmm", "binary", weighted=False)
     yield _sample("spmm", "no edges", graph="none")
     yield _sample("spmm", "one-dimensional", shape=())
@@ -161,7 +162,7 @@ def _samples() -> Iterator[GraphSample]:
         yield _sample("smooth", f"binary {graph}", graph=graph, weighted=False, scale=0.25, num_steps=4)
         yield _sample("smooth", f"constant {graph}", graph=graph, constant_weights=True, shape=(9,), num_steps=10)
     yield _sample("smooth", "weights and alpha", scalar="alpha", num_steps=3)
-    yield _sample("smooth", "non-contiguous", contiguous=False, graph="star", weighted=False, scale=0.1, num_steps=3)
+    yield _sample("smooth", "non-contiguous", contiguous=False, weighted=False, scale=0.1, num_steps=3)
     yield _sample("chebyshev", "non-contiguous", contiguous=False, constant_weights=True, num_terms=4)
     yield _sample("smooth", "no steps", weighted=False, num_steps=0)
     yield _sample("neighbor_attention", "two heads", shape=(2, 5), weighted=False)

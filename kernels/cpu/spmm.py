@@ -9,7 +9,7 @@ With H heads, edge values are (E, H), and head h owns columns h D/H to (h + 1) D
 A thread owns a range of rows, or of the edges of these rows, and alone writes them: no races, and results do not depend
 on the number of threads. Sums are accumulated in float32 (float64 for float64).
 Bytes: x once (neighbours' rows come from cache where the graph is local), out once, 4 (1 + H) per edge.
-Whole rows, not blocks of columns: on rows of 2 and 4 KiB, blocks of a quarter measured 2 to 3 times slower.
+Whole rows, not blocks of columns: on rows of 2 and 4 KiB, blocks of a quarter measured 2 to 4 times slower.
 Columns are indexed from 0, rows are not sliced: a lower bound that may be negative keeps LLVM from vectorising, and a
 slice costs two atomic reference counts per edge.
 """

@@ -457,7 +457,7 @@ def test_errors_name_what_does_not_fit() -> None:
 def test_interpreted() -> None:
     """The Triton kernels' numerics without a GPU: this file, in a process of its own under TRITON_INTERPRET=1."""
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "tests/ops/test_graphs.py", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "tests/ops/test_graphs.py", "-q", "-p", "no:cacheprovider", "-n", "0"]
     command += ["-k", "triton and not interpreted"]
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
