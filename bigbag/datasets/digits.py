@@ -27,12 +27,13 @@ _MAX_LESIONS = 3
 class Digits:
     r"""Digit slides with known lesions (a :class:`bigbag.data.sources.Source`).
 
-    Slide ``s`` holds ``N ~ LogUniform(min_instances, max_instances)`` digits on a tissue-shaped region of a lattice. A
-    positive slide has ``max(1, round(w N))`` target digits in one to three connected lesions, where
-    ``w = low * (high / low) ** (u ** skew)``, ``(low, high) = witness_rate`` and ``u ~ Uniform(0, 1)``; the others are
-    drawn evenly from the other nine digits. Pixels are ``clip((1 + staining * g_s) * image + noise * e, 0, 1)``, with
-    ``g_s`` standard normal per slide and ``e`` per pixel. No image occurs in two splits, and every slide is a function
-    of ``(arguments, split, index)`` alone.
+    A slide holds ``N ~ LogUniform(min_instances, max_instances)`` digits on a tissue-shaped region of a lattice. A
+    positive slide has ``max(1, round(w N))`` target digits in one to three connected lesions, ``w`` log-uniform in
+    ``large_witness_rate`` for a share ``large_fraction`` of the positive slides ("macrometastases") and in
+    ``witness_rate`` for the others ("micrometastases"). All other digits are drawn evenly from the nine that are not
+    the target. Pixels are ``clip((1 + staining * g) * image + noise * e, 0, 1)`` with ``g`` standard normal per slide
+    and ``e`` per pixel. No image occurs in two splits, and every slide is a function of ``(arguments, split, index)``
+    alone.
 
     Instances have ``x (N, 64)`` float16 in [0, 1]; ``coords (N, 2)`` int32, (column, row) on the lattice; ``y_inst
     (N,)`` int8, 1 = target digit. The label is 1 where the slide holds the target digit.
@@ -44,8 +45,10 @@ class Digits:
         num_test: number of test slides.
         min_instances: smallest slide, in instances (digits).
         max_instances: largest slide, in instances (digits).
-        witness_rate: smallest and largest share of target digits in a positive slide, both in (0, 1).
-        skew: 1 draws the witness rate log-uniformly; above 1, low rates are more frequent than high ones.
+        witness_rate: smallest and largest share of target digits in a slide with small lesions, in (0, 1).
+        large_witness_rate: the same for a slide with large lesions.
+        large_fraction: share of the positive slides of each split that have large lesions, in [0, 1]. Their signal is
+            what training finds first: without them most runs do not leave the plateau at a loss of log 2.
         positive_fraction: share of positive slides in each split, in (0, 1).
         staining: standard deviation over slides of the contrast, relative to 1.
         noise: standard deviation of the noise of each pixel, in intensities from 0 to 1.
@@ -61,12 +64,13 @@ class Digits:
         self,
         target: int = 0,
         num_train: int = 200,
-        num_val: int = 60,
+        num_val: int = 50,
         num_test: int = 100,
         min_instances: int = 5000,
         max_instances: int = 12000,
-        witness_rate: tuple[float, float] = (0.0005, 0.02),
-        skew: float = 1.75,
+        witness_rate: tuple[float, float] = (0.0005, 0.00075),
+        large_witness_rate: tuple[float, float] = (0.015, 0.02),
+        large_fraction: float = 0.4,
         positive_fraction: float = 0.5,
         staining: float = 0.05,
         noise: float = 0.05,
@@ -76,8 +80,9 @@ class Digits:
         self.num_slides = {"train": num_train, "val": num_val, "test": num_test}
         self.min_instances = min_instances
         self.max_instances = max_instances
-        self.witness_rate = tuple(witness_rate)
-        self.skew = skew
+        self.witness_rate = witness_rate
+        self.large_witness_rate = large_witness_rate
+        self.large_fraction = large_fraction
         self.positive_fraction = positive_fraction
         self.staining = staining
         self.noise = noise
@@ -87,9 +92,9 @@ class Digits:
     def entries(self) -> Sequence[SourceEntry]:
         """All slides: training, then validation, then test; each split in the order of its index."""
         return [
-            SourceEntry(name=f"{split}-{index:04d}", split=split, label=int(label))
+            SourceEntry(name=f"{split}-{index:04d}", split=split, label=int(lesions != "none"))
             for split in SPLITS
-            for index, label in enumerate(self._labels(split))
+            for index, lesions in enumerate(self._lesions(split))
         ]
 
     def load(self, entry: SourceEntry) -> Bag:
@@ -99,18 +104,18 @@ class Digits:
             ValueError: ``entry`` is not one of :meth:`entries`.
         """
         split, index = self._locate(entry.name)
-        label = int(self._labels(split)[index])
+        lesions = self._lesions(split)[index]
         rng = self._rng(split, index + 1)
         num = round(self.min_instances * (self.max_instances / self.min_instances) ** rng.random())
         tissue = tissue_mask(rng, num)
         y_inst = np.zeros(num, dtype=np.int8)
-        if label:
-            low, high = self.witness_rate
-            rate = low * (high / low) ** (rng.random() ** self.skew)
+        if lesions != "none":
+            low, high = self.large_witness_rate if lesions == "large" else self.witness_rate
+            rate = low * (high / low) ** rng.random()
             y_inst[grow_lesions(rng, tissue, max(1, round(rate * num)))] = 1
         row, column = np.nonzero(tissue)
         coords = np.stack([column, row], axis=1).astype(np.int32)
-        return Bag(self._render(rng, split, y_inst), y=label, key=entry.name, coords=coords, y_inst=y_inst)
+        return Bag(self._render(rng, split, y_inst), y=int(y_inst.any()), key=entry.name, coords=coords, y_inst=y_inst)
 
     def description(self) -> dict[str, Any]:
         """The constructor's arguments."""
@@ -121,7 +126,8 @@ class Digits:
             "min_instances": self.min_instances,
             "max_instances": self.max_instances,
             "witness_rate": list(self.witness_rate),
-            "skew": self.skew,
+            "large_witness_rate": list(self.large_witness_rate),
+            "large_fraction": self.large_fraction,
             "positive_fraction": self.positive_fraction,
             "staining": self.staining,
             "noise": self.noise,
@@ -153,11 +159,13 @@ class Digits:
                 ids[split].append(part)
         return ids
 
-    def _labels(self, split: str) -> np.ndarray:
-        """Labels of the slides of ``split``: a fixed number of positives, in random order."""
+    def _lesions(self, split: str) -> list[str]:
+        """ "none", "small" or "large" for each slide of ``split``: fixed numbers of each, in random order."""
         num = self.num_slides[split]
-        labels = np.arange(num) < round(self.positive_fraction * num)
-        return self._rng(split, 0).permutation(labels).astype(np.int64)
+        positive = round(self.positive_fraction * num)
+        large = round(self.large_fraction * positive)
+        kinds = ["large"] * large + ["small"] * (positive - large) + ["none"] * (num - positive)
+        return [kinds[i] for i in self._rng(split, 0).permutation(num)]
 
     def _rng(self, split: str, stream: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, SPLITS.index(split), stream])
@@ -182,7 +190,6 @@ class Digits:
         return np.clip(x, 0, 1, out=x).astype(np.float16)
 
     def _check(self) -> None:
-        low, high = self.witness_rate
         fewest = min(self.num_slides, key=lambda split: self.num_slides[split])
         rules: list[tuple[str, Any, bool, str]] = [
             ("target", self.target, self.target in range(10), "a digit from 0 to 9"),
@@ -194,8 +201,14 @@ class Digits:
                 self.max_instances >= self.min_instances,
                 f"at least min_instances = {self.min_instances}",
             ),
-            ("witness_rate", self.witness_rate, 0 < low <= high < 1, "(low, high) with 0 < low <= high < 1"),
-            ("skew", self.skew, self.skew > 0, "a number > 0"),
+            ("witness_rate", self.witness_rate, _is_range(self.witness_rate), "(low, high) with 0 < low <= high < 1"),
+            (
+                "large_witness_rate",
+                self.large_witness_rate,
+                _is_range(self.large_witness_rate),
+                "(low, high) with 0 < low <= high < 1",
+            ),
+            ("large_fraction", self.large_fraction, 0 <= self.large_fraction <= 1, "a number in [0, 1]"),
             ("positive_fraction", self.positive_fraction, 0 < self.positive_fraction < 1, "a number in (0, 1)"),
             ("staining", self.staining, 0 <= self.staining < 0.5, "a number in [0, 0.5)"),
             ("noise", self.noise, self.noise >= 0, "a number >= 0"),
@@ -204,6 +217,10 @@ class Digits:
         for name, got, fine, expected in rules:
             if not fine:
                 raise ValueError(f"digits: {name} is {got!r}, expected {expected}")
+
+
+def _is_range(rates: Sequence[float]) -> bool:
+    return len(rates) == 2 and 0 < rates[0] <= rates[1] < 1
 
 
 def tissue_mask(rng: np.random.Generator, num_cells: int) -> np.ndarray:

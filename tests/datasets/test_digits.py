@@ -68,8 +68,8 @@ def test_slides_are_a_function_of_seed_split_and_index_alone() -> None:
 
 
 def test_a_known_slide() -> None:
-    bag = load(small(), "train-0002")
-    assert (bag.num_instances, bag.y, int(bag.y_inst.sum())) == (2548, 1, 41)  # type: ignore[union-attr]
+    bag = load(small(), "train-0005")
+    assert (bag.num_instances, bag.y, int(bag.y_inst.sum())) == (2374, 1, 46)  # type: ignore[union-attr]
 
 
 def test_dtypes_shapes_and_label() -> None:
@@ -126,33 +126,34 @@ def test_noise_and_staining_have_the_stated_size() -> None:
     assert 0.07 < np.std(gains) < 0.14
 
 
-@pytest.mark.parametrize("rates", [(0.0005, 0.0005), (0.005, 0.02)])
-def test_witness_rate_and_lesions(rates: tuple[float, float]) -> None:
-    source = small(num_train=20, positive_fraction=0.9, witness_rate=rates)
-    counts = []
+def test_witness_rates_and_lesions() -> None:
+    source = small(num_train=40, witness_rate=(0.002, 0.004), large_witness_rate=(0.02, 0.04), large_fraction=0.3)
+    large, lesions = {"train": 0, "val": 0, "test": 0}, []
     for entry in source.entries():
         bag = source.load(entry)
         if not bag.y:
             continue
         assert bag.y_inst is not None
         witnesses = int(bag.y_inst.sum())
-        low, high = (max(1, round(rate * bag.num_instances)) for rate in rates)
-        assert low <= witnesses <= high
-        lesions = ndimage.label(on_lattice(bag, bag.y_inst == 1))[1]
-        assert 1 <= lesions <= 3
-        counts.append(lesions)
-    assert len(set(counts)) > 1 or rates[1] < 0.001
+        is_large = witnesses > 0.01 * bag.num_instances
+        low, high = (0.02, 0.04) if is_large else (0.002, 0.004)
+        assert round(low * bag.num_instances) <= witnesses <= round(high * bag.num_instances)
+        large[str(entry.split)] += is_large
+        lesions.append(ndimage.label(on_lattice(bag, bag.y_inst == 1))[1])
+    assert large == {"train": 6, "val": 1, "test": 1}  # 0.3 of 20, 2 and 3 positive slides
+    assert set(lesions) == {1, 2, 3}
 
 
-def test_skew_makes_small_lesions_more_frequent() -> None:
-    def median_rate(skew: float) -> float:
-        source = small(num_train=200, min_instances=5000, max_instances=5000, witness_rate=(0.0005, 0.02), skew=skew)
-        rates = [source.load(e).y_inst.mean() for e in source.entries()[:200] if e.label]  # type: ignore[union-attr]
-        return float(np.median(rates))
+def test_the_smallest_lesion_is_one_digit() -> None:
+    source = small(witness_rate=(1e-6, 1e-6), large_fraction=0.0)
+    assert [int(source.load(e).y_inst.sum()) for e in source.entries()[:8] if e.label] == [1] * 4  # type: ignore[union-attr]
 
-    # The median of w is low * (high / low) ** (0.5 ** skew).
-    assert abs(np.log(median_rate(1.0) / (0.0005 * 40**0.5))) < 0.45
-    assert abs(np.log(median_rate(2.0) / (0.0005 * 40**0.25))) < 0.45
+
+def test_default_rates_are_those_of_micro_and_macrometastases() -> None:
+    source = Digits(num_test=20)
+    rates = np.sort([source.load(e).y_inst.mean() for e in source.entries()[-20:] if e.label])  # type: ignore[union-attr]
+    assert len(rates) == 10
+    assert rates[0] > 0.0004 and rates[5] < 0.0009 and rates[6] > 0.0145 and rates[-1] < 0.0205
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -198,9 +199,11 @@ def test_description_is_json_and_names_every_argument() -> None:
         ("witness_rate", (0.0, 0.1)),
         ("witness_rate", (0.2, 0.1)),
         ("witness_rate", (0.1, 1.0)),
+        ("witness_rate", (0.1,)),
+        ("large_witness_rate", (0.0, 0.1)),
+        ("large_fraction", 1.5),
         ("positive_fraction", 0.0),
         ("positive_fraction", 1.0),
-        ("skew", 0.0),
         ("staining", -0.1),
         ("noise", -1.0),
         ("seed", -1),
