@@ -78,7 +78,7 @@ SAMPLES: list[Sample] = [
     _sample("empty bags", (0, 9, 0, 130, 0)),
     _sample("no bag has instances", (0, 0)),
     _sample("as many landmarks as instances", (16, 15)),
-    _sample("small bags", (4,) * 40 + (3, 1, 2), dim=16, scale=2.0),
+    _sample("small bags", (4,) * 10 + (3, 1, 2), dim=16, scale=2.0),
     _sample("off the block", (1025, 513), num_landmarks=65),
     _sample("widths of no power of two", (70, 41), heads=3, dim=19, width=5),
     _sample("one landmark", (37, 5), num_landmarks=1),

@@ -15,7 +15,7 @@ _SIZES = {
     "several": (5, 1, 300, 64, 17),
     "empty bags": (0, 9, 0, 130, 0),
     "one instance": (1,),
-    "small bags": (4,) * 40 + (3, 1, 2),
+    "small bags": (4,) * 10 + (3, 1, 2),
     "off the block": (1025, 513),
     "no bag has instances": (0, 0),
 }

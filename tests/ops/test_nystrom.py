@@ -56,7 +56,7 @@ def qkv(rows: int, heads: int = 2, dim: int = 16, width: int = 5, dtype: torch.d
 def test_error_is_within_twice_that_of_the_reference(sample: Sample, impl: str) -> None:
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     if INTERPRETED:
-        dtypes = (torch.float32,) if sample.name in ("off the block", "small bags") else dtypes[:2]
+        dtypes = dtypes[:2] if sample.name == "empty bags" else dtypes[:1]
     for dtype in dtypes if impl == "triton" else (torch.float64, *dtypes):
         check(sample, impl, dtype, DEVICE[impl])
 
@@ -153,16 +153,16 @@ def test_one_instance_gives_its_value_and_no_gradient_to_its_scores(impl: str) -
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("name", ["small", "empty bags", "no bag has instances"])
+@pytest.mark.parametrize("name", ["small", "empty bags"])
 def test_nothing_is_read_before_it_is_written(name: str, impl: str) -> None:
     with poisoned_empty():
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in (torch.float32,) if INTERPRETED else (torch.float32, torch.bfloat16):
             check(NAMED[name], impl, dtype, DEVICE[impl])
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_two_runs_give_the_same_bits(impl: str) -> None:
-    sample = NAMED["several"]
+    sample = NAMED["small" if INTERPRETED else "several"]
     tensors = sample.tensors(torch.float32, DEVICE[impl])
     first, second = run(sample, tensors, impl), run(sample, tensors, impl)
     for name in first:
