@@ -41,8 +41,8 @@ def spmm(adj: Adjacency, x: Tensor, *, impl: str | None = None) -> Tensor:
     Cost: 2 E D FLOP forward, as much for each gradient. Bytes: x and out once (neighbours' rows come from cache where
     the graph is local) and 4 to 8 per edge. Beyond outputs and gradients it holds O(E).
 
-    Lattices have no stencil form: over a full rectangle one is 1.2 times as fast at width 512 (2 times at 64 and below),
-    but tissue is no rectangle, and a map of its cells is an index list again.
+    Lattices have no stencil form: over a full rectangle one is 1.2 times as fast at width 512 (2 times at 64 and
+    below), but tissue is no rectangle, and a map of its cells is an index list again.
 
     Args:
         adj: (T, T) adjacency; ``weight`` None means ones.

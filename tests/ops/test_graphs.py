@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import gc
-import json
-import os
-import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -30,14 +23,13 @@ from bigbag.ops.spmm import degrees, graph_of, spmm
 from bigbag.samples.graphs import SAMPLES, GraphSample, pattern
 from bigbag.testing import Sample, check, poisoned_empty, run
 
-ROOT = Path(__file__).parents[2]
 DEVICE = {"cpu": "cpu", "triton": "cpu" if INTERPRETED else "cuda", "reference": "cpu"}
 NO_GPU = not (INTERPRETED or torch.cuda.is_available())
 TRITON = pytest.param(
     "triton",
     marks=[
         pytest.mark.gpu,
-        pytest.mark.skipif(NO_GPU, reason="no CUDA device (test_interpreted runs these kernels on the CPU)"),
+        pytest.mark.skipif(NO_GPU, reason="no CUDA device (test_graphs_memory.py runs these kernels on the CPU)"),
     ],
 )
 IMPLS = ["cpu", TRITON]
@@ -378,56 +370,6 @@ def test_compiles_to_one_graph() -> None:
         torch.testing.assert_close(found, wanted)
 
 
-def peak_bytes(step: Callable[[], object]) -> int:
-    """The most bytes of tensors alive at once during ``step``, beyond those alive before, from the profiler's log."""
-    step()
-    gc.collect()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    live = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak
-
-
-_LINEAR: dict[str, Callable[[Adjacency, Tensor, Tensor], Tensor]] = {
-    "spmm": lambda adj, x, scalar: spmm(adj, x),
-    "smooth": lambda adj, x, scalar: smooth(adj, x, 0.5, 10),
-    "smooth, alpha": lambda adj, x, scalar: smooth(adj, x, scalar, 10),
-    "smooth_exact": lambda adj, x, scalar: smooth_exact(adj, x, 1.5),
-    "chebyshev": lambda adj, x, scalar: chebyshev(adj, x, 3),
-}
-
-
-@pytest.mark.parametrize("name", _LINEAR)
-def test_linear_operators_stay_within_three_times_inputs_and_outputs(name: str) -> None:
-    """Forward and backward, the input and the gradient that enters counted."""
-    adj, x = normalised_lattice(3000), randn(3000, 256).requires_grad_()
-    scalar = torch.tensor(0.5, requires_grad=True)
-    grads: list[Tensor] = []
-
-    def step() -> None:
-        out = _LINEAR[name](adj, x, scalar)
-        grads[:] = torch.autograd.grad(out, [x, scalar] if "alpha" in name else [x], torch.ones_like(out))
-
-    own = sum(t.nbytes for t in (x, adj.crow, adj.col, adj.weight))
-    outputs = x.nbytes * (3 if name == "chebyshev" else 1)
-    assert peak_bytes(step) + own <= 3 * (own + outputs)
-
-
-@pytest.mark.parametrize("name", ["alpha", "no alpha"])
-def test_smooth_holds_as_much_for_many_steps_as_for_few(name: str) -> None:
-    adj, x = normalised_lattice(3000), randn(3000, 64).requires_grad_()
-    alpha = torch.tensor(0.5, requires_grad=name == "alpha")
-    peaks = [peak_bytes(lambda n=n: smooth(adj, x, alpha, n).sum().backward()) for n in (3, 30)]
-    assert peaks[1] <= peaks[0] + 2048
-    # Through the gradient of every step, as with trainable edges, memory grows: the measure sees it.
-    edges = replace(adj, weight=adj.weight.clone().requires_grad_())
-    assert peak_bytes(lambda: smooth(edges, x, alpha, 30).sum().backward()) > peaks[1] + 20 * x.nbytes
-
-
 def test_errors_name_what_does_not_fit() -> None:
     adj, x = pattern("lattice", (30,)), randn(29, 4)
     with pytest.raises(
@@ -451,42 +393,3 @@ def test_errors_name_what_does_not_fit() -> None:
         quadratic_form(adj, x, Segments.from_sizes((31,)))
     with pytest.raises(ValueError, match="laplacian must be one of"):
         smooth_exact(adj, x, 1.0, laplacian="none")
-
-
-@pytest.mark.slow
-def test_interpreted() -> None:
-    """The Triton kernels' numerics without a GPU: this file, in a process of its own under TRITON_INTERPRET=1."""
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "tests/ops/test_graphs.py", "-q", "-p", "no:cacheprovider", "-n", "0"]
-    command += ["-k", "triton and not interpreted"]
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed is not None and int(passed.group(1)) > 60, done.stdout[-2000:]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90])
-def test_kernels_compile_without_spills(capability: int) -> None:
-    pytest.importorskip("triton.backends.nvidia")
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [
-        sys.executable,
-        str(Path(__file__).with_name("compile_graphs.py")),
-        str(capability),
-        "bfloat16",
-        "float32",
-    ]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
-    for row in rows:
-        assert row["spill_bytes"] == 0 and row["shared_bytes"] <= 166912, row
-    assert {row["kernel"] for row in rows} == {
-        "_spmm",
-        "_power_step",
-        "_edge_dots",
-        "_edge_softmax",
-        "_edge_softmax_backward",
-    }
