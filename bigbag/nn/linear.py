@@ -58,6 +58,8 @@ class MLP(torch.nn.Module):
         linear_sizes: output width of each layer.
         activations: activation after each layer: "relu", "sigmoid", "tanh", "gelu" or "none".
         dropout: probability of zeroing a unit after each activation, in training.
+        layer_norm: normalise each input to mean 0 and variance 1 over its features first (Ba et al. 2016), so that what
+            all instances share does not drown what tells them apart.
 
     Raises:
         ValueError: an unknown activation, or not one activation per layer.
@@ -69,6 +71,7 @@ class MLP(torch.nn.Module):
         linear_sizes: Sequence[int] = (100, 50),
         activations: Sequence[str] = ("relu", "relu"),
         dropout: float = 0.0,
+        layer_norm: bool = False,
     ) -> None:
         super().__init__()
         if len(linear_sizes) != len(activations):
@@ -76,6 +79,7 @@ class MLP(torch.nn.Module):
         self.input_size = input_size
         self.linear_sizes = list(linear_sizes)
         self.activations = list(activations)
+        self.norm = torch.nn.LayerNorm(input_size) if layer_norm else torch.nn.Identity()
         layers: list[torch.nn.Module] = []
         for width, size, activation in zip([input_size, *linear_sizes], linear_sizes, activations):
             layers.append(torch.nn.Linear(width, size))
@@ -89,7 +93,7 @@ class MLP(torch.nn.Module):
 
     def forward(self, X: Tensor) -> Tensor:
         """``(..., input_size)`` to ``(..., linear_sizes[-1])``."""
-        return self.net(X)
+        return self.net(self.norm(X))
 
 
 def get_feat_dim(feat_ext: torch.nn.Module, input_shape: tuple[int, ...]) -> int:

@@ -39,6 +39,11 @@ def test_mlp_and_lazy_linear():
     ours.load_state_dict(other.state_dict())
     torch.testing.assert_close(ours(X), other(X))
     assert nn.get_feat_dim(ours, (4,)) == 2
+    normed = nn.MLP(4, [6, 2], ["relu", "none"], layer_norm=True)
+    normed.load_state_dict(other.state_dict(), strict=False)
+    torch.testing.assert_close(
+        normed(3 * X + 1), other((X - X.mean(-1, keepdim=True)) / X.std(-1, keepdim=True, correction=0))
+    )
     assert nn.LazyLinear(out_features=3)(X).shape == (3, 5, 3)
     assert nn.LazyLinear(4, 3).state_dict().keys() == theirs.LazyLinear(4, 3).state_dict().keys()
     with pytest.raises(ValueError, match="one each"):
