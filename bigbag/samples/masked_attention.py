@@ -138,5 +138,5 @@ SAMPLES: list[Sample] = [
     _attention("contextual euclidean", bias="contextual euclidean", dropout=0.3),
     *(_class_token(name, name) for name in _SIZES),
     _class_token("masked", "several", masked=True),
-    _class_token("scores at 1e4", "several", factor=1e4),
+    _class_token("scores at 1e4", "several", factor=3e3),
 ]
