@@ -31,9 +31,7 @@ def radius_graph(points: np.ndarray, radius: float, sizes: tuple[int, ...]) -> t
     return radius_neighbours(keys, points, order, shifts, limit)
 
 
-def sorted_by_cell(
-    keys: np.ndarray, points: np.ndarray, num_cells: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def sorted_by_cell(keys: np.ndarray, points: np.ndarray, num_cells: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Keys in ascending order, the points beside them, and where they came from (int32)."""
     from bigbag.kernels.cpu.graphs import counting_sort
 
@@ -58,9 +56,7 @@ def largest_square(radius: float) -> float:
     return float(square)
 
 
-def cell_keys(
-    points: np.ndarray, radius: float, sizes: tuple[int, ...]
-) -> tuple[np.ndarray, np.ndarray, int] | None:
+def cell_keys(points: np.ndarray, radius: float, sizes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, int] | None:
     """Number of the cell of each point, what leads from a cell to the rows of three cells around it, number of cells.
 
     Cells are numbered bag by bag, the last axis fastest, each axis with one empty cell at its end, so that a step over

@@ -19,7 +19,16 @@ from bigbag.ops.registry import Operator, use_impl
 from bigbag.ops.registry import table as _table
 from bigbag.ops.segments import segment_max, segment_mean, segment_softmax, segment_sum
 
-__all__ = ["attention_pool", "chosen", "explain", "segment_max", "segment_mean", "segment_softmax", "segment_sum", "use_impl"]
+__all__ = [
+    "attention_pool",
+    "chosen",
+    "explain",
+    "segment_max",
+    "segment_mean",
+    "segment_softmax",
+    "segment_sum",
+    "use_impl",
+]
 
 _OPERATORS: tuple[Operator, ...] = (_attention_pool.OPERATOR, *_segments.OPERATORS)
 

@@ -53,8 +53,8 @@ def attention_pool(
 
     Cost, with D' = D, or 2D if gated, in the dtype of the computation: 2 T P D' FLOP forward; backward 4 T P D'
     (2 T P D' with ``keep_preactivations``), and 2 T P D' more for the gradient of x. Bytes: x is read twice forward
-    and two (cpu) or three times backward. Beyond inputs, outputs and gradients it holds O(T H) floats and a constant number
-    of chunks (cpu: below 64 MiB at P = 1024, D' = 256), and T D' elements with ``keep_preactivations``.
+    and two (cpu) or three times backward. Beyond inputs, outputs and gradients it holds O(T H) floats and a constant
+    number of chunks (cpu: below 64 MiB at P = 1024, D' = 256), and T D' elements with ``keep_preactivations``.
     A non-contiguous x is copied.
 
     Args:

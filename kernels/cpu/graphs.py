@@ -255,9 +255,7 @@ def _hilbert(cells, bits, out):
         out[i] = key
 
 
-def counting_sort(
-    keys: np.ndarray, points: np.ndarray, num_cells: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def counting_sort(keys: np.ndarray, points: np.ndarray, num_cells: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Keys (N,) int64 below num_cells in ascending order, the points (N, c) beside them, and the order; stable."""
     order, starts = np.empty(len(keys), dtype=np.int32), np.zeros(num_cells + 1, dtype=np.int32)
     sorted_keys, sorted_points = np.empty_like(keys), np.empty_like(points)

@@ -52,7 +52,9 @@ def _narrow_overload(value, like):
             normal = np.uint32(magnitude - np.uint32(0x38000000))
             normal = np.uint32(normal + np.uint32(0xFFF) + ((normal >> np.uint32(13)) & np.uint32(1))) >> np.uint32(13)
             # Adding 0.5 aligns the last bit of a number below 2^-14 with the last bit of a float16 subnormal.
-            small = np.uint32(np.float32(magnitude.view(np.float32) + np.float32(0.5)).view(np.uint32) - np.uint32(0x3F000000))
+            small = np.uint32(
+                np.float32(magnitude.view(np.float32) + np.float32(0.5)).view(np.uint32) - np.uint32(0x3F000000)
+            )
             half = small if magnitude < np.uint32(0x38800000) else normal
             half = np.uint32(0x7C00) if magnitude >= np.uint32(0x47800000) else half
             half = np.uint32(0x7E00) if magnitude > np.uint32(0x7F800000) else half
@@ -309,12 +311,22 @@ def edge_dots(crow: Tensor, col: Tensor, x: Tensor, y: Tensor, heads: int) -> Te
 def edge_distances(crow: Tensor, col: Tensor, x: Tensor) -> Tensor:
     """x (T, D) -> (E, 1) in the accumulation dtype."""
     out = torch.empty(col.shape[0], 1, dtype=accumulation_dtype(x.dtype))
-    _launch(_edge_distances, crow.shape[0] - 1, col.shape[0] * x.shape[1], crow.numpy(), col.numpy(), _split(x), out.numpy())
+    _launch(
+        _edge_distances, crow.shape[0] - 1, col.shape[0] * x.shape[1], crow.numpy(), col.numpy(), _split(x), out.numpy()
+    )
     return out
 
 
 def power_step(
-    crow: Tensor, col: Tensor, weight: Tensor | None, w: Tensor, f: Tensor, coefficients: Tensor, step: int, v: Tensor, total: Tensor
+    crow: Tensor,
+    col: Tensor,
+    weight: Tensor | None,
+    w: Tensor,
+    f: Tensor,
+    coefficients: Tensor,
+    step: int,
+    v: Tensor,
+    total: Tensor,
 ) -> Tensor:
     """v = A w and total += coefficients[step] v (at step 1, total = coefficients[0] w first) -> <w, f>, <v, f>.
 

@@ -14,6 +14,8 @@ CHUNK_ROWS * (D' + P) elements, three (T, H) float32, and (D' + H D) floats per 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -95,9 +97,7 @@ def _scores(
     acc = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
     for first in range(0, D, BLOCK_D):
         units = first + tl.arange(0, BLOCK_D)
-        left, right = _project(
-            x, weight, rows, T, units, D, P, GATED, UPCAST, PRECISION, BLOCK_T, BLOCK_D, BLOCK_P
-        )
+        left, right = _project(x, weight, rows, T, units, D, P, GATED, UPCAST, PRECISION, BLOCK_T, BLOCK_D, BLOCK_P)
         if KEEP:
             inside = (rows < T)[:, None] & (units < D)[None, :]
             place = kept + rows[:, None] * width + units[None, :]
@@ -133,9 +133,7 @@ def _grad_projection(
         if GATED:
             right = tl.load(kept + place + D, mask=inside, other=0.0).to(tl.float32)
     else:
-        left, right = _project(
-            x, weight, rows, T, units, D, P, GATED, UPCAST, PRECISION, BLOCK_T, BLOCK_D, BLOCK_P
-        )
+        left, right = _project(x, weight, rows, T, units, D, P, GATED, UPCAST, PRECISION, BLOCK_T, BLOCK_D, BLOCK_P)
     left += tl.load(bias + units, mask=units < D, other=0.0)[None, :]
     value = _activate(left, ACT)
     hidden = value
@@ -159,7 +157,7 @@ def _grad_projection(
     tl.store(bias_parts + block * width + units, tl.sum(grad, 0), mask=units < D)
 
 
-def _options(weight: Tensor, dim: int, act: str, gated: bool, keep: bool) -> dict[str, object]:
+def _options(weight: Tensor, dim: int, act: str, gated: bool, keep: bool) -> dict[str, Any]:
     """Compile-time arguments. The tiles are those without register spills on sm_80 and sm_90."""
     exact = weight.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     tiles: dict[str, object] = {"BLOCK_T": 64, "BLOCK_D": 64, "BLOCK_P": 64, "num_warps": 8, "num_stages": 3}

@@ -6,8 +6,8 @@
     edge_softmax a[e] = exp(s[e]) / sum over the edges of row i          transpose   CSR of A^T, by a stable sort
 
 One program owns ``BLOCK_R`` rows x ``BLOCK_C`` columns of the output (edge_dots: a block of edges and a head) and walks
-over the neighbours of its rows together, up to the longest list. Programs of one block of columns run after one another,
-so in a local graph neighbours' rows are found in L2. With H heads, edge values are (E, H) and head h owns columns
+over the neighbours of its rows together, up to the longest list. Programs of one block of columns run one after the
+other, so in a local graph neighbours' rows are found in L2. With H heads, edge values are (E, H) and head h owns columns
 h D/H to (h + 1) D/H. No atomics: two runs give the same bits. Sums are accumulated in float32.
 Bytes: x once where L2 holds the neighbourhood, out once, 4 (1 + H) per edge. Scalars are read on the device: no launch
 waits for it.
@@ -25,13 +25,24 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 @triton.jit
 def _gather(
-    crow, col, weight, x, rows, cols, T, C, WEIGHTED: tl.constexpr, HEADS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+    crow,
+    col,
+    weight,
+    x,
+    rows,
+    cols,
+    T,
+    C,
+    WEIGHTED: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
     """(BLOCK_R, BLOCK_C) sums of the weighted neighbours' rows."""
     start = tl.load(crow + rows, mask=rows < T, other=0)
     end = tl.load(crow + rows + 1, mask=rows < T, other=0)
     acc = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-    for k in range(0, tl.max(end - start)):
+    for k in range(tl.max(end - start)):
         edge = start + k
         present = edge < end
         neighbour = tl.load(col + edge, mask=present, other=0).to(tl.int64)
@@ -126,7 +137,17 @@ def _power_step(
 
 @triton.jit
 def _edge_dots(
-    rows, col, x, y, out, E, C, HEADS: tl.constexpr, DISTANCE: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr
+    rows,
+    col,
+    x,
+    y,
+    out,
+    E,
+    C,
+    HEADS: tl.constexpr,
+    DISTANCE: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
     edges = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     head = tl.program_id(1)
@@ -155,16 +176,16 @@ def _edge_softmax(crow, scores, out, T, HEADS: tl.constexpr, BLOCK_R: tl.constex
     end = tl.load(crow + rows + 1, mask=rows < T, other=0)
     longest = tl.max(end - start)
     top = tl.full([BLOCK_R], -float("inf"), tl.float32)
-    for k in range(0, longest):
+    for k in range(longest):
         value = tl.load(scores + (start + k) * HEADS + head, mask=start + k < end, other=-float("inf"))
         top = tl.maximum(top, value)
     # Rows without edges: any finite number keeps inf - inf out.
     top = tl.where(start < end, top, 0.0)
     total = tl.zeros([BLOCK_R], tl.float32)
-    for k in range(0, longest):
+    for k in range(longest):
         value = tl.load(scores + (start + k) * HEADS + head, mask=start + k < end, other=-float("inf"))
         total += tl.exp(value - top)
-    for k in range(0, longest):
+    for k in range(longest):
         place = (start + k) * HEADS + head
         value = tl.load(scores + place, mask=start + k < end, other=-float("inf"))
         tl.store(out + place, tl.exp(value - top) / tl.where(start < end, total, 1.0), mask=start + k < end)
@@ -180,19 +201,19 @@ def _edge_softmax_backward(crow, a, grad, out, T, HEADS: tl.constexpr, BLOCK_R: 
     # Gradients count from that of the largest weight: one that is nearly 1 would cancel with the mean.
     top = tl.full([BLOCK_R], -1.0, tl.float32)
     base = tl.zeros([BLOCK_R], tl.float32)
-    for k in range(0, longest):
+    for k in range(longest):
         place = (start + k) * HEADS + head
         present = start + k < end
         weight = tl.load(a + place, mask=present, other=-1.0)
         base = tl.where(weight > top, tl.load(grad + place, mask=present, other=0.0), base)
         top = tl.maximum(top, weight)
     mean = tl.zeros([BLOCK_R], tl.float32)
-    for k in range(0, longest):
+    for k in range(longest):
         place = (start + k) * HEADS + head
         present = start + k < end
         difference = tl.load(grad + place, mask=present, other=0.0) - base
         mean += tl.load(a + place, mask=present, other=0.0) * difference
-    for k in range(0, longest):
+    for k in range(longest):
         place = (start + k) * HEADS + head
         present = start + k < end
         difference = tl.load(grad + place, mask=present, other=0.0) - base - mean
@@ -282,7 +303,15 @@ def edge_distances(crow: Tensor, col: Tensor, x: Tensor) -> Tensor:
 
 
 def power_step(
-    crow: Tensor, col: Tensor, weight: Tensor | None, w: Tensor, f: Tensor, coefficients: Tensor, step: int, v: Tensor, total: Tensor
+    crow: Tensor,
+    col: Tensor,
+    weight: Tensor | None,
+    w: Tensor,
+    f: Tensor,
+    coefficients: Tensor,
+    step: int,
+    v: Tensor,
+    total: Tensor,
 ) -> Tensor:
     """v = A w and total += coefficients[step] v (at step 1, total = coefficients[0] w first) -> <w, f>, <v, f>.
 
