@@ -6,22 +6,25 @@ Masked keys are left out by copying the others, once per bag: nothing is compute
 bag goes to PyTorch's own flash attention. With them, blocks of ``BLOCK_ROWS`` x ``BLOCK_KEYS`` scores are GEMMs into
 reused buffers with a running maximum and sum; what depends on the pair (distance, bucket, whether dropout keeps it)
 is computed once per block and, where possible, for all heads, with Numba. Backward computes the scores again from the
-logsumexp (Dao 2023). Blocks compute in float32 (float64 for float64).
+logsumexp (Dao 2023). Blocks compute in float32 (float64 for float64). Each worker thread walks over its own share of
+the queries, with its own gradients of k and v, which are added in the order of the shares.
 
 Reads: q and out once, k and v once per block of queries. FLOPs: 4 N^2 d forward, 10 N^2 d backward, per head. Working
-memory: one block per head and copies of k and v of one bag.
+memory: copies of k and v of one bag, and per worker a few blocks and the gradients of k and v of that bag.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigbag.kernels.cpu.segments import _jit, _launch, accumulation_dtype
+from bigbag.kernels.cpu.attention_pool import _share
+from bigbag.kernels.cpu.segments import _jit, accumulation_dtype
 
 BLOCK_ROWS = 256
 BLOCK_KEYS = 1024
@@ -43,22 +46,26 @@ def _distances(begin, end, c_q, c_k, out):
 @_jit
 def _buckets(begin, end, c_q, c_k, thresholds, product, out):
     steps = len(thresholds)
-    side = 2 * steps + 1
+    side = np.int32(2 * steps + 1)
+    nowhere = side * side if product else side
     for i in range(begin, end):
-        for j in range(c_k.shape[0]):
-            rows, columns = c_q[i, 0] - c_k[j, 0], c_q[i, 1] - c_k[j, 1]
-            square = rows * rows + columns * columns
-            up, right = np.int32(0), np.int32(0)
+        row_up, row_right = c_q[i, 0], c_q[i, 1]
+        out[i] = steps * side + steps if product else steps
+        # One threshold at a time, so that the loop over keys is vectorised.
+        for step in range(steps):
+            reach = thresholds[step]
             if product:
-                for step in range(steps):
-                    up += np.int32(rows >= thresholds[step]) - np.int32(-rows >= thresholds[step])
-                    right += np.int32(columns >= thresholds[step]) - np.int32(-columns >= thresholds[step])
-                bucket, nowhere = (up + steps) * side + right + steps, side * side
+                for j in range(c_k.shape[0]):
+                    up, right = row_up - c_k[j, 0], row_right - c_k[j, 1]
+                    out[i, j] += side * (np.int32(up >= reach) - np.int32(-up >= reach))
+                    out[i, j] += np.int32(right >= reach) - np.int32(-right >= reach)
             else:
-                for step in range(steps):
-                    up += np.int32(square >= thresholds[step])
-                bucket, nowhere = up + steps, side
-            out[i, j] = bucket if square == square else nowhere
+                for j in range(c_k.shape[0]):
+                    up, right = row_up - c_k[j, 0], row_right - c_k[j, 1]
+                    out[i, j] += np.int32(up * up + right * right >= reach)
+        for j in range(c_k.shape[0]):
+            place = row_up - c_k[j, 0] + row_right - c_k[j, 1]
+            out[i, j] = out[i, j] if place == place else nowhere
 
 
 @_jit
@@ -106,6 +113,10 @@ class _Bag:
         self.columns = taken.numpy()
         self.q, self.k, self.v = (t.transpose(0, 1) for t in (args.q[rows], args.k[self.take], args.v[self.take]))
 
+    def widen(self) -> None:
+        """k and v contiguous in the accumulation dtype, for GEMMs."""
+        self.k, self.v = (t.to(self.args.dtype).contiguous() for t in (self.k, self.v))
+
 
 class _Arguments:
     """The arguments of :func:`forward`, by name."""
@@ -121,6 +132,7 @@ class _Arguments:
         self.starts, self.kv_starts = offsets.tolist(), kv_offsets.tolist()
         self.dtype = accumulation_dtype(q.dtype)
         self.fast = not kind and not dropout
+        self.need_weights = False
 
     def bags(self) -> Iterator[_Bag]:
         """The bags in which there is something to compute."""
@@ -131,11 +143,10 @@ class _Arguments:
 
 
 class _Blocks:
-    """Pairs of one bag, one block at a time, in the accumulation dtype."""
+    """Pairs of one bag, one block at a time, in the accumulation dtype; the buffers of one worker."""
 
     def __init__(self, bag: _Bag) -> None:
-        self.bag, self.args = bag, bag.args
-        self.k, self.v = (t.to(self.args.dtype).contiguous() for t in (bag.k, bag.v))
+        self.bag, self.args, self.k, self.v = bag, bag.args, bag.k, bag.v
         size = min(BLOCK_ROWS, bag.q.shape[1]) * min(BLOCK_KEYS, bag.k.shape[1])
         kind, dtype = self.args.kind, self.args.dtype
         self.buffers = {name: torch.empty(size, dtype=dtype) for name in ("scores", "grads")}
@@ -144,19 +155,14 @@ class _Blocks:
         if kind:
             self.buffers["pairs"] = torch.empty(size, dtype=dtype if kind == "distance" else torch.int32)
 
-    def row_bounds(self) -> list[slice]:
-        end = self.bag.q.shape[1]
-        return [slice(first, min(first + BLOCK_ROWS, end)) for first in range(0, end, BLOCK_ROWS)]
-
-    def key_bounds(self) -> list[slice]:
-        end = self.bag.k.shape[1]
-        return [slice(first, min(first + BLOCK_KEYS, end)) for first in range(0, end, BLOCK_KEYS)]
+    def bounds(self, first: int, last: int, size: int) -> list[slice]:
+        return [slice(start, min(start + size, last)) for start in range(first, last, size)]
 
     def buffer(self, name: str) -> Tensor:
         return self.buffers[name][: self.shape[0] * self.shape[1]].view(self.shape)
 
     def launch(self, kernel, *args) -> None:
-        _launch(kernel, self.shape[0], self.shape[0] * self.shape[1], *args)
+        kernel(0, self.shape[0], *args)
 
     def enter(self, rows: slice, keys: slice) -> None:
         """Compute what all heads share in this block: distances or buckets."""
@@ -228,14 +234,14 @@ def _same_width(*tensors: Tensor) -> list[Tensor]:
     return [F.pad(t, (0, width - t.shape[2]))[None] if t.shape[2] < width else t[None] for t in tensors]
 
 
-def _attend(bag: _Bag, out: Tensor, lse: Tensor) -> None:
-    """Fill out (n, H, dv) and lse (n, H) of one bag, block by block."""
+def _attend(bag: _Bag, out: Tensor, lse: Tensor, first: int, last: int) -> None:
+    """Fill rows ``first`` to ``last`` of out (n, H, dv) and lse (n, H) of one bag, block by block."""
     blocks, args = _Blocks(bag), bag.args
-    for rows in blocks.row_bounds():
+    for rows in blocks.bounds(first, last, BLOCK_ROWS):
         q = bag.q[:, rows].to(args.dtype) * args.scale
         top = torch.full((*q.shape[:2], 1), -float("inf"), dtype=args.dtype)
         total, acc = torch.zeros_like(top), torch.zeros(*q.shape[:2], blocks.v.shape[2], dtype=args.dtype)
-        for keys in blocks.key_bounds():
+        for keys in blocks.bounds(0, bag.k.shape[1], BLOCK_KEYS):
             blocks.enter(rows, keys)
             for head in range(len(q)):
                 scores = blocks.score(head, q[head])
@@ -265,23 +271,29 @@ def forward(*arguments) -> tuple[Tensor, Tensor]:
             out[bag.rows] = found[0].transpose(0, 1)[..., : out.shape[2]]
             lse[bag.rows] = sums[0].t()
         else:
-            _attend(bag, out[bag.rows], lse[bag.rows])
+            bag.widen()
+            _share(partial(_attend, bag, out[bag.rows], lse[bag.rows]), bag.q.shape[1])
     return out, lse
 
 
 def _differentiate(
-    bag: _Bag, grad: Tensor, out: Tensor, lse: Tensor, grad_q: Tensor, grad_weights: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Fill grad_q (n, H, d) of one bag, add to grad_weights; return the gradients of its k and v, (H, m, .)."""
+    bag: _Bag, grad: Tensor, out: Tensor, lse: Tensor, grad_q: Tensor, by_row: Tensor | None, first: int, last: int
+) -> list[Tensor]:
+    """Gradients from rows ``first`` to ``last`` of one bag: fill grad_q (n, H, d), add to by_row (Tq, H, C);
+    return those of k and v (H, m, .), and of weights (1, H, C) where they have no rows."""
     blocks, args = _Blocks(bag), bag.args
     grad_k, grad_v = torch.zeros_like(blocks.k), torch.zeros_like(blocks.v)
-    for rows in blocks.row_bounds():
+    shared = (
+        [] if args.weights is None or by_row is not None or not args.need_weights else [torch.zeros_like(args.weights)]
+    )
+    grad_weights = shared[0] if shared else by_row
+    for rows in blocks.bounds(first, last, BLOCK_ROWS):
         q, upper = bag.q[:, rows].to(args.dtype) * args.scale, grad[rows].transpose(0, 1).to(args.dtype)
         delta = (upper * out[rows].transpose(0, 1).to(args.dtype)).sum(2, keepdim=True)
         sums = lse[rows].t()[..., None]
         found = torch.zeros_like(q)
         blocks.begin_rows()
-        for keys in blocks.key_bounds():
+        for keys in blocks.bounds(0, bag.k.shape[1], BLOCK_KEYS):
             blocks.enter(rows, keys)
             for head in range(len(q)):
                 weights = blocks.score(head, q[head]).sub_(sums[head]).exp_()
@@ -300,15 +312,16 @@ def _differentiate(
         if grad_weights is not None:
             blocks.end_rows(grad_weights)
         grad_q[rows] = found.transpose(0, 1)
-    return grad_k, grad_v
+    return [grad_k, grad_v, *shared]
 
 
 def backward(grad: Tensor, out: Tensor, lse: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, and of weights or (0,)."""
-    need_weights = arguments[-1]
     args = _Arguments(*arguments[:-1])
+    args.need_weights = arguments[-1]
     grad_q, grad_k, grad_v = (t.new_zeros(t.shape) for t in (args.q, args.k, args.v))
-    grad_weights = torch.zeros_like(args.weights) if need_weights and args.weights is not None else None
+    grad_weights = torch.zeros_like(args.weights) if args.need_weights and args.weights is not None else None
+    by_row = grad_weights if grad_weights is not None and len(grad_weights) > 1 else None
     for bag in args.bags():
         if args.fast:
             outer = (t[bag.rows].transpose(0, 1) for t in (grad, out))
@@ -318,8 +331,13 @@ def backward(grad: Tensor, out: Tensor, lse: Tensor, *arguments) -> tuple[Tensor
             for_q, for_k, for_v = (t[0] for t in found)
             grad_q[bag.rows] = for_q.transpose(0, 1)[..., : grad_q.shape[2]]
         else:
+            bag.widen()
             mine = bag.rows
-            for_k, for_v = _differentiate(bag, grad[mine], out[mine], lse[mine], grad_q[mine], grad_weights)
+            part = partial(_differentiate, bag, grad[mine], out[mine], lse[mine], grad_q[mine], by_row)
+            # Summed in the order of the shares.
+            for_k, for_v, *for_weights = (sum(parts) for parts in zip(*_share(part, bag.q.shape[1])))
+            if for_weights and grad_weights is not None:
+                grad_weights += for_weights[0]
         grad_k[bag.take] = for_k.transpose(0, 1)[..., : grad_k.shape[2]].to(grad_k.dtype)
         grad_v[bag.take] = for_v.transpose(0, 1)[..., : grad_v.shape[2]].to(grad_v.dtype)
     return grad_q, grad_k, grad_v, lse.new_empty(0) if grad_weights is None else grad_weights

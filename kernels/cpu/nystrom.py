@@ -4,31 +4,68 @@
     gather  y[b, i] = sum_t p[t, i] v[t],           p = softmax over t of queries[b, i] . k[t]
 
 per head, b the bag of row t. A bag of N rows has min(N, M) landmarks; what stands beyond them is not read, and gives
-zeros. Rows are walked in chunks whose (H, chunk, M) score matrix has about ``CHUNK_ELEMENTS`` elements and stays in
-cache: batched GEMMs over the heads into reused buffers, softmax in place, ``gather`` with a running maximum. Backward
-walks again and recomputes p from the scores, their maximum and the sum of exponentials. (Those two and not their
-log-sum-exp: near 1e4 it is off by more than a softmax that saturates may be.) Arithmetic is float32 (float64 for
-float64) whatever the rows are stored in: the pseudo-inverse between the factors magnifies rounding.
+zeros. Bags are cut into pieces, each piece is one thread's, and is walked in chunks whose (H, chunk, M) score matrix
+has about ``CHUNK_ELEMENTS`` elements and stays in that core's cache: batched GEMMs over the heads into reused buffers,
+softmax in place, ``gather`` with a running maximum. (Threads inside of each of these short operations, as torch has
+them, would meet ten times per chunk, and wait for the slowest where others use the machine, too.) What pieces contribute to
+landmarks is added in their order; pieces do not depend on the number of threads. Backward walks again and recomputes p
+from the scores, their maximum and the sum of exponentials. (Those two and not their log-sum-exp: near 1e4 it is off by
+more than a softmax that saturates may be.) Arithmetic is float32 (float64 for float64) whatever the rows are stored in:
+the pseudo-inverse between the factors magnifies rounding.
 
 FLOPs (d the width of q and k, dv that of v): 2 T H M (d + dv) forward, 2 T H M (3 d + 2 dv) backward, for each.
-Bytes: q, out (k, v) once forward; q, grad_out, grad_q (k, v, grad_k, grad_v) once backward.
+Bytes: q, out (k, v) once forward; q, grad_out, grad_q (k, v, grad_k, grad_v) once backward. Working memory: four score
+matrices per thread, and one set of landmarks per piece, of which a bag has 64 at most.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from bigbag.kernels.cpu.segments import accumulation_dtype
+from bigbag.kernels.cpu.segments import _pool, accumulation_dtype
 
-# Three such matrices stay in the caches; below it, operations on a chunk cost less than starting them.
-CHUNK_ELEMENTS = 1 << 19
+# Three such matrices stay in the cache of a core; below it, operations on a chunk cost less than starting them.
+CHUNK_ELEMENTS = 1 << 18
+PIECE_ROWS = 4096
+_MOST_PIECES = 64
+# Below this many scores, handing work to a thread costs more than the work.
+_SERIAL_SCORES = 1 << 18
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Rows ``start`` to ``end``, all of ``bag``, which has ``count`` landmarks; ``chunk`` rows at a time."""
+
+    bag: int
+    count: int
+    start: int
+    end: int
+    chunk: int
+
+    def chunks(self) -> Iterator[tuple[int, int]]:
+        for start in range(self.start, self.end, self.chunk):
+            yield start, min(start + self.chunk, self.end)
+
+
+def _pieces(offsets: Tensor, heads: int, landmarks: int) -> list[_Piece]:
+    starts, pieces = offsets.tolist(), []
+    for bag, (first, last) in enumerate(zip(starts, starts[1:])):
+        size, count = max(PIECE_ROWS, -(-(last - first) // _MOST_PIECES)), min(last - first, landmarks)
+        chunk = max(32, CHUNK_ELEMENTS // max(1, heads * count))
+        for start in range(first, last, size):
+            end = min(start + size, last)
+            pieces.append(_Piece(bag, count, start, end, min(chunk, end - start)))
+    return pieces
 
 
 class _Rows:
-    """Chunks of (T, H, d) rows as (H, rows, d), widened through a buffer where they are narrower."""
+    """Chunks of (T, H, d) rows as (H, rows, d), widened through a buffer where they are narrower than ``dtype``."""
 
     def __init__(self, x: Tensor, rows: int) -> None:
         self.x = x
@@ -51,44 +88,78 @@ class _Rows:
             self.x[start:end] = self.buffer[: end - start]
 
 
-class _Walk:
-    """The chunks of every bag, and (H, a, b) scratch matrices in one allocation each."""
+class _Buffers:
+    """What a thread reuses from chunk to chunk: row buffers, and (H, a, b) matrices of scores."""
 
-    def __init__(self, offsets: Tensor, heads: int, landmarks: int, dtype: torch.dtype, scratch: int) -> None:
-        self.starts, self.heads, self.landmarks = offsets.tolist(), heads, landmarks
-        longest = max((e - s for s, e in zip(self.starts, self.starts[1:])), default=0)
-        self.rows = max(1, min(longest, max(32, CHUNK_ELEMENTS // max(1, heads * landmarks))))
-        self._scratch = [torch.empty(heads * self.rows * landmarks, dtype=dtype) for _ in range(scratch)]
+    def __init__(
+        self, pieces: list[_Piece], heads: int, dtype: torch.dtype, rows: tuple[Tensor, ...], num: int
+    ) -> None:
+        self.heads = heads
+        most = max(piece.chunk for piece in pieces)
+        elements = heads * max(piece.chunk * piece.count for piece in pieces)
+        self.rows = [_Rows(x, most) for x in rows]
+        self._scores = [torch.empty(elements, dtype=dtype) for _ in range(num)]
 
-    def bags(self) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
-        """Bag, number of its landmarks, bounds of its chunks; empty bags are left out."""
-        for bag, (start, end) in enumerate(zip(self.starts, self.starts[1:])):
-            if end > start:
-                cuts = [*range(start, end, self.rows), end]
-                yield bag, min(end - start, self.landmarks), list(zip(cuts, cuts[1:]))
+    def scores(self, which: int, first: int, second: int) -> Tensor:
+        return self._scores[which][: self.heads * first * second].view(self.heads, first, second)
 
-    def scratch(self, which: int, first: int, second: int) -> Tensor:
-        return self._scratch[which][: self.heads * first * second].view(self.heads, first, second)
+
+def _launch(work: Callable[[list[_Piece], int], None], pieces: list[_Piece], heads: int) -> None:
+    """``work(some pieces, number of the first)`` over all pieces, on torch's number of Python threads."""
+    threads = torch.get_num_threads()
+    scores = heads * sum((piece.end - piece.start) * piece.count for piece in pieces)
+    if threads == 1 or len(pieces) < 2 or scores < _SERIAL_SCORES:
+        if pieces:
+            work(pieces, 0)
+        return
+    bounds = np.linspace(0, len(pieces), min(len(pieces), 4 * threads) + 1).astype(int).tolist()
+    inference = torch.is_inference_mode_enabled()
+
+    def job(begin: int, end: int) -> None:
+        torch.set_num_threads(1)
+        # The modes of autograd belong to a thread.
+        with torch.inference_mode(inference), torch.no_grad():
+            work(pieces[begin:end], begin)
+
+    pool = _pool(os.getpid(), threads)
+    torch.set_num_threads(1)  # OpenMP's number belongs to a thread, MKL's to the process
+    try:
+        for future in [pool.submit(job, begin, end) for begin, end in zip(bounds, bounds[1:])]:
+            future.result()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _add(pieces: list[_Piece], parts: Tensor, out: Tensor) -> Tensor:
+    """Adds the pieces' (H, M, d) to those of their bags, in order; landmarks beyond a bag's number stay."""
+    for piece, part in zip(pieces, parts):
+        out[piece.bag, :, : piece.count] += part[:, : piece.count]
+    return out
 
 
 def spread(q: Tensor, keys: Tensor, values: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     """q (T, H, d); keys (B, H, M, d), values (B, H, M, dv) in the accumulation dtype
     -> out (T, H, dv) in the dtype of q, and maxima and sums of exponentials (2, T, H) in the accumulation dtype."""
     num_rows, heads, _ = q.shape
-    walk = _Walk(offsets, heads, keys.shape[2], keys.dtype, 1)
     out = torch.empty(num_rows, heads, values.shape[3], dtype=q.dtype)
     norms = torch.empty(2, num_rows, heads, dtype=keys.dtype)
-    rows, result = _Rows(q, walk.rows), _Rows(out, walk.rows)
-    for bag, count, chunks in walk.bags():
-        key, value = keys[bag, :, :count].mT, values[bag, :, :count]
-        for start, end in chunks:
-            p = torch.bmm(rows.load(start, end), key, out=walk.scratch(0, end - start, count))
-            top = p.amax(2, keepdim=True)
-            total = p.sub_(top).exp_().sum(2, keepdim=True)
-            norms[0, start:end], norms[1, start:end] = top.squeeze(2).t(), total.squeeze(2).t()
-            # Dividing dv columns of the product is cheaper than M columns of p.
-            torch.bmm(p, value, out=result.place(start, end)).div_(total)
-            result.store(start, end)
+    pieces = _pieces(offsets, heads, keys.shape[2])
+
+    def work(pieces: list[_Piece], _: int) -> None:
+        buffers = _Buffers(pieces, heads, keys.dtype, (q, out), 1)
+        rows, result = buffers.rows
+        for piece in pieces:
+            key, value = keys[piece.bag, :, : piece.count].mT, values[piece.bag, :, : piece.count]
+            for start, end in piece.chunks():
+                p = torch.bmm(rows.load(start, end), key, out=buffers.scores(0, end - start, piece.count))
+                top = p.amax(2, keepdim=True)
+                total = p.sub_(top).exp_().sum(2, keepdim=True)
+                norms[0, start:end], norms[1, start:end] = top.squeeze(2).t(), total.squeeze(2).t()
+                # Dividing dv columns of the product is cheaper than M columns of p.
+                torch.bmm(p, value, out=result.place(start, end)).div_(total)
+                result.store(start, end)
+
+    _launch(work, pieces, heads)
     return out, norms
 
 
@@ -96,47 +167,75 @@ def spread_backward(
     grad: Tensor, q: Tensor, keys: Tensor, values: Tensor, norms: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q (T, H, d), keys (B, H, M, d), values (B, H, M, dv)."""
-    walk = _Walk(offsets, q.shape[1], keys.shape[2], keys.dtype, 3)
-    grad_q, grad_keys, grad_values = torch.empty_like(q), torch.zeros_like(keys), torch.zeros_like(values)
-    rows, grads, results = _Rows(q, walk.rows), _Rows(grad, walk.rows), _Rows(grad_q, walk.rows)
-    for bag, count, chunks in walk.bags():
-        key, value = keys[bag, :, :count], values[bag, :, :count]
-        grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
-        for start, end in chunks:
-            query, grad_out = rows.load(start, end), grads.load(start, end)
-            p, grad_p, grad_s = (walk.scratch(i, end - start, count) for i in range(3))
-            torch.bmm(query, key.mT, out=p).sub_(norms[0, start:end].t().unsqueeze(2)).exp_()
-            p.div_(norms[1, start:end].t().unsqueeze(2))
-            torch.bmm(grad_out, value.mT, out=grad_p)
-            torch.ops.aten._softmax_backward_data.out(grad_p, p, 2, p.dtype, grad_input=grad_s)
-            torch.bmm(grad_s, key, out=results.place(start, end))
-            results.store(start, end)
-            grad_key.baddbmm_(grad_s.mT, query)
-            grad_value.baddbmm_(p.mT, grad_out)
-        grad_keys[bag, :, :count], grad_values[bag, :, :count] = grad_key, grad_value
-    return grad_q, grad_keys, grad_values
+    heads = q.shape[1]
+    pieces = _pieces(offsets, heads, keys.shape[2])
+    grad_q = torch.empty_like(q)
+    key_parts = keys.new_zeros(len(pieces), *keys.shape[1:])
+    value_parts = values.new_zeros(len(pieces), *values.shape[1:])
+
+    def work(pieces: list[_Piece], first: int) -> None:
+        buffers = _Buffers(pieces, heads, keys.dtype, (q, grad, grad_q), 3)
+        rows, grads, results = buffers.rows
+        for number, piece in enumerate(pieces, first):
+            key, value = keys[piece.bag, :, : piece.count], values[piece.bag, :, : piece.count]
+            grad_key, grad_value = key_parts[number, :, : piece.count], value_parts[number, :, : piece.count]
+            for start, end in piece.chunks():
+                query, grad_out = rows.load(start, end), grads.load(start, end)
+                p, grad_p, grad_s = (buffers.scores(i, end - start, piece.count) for i in range(3))
+                torch.bmm(query, key.mT, out=p).sub_(norms[0, start:end].t().unsqueeze(2)).exp_()
+                p.div_(norms[1, start:end].t().unsqueeze(2))
+                torch.bmm(grad_out, value.mT, out=grad_p)
+                torch.ops.aten._softmax_backward_data.out(grad_p, p, 2, p.dtype, grad_input=grad_s)
+                torch.bmm(grad_s, key, out=results.place(start, end))
+                results.store(start, end)
+                grad_key.baddbmm_(grad_s.mT, query)
+                grad_value.baddbmm_(p.mT, grad_out)
+
+    _launch(work, pieces, heads)
+    return grad_q, _add(pieces, key_parts, torch.zeros_like(keys)), _add(pieces, value_parts, torch.zeros_like(values))
 
 
 def gather(queries: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     """queries (B, H, M, d) in the accumulation dtype; k (T, H, d), v (T, H, dv)
     -> y (B, H, M, dv), and maxima and sums of exponentials (2, B, H, M), in the accumulation dtype."""
     heads, landmarks = queries.shape[1:3]
-    walk = _Walk(offsets, heads, landmarks, queries.dtype, 1)
-    y = queries.new_zeros(*queries.shape[:3], v.shape[2])
-    norms = queries.new_zeros(2, *queries.shape[:3])
-    keys, values = _Rows(k, walk.rows), _Rows(v, walk.rows)
-    for bag, count, chunks in walk.bags():
-        query = queries[bag, :, :count]
-        top = query.new_full((heads, count, 1), -torch.inf)
-        total, acc = torch.zeros_like(top), query.new_zeros(heads, count, v.shape[2])
-        for start, end in chunks:
-            p = torch.bmm(query, keys.load(start, end).mT, out=walk.scratch(0, count, end - start))
-            before, top = top, torch.maximum(top, p.amax(2, keepdim=True))
-            p.sub_(top).exp_()
-            decay = (before - top).exp_()
-            total.mul_(decay).add_(p.sum(2, keepdim=True))
-            acc.mul_(decay).baddbmm_(p, values.load(start, end))
-        y[bag, :, :count] = acc.div_(total)
+    pieces = _pieces(offsets, heads, landmarks)
+    parts = queries.new_zeros(len(pieces), heads, landmarks, v.shape[2])
+    tops = queries.new_full((len(pieces), heads, landmarks, 1), -torch.inf)
+    totals = queries.new_zeros(tops.shape)
+
+    def work(pieces: list[_Piece], first: int) -> None:
+        buffers = _Buffers(pieces, heads, queries.dtype, (k, v), 1)
+        keys, values = buffers.rows
+        for number, piece in enumerate(pieces, first):
+            query = queries[piece.bag, :, : piece.count]
+            top, total, acc = (x[number, :, : piece.count] for x in (tops, totals, parts))
+            for start, end in piece.chunks():
+                p = torch.bmm(query, keys.load(start, end).mT, out=buffers.scores(0, piece.count, end - start))
+                new = torch.maximum(top, p.amax(2, keepdim=True))
+                p.sub_(new).exp_()
+                decay = top.sub_(new).exp_()
+                total.mul_(decay).add_(p.sum(2, keepdim=True))
+                acc.mul_(decay).baddbmm_(p, values.load(start, end))
+                top.copy_(new)
+
+    _launch(work, pieces, heads)
+    return _combine(pieces, parts, tops, totals, queries.shape[0])
+
+
+def _combine(pieces: list[_Piece], parts: Tensor, tops: Tensor, totals: Tensor, num_bags: int) -> tuple[Tensor, Tensor]:
+    """The pieces' sums, each relative to its own maximum, as softmaxes over whole bags, with maxima and totals."""
+    heads, landmarks, width = parts.shape[1:]
+    y, norms = parts.new_zeros(num_bags, heads, landmarks, width), parts.new_zeros(2, num_bags, heads, landmarks)
+    of_bag: dict[int, list[int]] = {}
+    for number, piece in enumerate(pieces):
+        of_bag.setdefault(piece.bag, []).append(number)
+    for bag, numbers in of_bag.items():
+        count, own = pieces[numbers[0]].count, slice(numbers[0], numbers[-1] + 1)
+        top = tops[own, :, :count].amax(0)
+        decay = (tops[own, :, :count] - top).exp_()
+        total = (totals[own, :, :count] * decay).sum(0)
+        y[bag, :, :count] = (parts[own, :, :count] * decay).sum(0) / total
         norms[0, bag, :, :count], norms[1, bag, :, :count] = top.squeeze(2), total.squeeze(2)
     return y, norms
 
@@ -145,39 +244,50 @@ def gather_backward(
     grad: Tensor, queries: Tensor, k: Tensor, v: Tensor, y: Tensor, norms: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries (B, H, M, d), k (T, H, d), v (T, H, dv)."""
-    walk = _Walk(offsets, k.shape[1], queries.shape[2], queries.dtype, 2)
-    grad_queries, grad_k, grad_v = torch.zeros_like(queries), torch.empty_like(k), torch.empty_like(v)
-    keys, values = _Rows(k, walk.rows), _Rows(v, walk.rows)
-    results_k, results_v = _Rows(grad_k, walk.rows), _Rows(grad_v, walk.rows)
+    heads = k.shape[1]
+    pieces = _pieces(offsets, heads, queries.shape[2])
+    grad_k, grad_v = torch.empty_like(k), torch.empty_like(v)
+    parts = queries.new_zeros(len(pieces), *queries.shape[1:])
     delta = (grad * y).sum(3, keepdim=True)
-    for bag, count, chunks in walk.bags():
-        top, total = norms[:, bag, :, :count, None]
-        # exp(score - top) stays undivided; what is multiplied by it is divided, being smaller.
-        query, grad_y, centre = queries[bag, :, :count], grad[bag, :, :count] / total, delta[bag, :, :count] / total
-        grad_query = torch.zeros_like(query)
-        for start, end in chunks:
-            key, value = keys.load(start, end), values.load(start, end)
-            p, grad_s = (walk.scratch(i, count, end - start) for i in range(2))
-            torch.bmm(query, key.mT, out=p).sub_(top).exp_()
-            torch.bmm(p.mT, grad_y, out=results_v.place(start, end))
-            results_v.store(start, end)
-            torch.bmm(grad_y, value.mT, out=grad_s).sub_(centre).mul_(p)
-            torch.bmm(grad_s.mT, query, out=results_k.place(start, end))
-            results_k.store(start, end)
-            grad_query.baddbmm_(grad_s, key)
-        grad_queries[bag, :, :count] = grad_query
-    return grad_queries, grad_k, grad_v
+
+    def work(pieces: list[_Piece], first: int) -> None:
+        buffers = _Buffers(pieces, heads, queries.dtype, (k, v, grad_k, grad_v), 2)
+        keys, values, results_k, results_v = buffers.rows
+        for number, piece in enumerate(pieces, first):
+            query, part = queries[piece.bag, :, : piece.count], parts[number, :, : piece.count]
+            top, total = norms[:, piece.bag, :, : piece.count, None]
+            # exp(score - top) stays undivided; what is multiplied by it is divided, being smaller.
+            grad_y, centre = (x[piece.bag, :, : piece.count] / total for x in (grad, delta))
+            for start, end in piece.chunks():
+                key, value = keys.load(start, end), values.load(start, end)
+                p, grad_s = (buffers.scores(i, piece.count, end - start) for i in range(2))
+                torch.bmm(query, key.mT, out=p).sub_(top).exp_()
+                torch.bmm(p.mT, grad_y, out=results_v.place(start, end))
+                results_v.store(start, end)
+                torch.bmm(grad_y, value.mT, out=grad_s).sub_(centre).mul_(p)
+                torch.bmm(grad_s.mT, query, out=results_k.place(start, end))
+                results_k.store(start, end)
+                part.baddbmm_(grad_s, key)
+
+    _launch(work, pieces, heads)
+    return _add(pieces, parts, torch.zeros_like(queries)), grad_k, grad_v
 
 
 def weigh(queries: Tensor, k: Tensor, norms: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
     """sum_i weights[b, h, i] p[t, i], p of ``gather``: weights (B, H, M) -> (T, H) in the accumulation dtype."""
-    walk = _Walk(offsets, k.shape[1], queries.shape[2], queries.dtype, 1)
+    heads = k.shape[1]
     out = torch.empty(k.shape[:2], dtype=queries.dtype)
-    keys = _Rows(k, walk.rows)
-    for bag, count, chunks in walk.bags():
-        top, total = norms[:, bag, :, :count, None]
-        weight = (weights[bag, :, :count, None] / total).mT
-        for start, end in chunks:
-            p = torch.bmm(queries[bag, :, :count], keys.load(start, end).mT, out=walk.scratch(0, count, end - start))
-            out[start:end] = torch.bmm(weight, p.sub_(top).exp_()).squeeze(1).t()
+
+    def work(pieces: list[_Piece], _: int) -> None:
+        buffers = _Buffers(pieces, heads, queries.dtype, (k,), 1)
+        keys = buffers.rows[0]
+        for piece in pieces:
+            query = queries[piece.bag, :, : piece.count]
+            top, total = norms[:, piece.bag, :, : piece.count, None]
+            weight = (weights[piece.bag, :, : piece.count, None] / total).mT
+            for start, end in piece.chunks():
+                p = torch.bmm(query, keys.load(start, end).mT, out=buffers.scores(0, piece.count, end - start))
+                out[start:end] = torch.bmm(weight, p.sub_(top).exp_()).squeeze(1).t()
+
+    _launch(work, _pieces(offsets, heads, queries.shape[2]), heads)
     return out

@@ -139,9 +139,8 @@ def _reduce(x: Tensor, a: Tensor | None, offsets: Tensor) -> Tensor:
     weights = x if a is None else a.contiguous()
     _sum_splits[grid](x, weights, splits.starts, splits.ends, parts, num_cols, heads, WEIGHTED=a is not None, **tiles)
     columns = _tiles(heads * num_cols)["BLOCK_C"]
-    _combine_sums[num_bags, triton.cdiv(heads * num_cols, columns)](
-        parts, splits.first, out, heads * num_cols, BLOCK_S=COMBINE_SPLITS, BLOCK_C=columns
-    )
+    blocks = triton.cdiv(heads * num_cols, columns)
+    _combine_sums[num_bags, blocks](parts, splits.first, out, heads * num_cols, BLOCK_S=COMBINE_SPLITS, BLOCK_C=columns)
     return out
 
 

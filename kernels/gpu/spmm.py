@@ -7,7 +7,7 @@
 
 One program owns ``BLOCK_R`` rows x ``BLOCK_C`` columns of the output (edge_dots: a block of edges and a head) and walks
 over the neighbours of its rows together, up to the longest list. Programs of one block of columns run one after the
-other, so in a local graph neighbours' rows are found in L2. With H heads, edge values are (E, H) and head h owns columns
+other, so in a local graph neighbours' rows are found in L2. With H heads, edge values are (E, H), head h owns columns
 h D/H to (h + 1) D/H. No atomics: two runs give the same bits. Sums are accumulated in float32.
 Bytes: x once where L2 holds the neighbourhood, out once, 4 (1 + H) per edge. Scalars are read on the device: no launch
 waits for it.

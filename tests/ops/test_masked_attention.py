@@ -160,6 +160,24 @@ def test_several_blocks_of_the_cpu_kernel(monkeypatch: pytest.MonkeyPatch) -> No
         check(NAMED[f"masked_attention, {name}"], "cpu", torch.float32)
 
 
+@pytest.mark.parametrize("case", ["distance", "bias", "contextual"])
+def test_workers_of_the_cpu_kernel_share_the_queries(case: str) -> None:
+    rows, heads, dim = 1200, 2, 4
+    q, k, v = (randn(rows, heads, dim, seed=i) for i in range(3))
+    coords = torch.cartesian_prod(torch.arange(30), torch.arange(40)).float()
+    weights = {"distance": torch.ones(heads), "bias": randn(heads, 49), "contextual": randn(1, dim, 49)}[case]
+    found = {}
+    for impl, threads in (("reference", 1), ("cpu", 1), ("cpu", 2)):
+        leaves = [t.clone().requires_grad_() for t in (q, k, v, weights)]
+        bias = DistanceBias(coords, leaves[3]) if case == "distance" else RelativePositionBias(coords, leaves[3], case)
+        torch.set_num_threads(threads)
+        out = masked_attention(*leaves[:3], Segments.from_sizes((rows,)), bias=bias, dropout=0.1, impl=impl)
+        found[impl, threads] = [out, *torch.autograd.grad((out * randn(*out.shape, seed=5)).sum(), leaves)]
+    for threads in (1, 2):
+        for value, wanted in zip(found["cpu", threads], found["reference", 1]):
+            torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_passes_opcheck(impl: str) -> None:
     device = DEVICE[impl]

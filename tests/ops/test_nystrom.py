@@ -229,6 +229,22 @@ def test_memory_holds_no_matrix_of_rows_by_landmarks() -> None:
     assert peak("reference") > 4 * rows * heads * landmarks * 4  # the measure sees what the definition keeps
 
 
+def test_cpu_pieces_do_not_depend_on_the_number_of_threads_nor_leave_it_changed() -> None:
+    tensors = [tensor.requires_grad_() for tensor in qkv(9_000, 2, 8, 8, torch.float32)]
+    segments = Segments.from_sizes((8_500, 3, 497))
+    found = []
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        out = nystrom_attention(*tensors, segments, num_landmarks=32, impl="cpu")
+        found.append([out, *torch.autograd.grad(out.square().sum(), tensors)])
+        assert torch.get_num_threads() == count
+    with torch.inference_mode():
+        again = nystrom_attention(*tensors, segments, num_landmarks=32, impl="cpu")
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * float(one.detach().abs().max()))
+    assert torch.equal(again, found[1][0])
+
+
 def test_errors_name_what_does_not_fit() -> None:
     q, k, v = qkv(5)
     segments = Segments.from_sizes((5,))
