@@ -7,11 +7,11 @@ per head, b the bag of row t. A bag of N rows has min(N, M) landmarks; what stan
 zeros. Bags are cut into pieces, each piece is one thread's, and is walked in chunks whose (H, chunk, M) score matrix
 has about ``CHUNK_ELEMENTS`` elements and stays in that core's cache: batched GEMMs over the heads into reused buffers,
 softmax in place, ``gather`` with a running maximum. (Threads inside of each of these short operations, as torch has
-them, would meet ten times per chunk, and wait for the slowest where others use the machine, too.) What pieces contribute to
-landmarks is added in their order; pieces do not depend on the number of threads. Backward walks again and recomputes p
-from the scores, their maximum and the sum of exponentials. (Those two and not their log-sum-exp: near 1e4 it is off by
-more than a softmax that saturates may be.) Arithmetic is float32 (float64 for float64) whatever the rows are stored in:
-the pseudo-inverse between the factors magnifies rounding.
+them, would meet ten times per chunk, and wait for the slowest where others use the machine, too.) What pieces
+contribute to landmarks is added in their order; pieces do not depend on the number of threads. Backward walks again
+and recomputes p from the scores, their maximum and the sum of exponentials. (Those two and not their log-sum-exp:
+near 1e4 it is off by more than a softmax that saturates may be.) Arithmetic is float32 (float64 for float64) whatever
+the rows are stored in: the pseudo-inverse between the factors magnifies rounding.
 
 FLOPs (d the width of q and k, dv that of v): 2 T H M (d + dv) forward, 2 T H M (3 d + 2 dv) backward, for each.
 Bytes: q, out (k, v) once forward; q, grad_out, grad_q (k, v, grad_k, grad_v) once backward. Working memory: four score
