@@ -108,7 +108,7 @@ def _launch(work: Callable[[list[_Piece], int], None], pieces: list[_Piece], hea
     """``work(some pieces, number of the first)`` over all pieces, on torch's number of Python threads."""
     threads = torch.get_num_threads()
     scores = heads * sum((piece.end - piece.start) * piece.count for piece in pieces)
-    if threads == 1 or len(pieces) < 2 or scores < _SERIAL_SCORES:
+    if threads == 1 or len(pieces) < 2:
         if pieces:
             work(pieces, 0)
         return
@@ -124,6 +124,9 @@ def _launch(work: Callable[[list[_Piece], int], None], pieces: list[_Piece], hea
     pool = _pool(os.getpid(), threads)
     torch.set_num_threads(1)  # OpenMP's number belongs to a thread, MKL's to the process
     try:
+        if scores < _SERIAL_SCORES:
+            work(pieces, 0)
+            return
         for future in [pool.submit(job, begin, end) for begin, end in zip(bounds, bounds[1:])]:
             future.result()
     finally:
