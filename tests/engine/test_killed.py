@@ -29,7 +29,7 @@ def rank_process(launcher: subprocess.Popen, rank: int) -> psutil.Process | None
 
 
 def wait_for_step(launcher: subprocess.Popen, log: Path, step: int) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline and launcher.poll() is None:
         if log.is_file() and f'"step": {step},' in log.read_text():
             return
@@ -52,13 +52,13 @@ def test_same_command_resumes_after_kill_9(run_settings, tmp_path):
     victim = rank_process(launcher, 1)
     assert victim is not None
     victim.send_signal(signal.SIGKILL)
-    assert launcher.wait(timeout=60) != 0
+    assert launcher.wait(timeout=300) != 0
     assert not (runs / "broken/results.json").exists()
 
     finished = {}
     for name, config in configs.items():
         process = start(config)
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=900)
         assert process.returncode == 0, output
         finished[name] = (runs / name / "results.json").read_bytes()
     assert finished["broken"] == finished["unbroken"]
