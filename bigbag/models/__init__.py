@@ -1,8 +1,19 @@
 """Models of bags, one per file, with torchmil's names, arguments and parameter names."""
 
 from bigbag.models.abmil import ABMIL
-from bigbag.models.base import MILModel
+from bigbag.models.base import GraphMILModel, MILModel, MILModelWrapper
 from bigbag.models.build import MODELS, build_model, load_model, save_model
 from bigbag.models.pooling import MaxMIL, MeanMIL
 
-__all__ = ["ABMIL", "MODELS", "MILModel", "MaxMIL", "MeanMIL", "build_model", "load_model", "save_model"]
+__all__ = [
+    "ABMIL",
+    "MODELS",
+    "GraphMILModel",
+    "MILModel",
+    "MILModelWrapper",
+    "MaxMIL",
+    "MeanMIL",
+    "build_model",
+    "load_model",
+    "save_model",
+]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,6 +14,10 @@ from bigbag.bags import PackedBags
 from bigbag.nn import get_feat_dim
 
 _CHECKPOINT_ROWS = 16_384
+_REMEDIES = {
+    "adj": "pass the adjacency of the batch, or pack the bags with a graph (data.graph in the config)",
+    "coords": "pass the coordinates of the batch, or pack bags that have coordinates",
+}
 
 
 class MILModel(torch.nn.Module):
@@ -23,10 +29,12 @@ class MILModel(torch.nn.Module):
     Attributes:
         criterion: loss of the bag logits against the labels.
         activation_checkpointing: recompute activations in the backward pass instead of storing them.
+        needs: fields of a pack that the model cannot do without, beside ``x``: "adj", "coords".
     """
 
     criterion: torch.nn.Module
     activation_checkpointing: bool = False
+    needs: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
@@ -67,15 +75,31 @@ class MILModel(torch.nn.Module):
         return_att: bool = False,
     ) -> Any:
         """:meth:`forward_bags` on a pack or, packed at entry and unpadded at exit, on a padded batch."""
-        if isinstance(X, PackedBags):
-            return self.forward_bags(X, return_att)
-        bags = PackedBags.from_padded(X, mask, adj=adj, coords=coords)
-        if not return_att:
-            return self.forward_bags(bags)
+        bags = self.pack(X, mask, adj, coords)
+        if isinstance(X, PackedBags) or not return_att:
+            return self.forward_bags(bags, return_att)
         Y_pred, att = self.forward_bags(bags, True)
         return Y_pred, bags.to_padded(att)
 
-    def compute_loss(self, Y: Tensor, X: Tensor | PackedBags, *args: Any, **kwargs: Any) -> tuple[Tensor, dict]:
+    def pack(
+        self,
+        X: Tensor | PackedBags,
+        mask: Tensor | None = None,
+        adj: Tensor | None = None,
+        coords: Tensor | None = None,
+    ) -> PackedBags:
+        """The pack of a padded batch, or the pack itself; with everything that the model :attr:`needs`.
+
+        Raises:
+            ValueError: a field that the model needs is missing.
+        """
+        bags = X if isinstance(X, PackedBags) else PackedBags.from_padded(X, mask, adj=adj, coords=coords)
+        for name in self.needs:
+            if getattr(bags, name) is None:
+                raise ValueError(f"{type(self).__name__} needs {name}: {_REMEDIES[name]}")
+        return bags
+
+    def compute_loss(self, Y: Tensor, X: Tensor | PackedBags, *args: Any, **kwargs: Any) -> Any:
         """Logits and losses, each the mean over the bags.
 
         Args:
@@ -116,6 +140,67 @@ class MILModel(torch.nn.Module):
             return widen_and_encode(x)
         chunks = x.split(_CHECKPOINT_ROWS) if len(x) else [x]
         return torch.cat([checkpoint(widen_and_encode, rows, use_reentrant=False) for rows in chunks])
+
+
+class GraphMILModel(MILModel):
+    """A model that computes on a graph over the instances, with torchmil's order of arguments: X, adj, mask."""
+
+    needs = ("adj",)
+
+    def forward(  # type: ignore[override]
+        self,
+        X: Tensor | PackedBags,
+        adj: Tensor | None = None,
+        mask: Tensor | None = None,
+        return_att: bool = False,
+    ) -> Any:
+        """As :meth:`MILModel.forward`, with ``adj`` ``(B, N, N)``, dense or sparse COO; a pack brings its own."""
+        return self.run(X, mask, adj=adj, return_att=return_att)
+
+    def compute_loss(
+        self, Y: Tensor, X: Tensor | PackedBags, adj: Tensor | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, dict]:
+        """As :meth:`MILModel.compute_loss`."""
+        return super().compute_loss(Y, X, adj, mask)
+
+    def predict(  # type: ignore[override]
+        self,
+        X: Tensor | PackedBags,
+        adj: Tensor | None = None,
+        mask: Tensor | None = None,
+        return_inst_pred: bool = True,
+    ) -> Any:
+        """As :meth:`MILModel.predict`."""
+        return self.forward(X, adj, mask, return_att=return_inst_pred)
+
+
+class MILModelWrapper(MILModel):
+    """Calls a model with those entries of a bag that it takes, so that all models have one interface.
+
+    Args:
+        model: the model to wrap.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, bag: Mapping[str, Any], **kwargs: Any) -> Any:  # type: ignore[override]
+        """``model.forward`` on the entries of ``bag`` that it has arguments for."""
+        return self.model(**_entries_for(self.model.forward, bag), **kwargs)
+
+    def compute_loss(self, bag: Mapping[str, Any], **kwargs: Any) -> Any:  # type: ignore[override]
+        """``model.compute_loss`` on the entries of ``bag`` that it has arguments for."""
+        return self.model.compute_loss(**_entries_for(self.model.compute_loss, bag), **kwargs)  # type: ignore[operator]
+
+    def predict(self, bag: Mapping[str, Any], **kwargs: Any) -> Any:  # type: ignore[override]
+        """``model.predict`` on the entries of ``bag`` that it has arguments for."""
+        return self.model.predict(**_entries_for(self.model.predict, bag), **kwargs)  # type: ignore[operator]
+
+
+def _entries_for(function: Any, bag: Mapping[str, Any]) -> dict[str, Any]:
+    names = inspect.signature(function).parameters
+    return {name: bag[name] for name in bag.keys() if name in names}  # noqa: SIM118  (TensorDict iterates over rows)
 
 
 def feature_dim(feat_ext: torch.nn.Module, in_shape: tuple[int, ...] | None) -> int | None:

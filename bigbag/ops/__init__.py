@@ -12,25 +12,57 @@ from __future__ import annotations
 
 import torch
 
-from bigbag.ops import attention_pool as _attention_pool
-from bigbag.ops import segments as _segments
+from bigbag.ops.attention_bias import AttentionBias, DistanceBias, RelativePositionBias
+from bigbag.ops.attention_pool import OPERATOR as _ATTENTION_POOL
 from bigbag.ops.attention_pool import attention_pool
+from bigbag.ops.chebyshev import chebyshev, lambda_max
+from bigbag.ops.class_attention import class_token_attention, mean_attention
+from bigbag.ops.masked_attention import masked_attention
+from bigbag.ops.neighbor_attention import neighbor_attention, neighbor_scores
+from bigbag.ops.nystrom import nystrom_attention, nystrom_class_token_attention
+from bigbag.ops.quadratic import dirichlet_energy, quadratic_form
 from bigbag.ops.registry import Operator, use_impl
 from bigbag.ops.registry import table as _table
+from bigbag.ops.segments import OPERATORS as _SEGMENTS
 from bigbag.ops.segments import segment_max, segment_mean, segment_softmax, segment_sum
+from bigbag.ops.smooth import smooth
+from bigbag.ops.smooth_exact import smooth_exact
+from bigbag.ops.spmm import degrees, spmm
+from bigbag.ops.topk import segment_logsumexp, segment_pool, segment_topk
 
 __all__ = [
+    "AttentionBias",
+    "DistanceBias",
+    "RelativePositionBias",
     "attention_pool",
+    "chebyshev",
     "chosen",
+    "class_token_attention",
+    "degrees",
+    "dirichlet_energy",
     "explain",
+    "lambda_max",
+    "masked_attention",
+    "mean_attention",
+    "neighbor_attention",
+    "neighbor_scores",
+    "nystrom_attention",
+    "nystrom_class_token_attention",
+    "quadratic_form",
+    "segment_logsumexp",
     "segment_max",
     "segment_mean",
+    "segment_pool",
     "segment_softmax",
     "segment_sum",
+    "segment_topk",
+    "smooth",
+    "smooth_exact",
+    "spmm",
     "use_impl",
 ]
 
-_OPERATORS: tuple[Operator, ...] = (_attention_pool.OPERATOR, *_segments.OPERATORS)
+_OPERATORS: tuple[Operator, ...] = (_ATTENTION_POOL, *_SEGMENTS)
 
 
 def chosen(device: torch.device | str, dtype: torch.dtype = torch.float32) -> dict[str, str]:

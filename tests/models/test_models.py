@@ -1,15 +1,19 @@
 """What every model must hold; a new model in ``MODELS`` is picked up by itself."""
 
+import numpy as np
 import pytest
 import torch
 
 from bigbag import Bag, PackedBags, load_model
 from bigbag.config import ConfigError, ModelConfig, TaskConfig
+from bigbag.graphs import build_adjacency, permute
 from bigbag.models import MODELS, build_model, save_model
 
 WIDTH = 6
 SIZES = (5, 1, 9)
-VARIANTS = [(name, {}) for name in MODELS] + [
+SMALL: dict = {}
+"""Model -> arguments that keep it small enough for these tests."""
+VARIANTS = [(name, SMALL.get(name, {})) for name in MODELS] + [
     ("ABMIL", {"gated": True, "att_act": "relu"}),
     ("ABMIL", {"feat_ext": {"name": "MLP", "linear_sizes": [7], "activations": ["relu"]}}),
 ]
@@ -22,11 +26,33 @@ def build(name, arguments, task=None, **kwargs):
     return build_model(ModelConfig(name=name, **arguments, **kwargs), (WIDTH,), task or TaskConfig())
 
 
+def make_bag(size: int, label: int, seed: int) -> Bag:
+    """Random features on a lattice three wide, joined to their 8 neighbours."""
+    x = torch.randn(size, WIDTH, generator=torch.Generator().manual_seed(seed))
+    coords = np.stack(np.divmod(np.arange(size), 3), 1)
+    adj = build_adjacency(coords, radius=1.5, normalize="symmetric")
+    return Bag(x, label, f"bag{seed}", coords=coords, adj=adj)
+
+
 def make_pack(sizes=SIZES, labels=(1, 0, 1)) -> PackedBags:
-    generator = torch.Generator().manual_seed(1)
-    return PackedBags.from_bags(
-        [Bag(torch.randn(n, WIDTH, generator=generator), y, f"bag{i}") for i, (n, y) in enumerate(zip(sizes, labels))]
-    )
+    return PackedBags.from_bags([make_bag(n, y, i) for i, (n, y) in enumerate(zip(sizes, labels))])
+
+
+def padded(model, pack: PackedBags, fill: float = 99.0) -> dict:
+    """The arguments of ``model.forward`` for the padded batch of ``pack``."""
+    arguments = {"X": pack.to_padded(pack.x, fill), "mask": pack.mask().to(torch.uint8)}
+    if "adj" in model.needs:
+        dense, size = pack.adj.to_coo().to_dense(), max(pack.sizes)
+        blocks = [dense[s:e, s:e] for s, e in zip(pack.segments.starts, pack.segments.starts[1:])]
+        pads = [torch.nn.functional.pad(block, (0, size - len(block)) * 2) for block in blocks]
+        arguments["adj"] = torch.stack(pads).to_sparse()
+    if "coords" in model.needs:
+        arguments["coords"] = pack.to_padded(pack.coords, 0)
+    return arguments
+
+
+def reordered(bag: Bag, order: torch.Tensor) -> Bag:
+    return Bag(bag.x[order], bag.y, bag.key, coords=bag.coords[order], adj=permute(bag.adj, order))
 
 
 @each_model
@@ -35,22 +61,23 @@ def test_packed_alone_and_padded_agree(name, arguments, training):
     model, pack = build(name, arguments).train(training), make_pack()
     logits, scores = model(pack, return_att=True)
     assert logits.shape == (3,) and scores.shape == (sum(SIZES),)
-    padded_logits, padded_scores = model(pack.to_padded(pack.x, 99.0), pack.mask().to(torch.uint8), return_att=True)
+    padded_logits, padded_scores = model(**padded(model, pack), return_att=True)
     torch.testing.assert_close(padded_logits, logits)
     assert padded_scores.shape == (3, max(SIZES))
     torch.testing.assert_close(padded_scores[pack.mask()], scores)
-    for i, rows in enumerate(pack.x.split(SIZES)):
-        torch.testing.assert_close(model(rows[None]), logits[i : i + 1])
+    for i, size in enumerate(SIZES):
+        alone = PackedBags.from_bags([make_bag(size, 0, i)])
+        torch.testing.assert_close(model(alone), logits[i : i + 1])
 
 
 @each_model
 def test_order_of_instances_does_not_matter(name, arguments):
-    model, x = build(name, arguments).eval(), torch.randn(1, 12, WIDTH)
+    model, bag = build(name, arguments).eval(), make_bag(12, 1, 5)
     order = torch.randperm(12)
-    logits, scores = model(x, return_att=True)
-    permuted_logits, permuted_scores = model(x[:, order], return_att=True)
+    logits, scores = model(PackedBags.from_bags([bag]), return_att=True)
+    permuted_logits, permuted_scores = model(PackedBags.from_bags([reordered(bag, order)]), return_att=True)
     torch.testing.assert_close(permuted_logits, logits)
-    torch.testing.assert_close(permuted_scores, scores[:, order])
+    torch.testing.assert_close(permuted_scores, scores[order])
 
 
 @each_model
@@ -123,9 +150,10 @@ def test_saved_model_loads_anywhere(name, arguments, tmp_path):
 @each_model
 def test_empty_bag_in_a_batch_is_finite(name, arguments):
     model = build(name, arguments)
-    logits = model(torch.randn(2, 3, WIDTH), torch.tensor([[1, 1, 0], [0, 0, 0]]))
+    logits = model(PackedBags.from_bags([make_bag(2, 1, 0), make_bag(0, 0, 1)]))
     logits.sum().backward()
-    assert torch.isfinite(logits).all() and all(torch.isfinite(p.grad).all() for p in model.parameters())
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert torch.isfinite(logits).all() and all(torch.isfinite(grad).all() for grad in gradients)
 
 
 @pytest.mark.parametrize("gated", [False, True])
