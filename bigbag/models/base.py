@@ -117,6 +117,15 @@ class MILModel(torch.nn.Module):
         """Bag logits and, if ``return_inst_pred``, instance scores; arguments and shapes as in :meth:`forward`."""
         return self.forward(X, mask, return_att=return_inst_pred)
 
+    def after_step(self) -> None:
+        """Called by the training loop after every optimiser step; for state that is not learned by gradients.
+
+        The loop calls it on every rank, with the updated weights, outside of autograd's graph, and once per step however
+        many packs the step had. A model may rely on having run ``compute_loss`` in training mode at least once since the
+        last call, and may use collectives: all ranks are in it. What it changes must come out equal on all ranks, and
+        belongs in buffers, so that a checkpoint holds it. The default does nothing.
+        """
+
     def bag_loss(self, Y_pred: Tensor, Y: Tensor) -> Tensor:
         """The criterion in fp32, with labels in the dtype it asks for: class indices or floats."""
         wants_indices = isinstance(self.criterion, torch.nn.CrossEntropyLoss | torch.nn.NLLLoss)
