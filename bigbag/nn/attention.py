@@ -1,0 +1,297 @@
+"""Attention layers on packs: exact softmax attention in linear memory.
+
+A self-attention layer is three steps, so that a transformer layer can run what is row-wise in chunks:
+
+    project(x)                  row-wise   instances to queries, keys and values
+    attend(q, k, v, segments)   across the rows of a bag
+    out_proj                    row-wise
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigbag import ops
+from bigbag.bags import PackedBags, Segments
+from bigbag.nn.rows import by_rows, stream_dtype
+
+
+class SelfAttention(torch.nn.Module):
+    """What self-attention layers share: projections and the padded form. A subclass defines :meth:`attend`.
+
+    Args:
+        in_dim: instance width.
+        out_dim: output width; None: ``in_dim``.
+        att_dim: width of queries, keys and values, all heads together.
+        n_heads: heads.
+        dropout: share of the attention weights set to zero in training.
+        learn_weights: False: queries, keys and values are the instances themselves, and ``att_dim`` is ``in_dim``.
+
+    Raises:
+        ValueError: a width that the heads do not divide.
+    """
+
+    qkv_nn: torch.nn.Linear | None
+    out_proj: torch.nn.Module
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int | None = None,
+        att_dim: int = 512,
+        n_heads: int = 4,
+        dropout: float = 0.0,
+        learn_weights: bool = True,
+    ) -> None:
+        super().__init__()
+        att_dim = att_dim if learn_weights else in_dim
+        out_dim = in_dim if out_dim is None else out_dim
+        self.head_dim = _head_dim(type(self).__name__, att_dim, n_heads, learn_weights)
+        self.n_heads, self.att_dim = n_heads, att_dim
+        self.dropout = dropout
+        self.learn_weights = learn_weights
+        self.qkv_nn = torch.nn.Linear(in_dim, 3 * att_dim, bias=False) if learn_weights else None
+        self.out_proj = torch.nn.Linear(att_dim, out_dim) if out_dim != att_dim else torch.nn.Identity()
+
+    @property
+    def row_modules(self) -> tuple[torch.nn.Module, ...]:
+        """The modules whose parameters :meth:`project` uses."""
+        return () if self.qkv_nn is None else (self.qkv_nn,)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``(T, in_dim)`` to queries, keys and values, each ``(T, H, d)``."""
+        qkv = (x, x, x) if self.qkv_nn is None else self.qkv_nn(widened(self.qkv_nn, x)).chunk(3, dim=-1)
+        q, k, v = (t.unflatten(-1, (self.n_heads, self.head_dim)) for t in qkv)
+        return q, k, v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, **kwargs: Any) -> Tensor:
+        """Queries, keys and values ``(T, H, d)`` of a pack to ``(T, att_dim)``, before ``out_proj``."""
+        raise NotImplementedError(f"{type(self).__name__} must define attend(q, k, v, segments)")
+
+    def attend_first(self, x: Tensor, segments: Segments, **kwargs: Any) -> Tensor:
+        """The rows of :meth:`attend` that stand first in their bag: ``(T, in_dim)`` to ``(B, att_dim)``."""
+        raise NotImplementedError(f"{type(self).__name__} must define attend_first(x, segments)")
+
+    def first_attention(self, x: Tensor, segments: Segments, **kwargs: Any) -> Tensor:
+        """``(T, H)``: the attention of the first row of each bag to all its rows, from instances ``(T, in_dim)``."""
+        raise NotImplementedError(f"{type(self).__name__} must define first_attention(x, segments)")
+
+    def attention_matrix(self, q: Tensor, k: Tensor, **kwargs: Any) -> Tensor:
+        """The ``(H, N, N)`` attention of one bag from its ``(N, H, d)``: for looking at small bags only."""
+        raise NotImplementedError(f"{type(self).__name__} must define attention_matrix(q, k)")
+
+    def forward_packed(self, x: Tensor, segments: Segments, **kwargs: Any) -> Tensor:
+        """``(T, in_dim)`` instances of a pack to ``(T, out_dim)``.
+
+        Args:
+            x: the instances.
+            segments: how they are cut into bags.
+            kwargs: what :meth:`attend` takes beside them.
+        """
+        q, k, v = by_rows(self.project, x, modules=self.row_modules)
+        return self.out_proj(self.attend(q, k, v, segments, **kwargs))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, return_att: bool = False) -> Any:
+        """Attention inside each bag of a padded batch.
+
+        Args:
+            x: ``(B, N, in_dim)``.
+            mask: ``(B, N)``, zero where there is no instance.
+            return_att: also return the attention weights, which costs O(B H N^2) memory: for small bags.
+
+        Returns:
+            y: ``(B, N, out_dim)``, zeros in padded places.
+            att: ``(B, H, N, N)``, zeros in padded places; only if ``return_att``.
+        """
+        bags = PackedBags.from_padded(x, mask)
+        y = bags.to_padded(self.forward_packed(bags.x, bags.segments))
+        return (y, self.padded_attention(bags)) if return_att else y
+
+    def padded_attention(self, bags: PackedBags) -> Tensor:
+        """The attention of every bag of a pack as one ``(B, H, N, N)`` tensor."""
+        q, k, _ = self.project(bags.x)
+        starts = bags.segments.starts
+        return pad_matrices(bags, [self.attention_matrix(q[s:e], k[s:e]) for s, e in zip(starts, starts[1:])])
+
+
+class MultiheadSelfAttention(SelfAttention):
+    r"""Multi-head self-attention (Vaswani et al. 2017, arXiv 1706.03762), exact, in O(N) memory.
+
+    ``Q, K, V = X W_Q, X W_K, X W_V``; per head ``Y = softmax(Q K^T / sqrt(d)) V``, inside each bag; then, where
+    ``out_dim != att_dim``, a linear layer.
+
+    Cost for a bag of N instances: 4 N^2 att_dim FLOP forward, 10 N^2 att_dim backward; see
+    :func:`bigbag.ops.masked_attention`. Differs from torchmil in three places: masked instances never take part (with
+    ``return_att`` torchmil leaves out the *valid* ones), dropout acts in training only, and no ``(N, N)`` mask exists.
+
+    Args:
+        in_dim: instance width.
+        out_dim: output width; None: ``in_dim``.
+        att_dim: width of queries, keys and values, all heads together.
+        n_heads: heads.
+        dropout: share of the attention weights set to zero in training.
+        learn_weights: False: queries, keys and values are the instances themselves, and ``att_dim`` is ``in_dim``.
+
+    Raises:
+        ValueError: a width that the heads do not divide.
+    """
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, **kwargs: Any) -> Tensor:
+        """Queries, keys and values ``(T, H, d)`` of a pack to ``(T, att_dim)``, before ``out_proj``."""
+        return ops.masked_attention(q, k, v, segments, **attention_dropout(self), **kwargs).flatten(1)
+
+    def attend_first(self, x: Tensor, segments: Segments, **kwargs: Any) -> Tensor:
+        r"""The rows of :meth:`attend` that stand first in their bag, ``(B, att_dim)``, from instances ``(T, in_dim)``.
+
+        With ``u = W_K^T q`` per bag and head, ``a = softmax(X u)`` and the result is ``W_V (X^T a)``: neither keys nor
+        values are formed. FLOPs: 4 T H in_dim forward, 8 T H in_dim backward.
+        """
+        queries, _, values = self._weights(x)
+        a = self.first_attention(x, segments, **kwargs)
+        a = torch.nn.functional.dropout(a, self.dropout, self.training)
+        pooled = ops.segment_pool(a, x, segments)
+        return torch.einsum("bhi,hdi->bhd", pooled.to(queries.dtype), values).flatten(1)
+
+    def first_attention(self, x: Tensor, segments: Segments, **kwargs: Any) -> Tensor:
+        """``(T, H)``: the attention of the first row of each bag to all its rows, from instances ``(T, in_dim)``."""
+        queries, keys, _ = self._weights(x)
+        first = x[segments.offsets[:-1]].to(queries.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            u = torch.einsum("bi,hdi,hdj->bhj", first, queries, keys) / self.head_dim**0.5
+            bags = x.split(segments.sizes) if segments.num_bags > 1 else [x]
+            scores = [
+                by_rows(lambda rows, u_b=u_b: rows.to(u_b.dtype) @ u_b.t(), rows, shared=[u_b])
+                for rows, u_b in zip(bags, u.unbind(0))
+            ]
+            return ops.segment_softmax(torch.cat(scores), segments)
+
+    def _weights(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The weights of queries, keys and values, each ``(H, d, in_dim)``."""
+        if self.qkv_nn is None:
+            eye = torch.eye(self.att_dim, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+            return (eye.view(self.n_heads, self.head_dim, -1),) * 3
+        queries, keys, values = self.qkv_nn.weight.view(3, self.n_heads, self.head_dim, -1).unbind(0)
+        return queries, keys, values
+
+    def attention_matrix(self, q: Tensor, k: Tensor, **kwargs: Any) -> Tensor:
+        """The ``(H, N, N)`` attention of one bag: for looking at small bags only."""
+        return softmax_matrix(q, k)
+
+
+class MultiheadCrossAttention(torch.nn.Module):
+    r"""Multi-head attention of the rows of one bag to those of another (Vaswani et al. 2017, arXiv 1706.03762).
+
+    ``Q = X W_Q``; ``K, V = Y W_K, Y W_V``; per head ``Z = softmax(Q K^T / sqrt(d)) V``; then, where
+    ``out_dim != att_dim``, a linear layer. Exact, in O(N + M) memory.
+
+    Differs from torchmil, which lays the mask of the N rows of X over the M rows of Y (and so fails unless N = M):
+    here ``mask`` says which rows of X exist, whose outputs are zeros, and the new ``y_mask`` which rows of Y take part.
+    Dropout acts in training only.
+
+    Args:
+        in_dim: width of both.
+        out_dim: output width; None: ``in_dim``.
+        att_dim: width of queries, keys and values, all heads together.
+        n_heads: heads.
+        dropout: share of the attention weights set to zero in training.
+        learn_weights: False: queries, keys and values are the rows themselves, and ``att_dim`` is ``in_dim``.
+
+    Raises:
+        ValueError: a width that the heads do not divide.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int | None = None,
+        att_dim: int = 512,
+        n_heads: int = 4,
+        dropout: float = 0.0,
+        learn_weights: bool = True,
+    ) -> None:
+        super().__init__()
+        att_dim = att_dim if learn_weights else in_dim
+        out_dim = in_dim if out_dim is None else out_dim
+        self.head_dim = _head_dim(type(self).__name__, att_dim, n_heads, learn_weights)
+        self.in_dim, self.att_dim, self.n_heads = in_dim, att_dim, n_heads
+        self.dropout = dropout
+        self.learn_weights = learn_weights
+        self.q_nn = torch.nn.Linear(in_dim, att_dim, bias=False) if learn_weights else None
+        self.kv_nn = torch.nn.Linear(in_dim, 2 * att_dim, bias=False) if learn_weights else None
+        self.out_proj = torch.nn.Linear(att_dim, out_dim) if out_dim != att_dim else torch.nn.Identity()
+
+    def forward_packed(self, x: Tensor, segments: Segments, y: Tensor, y_segments: Segments) -> Tensor:
+        """Rows ``(T, in_dim)`` that ask and rows ``(S, in_dim)`` that answer, bag by bag, to ``(T, out_dim)``.
+
+        Args:
+            x: the rows that ask.
+            segments: how they are cut into B bags.
+            y: the rows that answer.
+            y_segments: how those are cut into the same B bags. A bag without any gives zeros before ``out_proj``.
+        """
+        q = by_rows(self._queries, x, modules=[self.q_nn] if self.q_nn is not None else [])
+        k, v = by_rows(self._keys_values, y, modules=[self.kv_nn] if self.kv_nn is not None else [])
+        out = ops.masked_attention(q, k, v, segments, y_segments, **attention_dropout(self))
+        return self.out_proj(out.flatten(1))
+
+    def _queries(self, x: Tensor) -> Tensor:
+        q = x if self.q_nn is None else self.q_nn(widened(self.q_nn, x))
+        return q.unflatten(-1, (self.n_heads, self.head_dim))
+
+    def _keys_values(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = (y, y) if self.kv_nn is None else self.kv_nn(widened(self.kv_nn, y)).chunk(2, dim=-1)
+        return k.unflatten(-1, (self.n_heads, self.head_dim)), v.unflatten(-1, (self.n_heads, self.head_dim))
+
+    def forward(self, x: Tensor, y: Tensor, mask: Tensor | None = None, y_mask: Tensor | None = None) -> Tensor:
+        """Padded form.
+
+        Args:
+            x: ``(B, N, in_dim)``.
+            y: ``(B, M, in_dim)``.
+            mask: ``(B, N)``, zero where x has no row.
+            y_mask: ``(B, M)``, zero where y has no row.
+
+        Returns:
+            ``(B, N, out_dim)``, zeros in padded places.
+        """
+        asking, answering = PackedBags.from_padded(x, mask), PackedBags.from_padded(y, y_mask)
+        return asking.to_padded(self.forward_packed(asking.x, asking.segments, answering.x, answering.segments))
+
+
+def attention_dropout(module: Any) -> dict[str, Any]:
+    """Arguments ``dropout`` and ``seed`` of :func:`bigbag.ops.masked_attention`: none outside of training."""
+    if not (module.training and module.dropout > 0):
+        return {}
+    return {"dropout": module.dropout, "seed": int(torch.randint(2**31 - 1, ()))}
+
+
+def widened(linear: torch.nn.Linear, x: Tensor) -> Tensor:
+    """``x`` in the dtype that ``linear`` computes in, if it is stored in another."""
+    return x.to(stream_dtype(x, linear.weight))
+
+
+def softmax_matrix(q: Tensor, k: Tensor, bias: Any = 0) -> Tensor:
+    """``softmax(q k^T / sqrt(d) + bias)`` as (H, N, N), from (N, H, d)."""
+    scores = torch.einsum("ihd,jhd->hij", q, k) / q.shape[-1] ** 0.5
+    return (scores + bias).softmax(-1)
+
+
+def pad_matrices(bags: PackedBags, matrices: list[Tensor]) -> Tensor:
+    """One (H, n, n) matrix per bag to (B, H, N, N), zeros in padded places."""
+    mask = bags.mask()
+    heads, length = matrices[0].shape[0], mask.shape[1]
+    out = matrices[0].new_zeros(len(matrices), heads, length, length)
+    for bag, matrix in enumerate(matrices):
+        places = torch.nonzero(mask[bag]).squeeze(1)
+        out[bag][:, places[:, None], places] = matrix
+    return out
+
+
+def _head_dim(name: str, att_dim: int, n_heads: int, learn_weights: bool) -> int:
+    if att_dim % n_heads:
+        width = "att_dim" if learn_weights else "in_dim"
+        raise ValueError(f"{name}: {width} = {att_dim} is not divisible by n_heads = {n_heads}")
+    return att_dim // n_heads

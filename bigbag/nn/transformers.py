@@ -1,0 +1,322 @@
+"""Transformer layers and encoders on packs.
+
+Row-wise parts (normalisation, projections, MLP) run in chunks that are computed again in the backward pass; kept per
+layer and row are its input, queries, keys and values, and the output of attention. With ``recompute`` only its input.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from bigbag.bags import PackedBags, Segments
+from bigbag.nn.attention import MultiheadSelfAttention, SelfAttention
+from bigbag.nn.rows import by_rows, stream_dtype
+
+
+class Layer(torch.nn.Module):
+    r"""Transformer layer around any attention, normalised first (Xiong et al. 2020, arXiv 2002.04745).
+
+    ``Z = X + Att(LayerNorm(X))``; ``Y = Z + MLP(LayerNorm(Z))``, with linear layers where widths differ.
+
+    Args:
+        att_module: a :class:`~bigbag.nn.attention.SelfAttention`, or any module that takes ``(B, N, att_in_dim)`` and
+            ``return_att`` (then only the padded form works).
+        in_dim: input width.
+        att_in_dim: input width of the attention.
+        out_dim: output width; None: ``in_dim``.
+        att_out_dim: output width of the attention; None: ``att_in_dim``.
+        use_mlp: whether there is an MLP. Without one, ``norm2`` takes no part and is not trained.
+        mlp_module: the MLP; it must work row by row. None: linear to 4 ``att_out_dim``, GELU, dropout, linear back,
+            dropout.
+        dropout: of that MLP.
+    """
+
+    recompute: bool = False
+    """Keep only the input of the layer for the backward pass, and compute the rest again."""
+
+    def __init__(
+        self,
+        att_module: torch.nn.Module,
+        in_dim: int,
+        att_in_dim: int,
+        out_dim: int | None = None,
+        att_out_dim: int | None = None,
+        use_mlp: bool = True,
+        mlp_module: torch.nn.Module | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        out_dim = in_dim if out_dim is None else out_dim
+        att_out_dim = att_in_dim if att_out_dim is None else att_out_dim
+        self.att_module = att_module
+        self.in_proj = _linear(in_dim, att_in_dim)
+        self.att_proj = _linear(att_in_dim, att_out_dim)
+        self.use_mlp = use_mlp
+        if use_mlp:
+            self.mlp_module = mlp_module if mlp_module is not None else _mlp(att_out_dim, dropout)
+        self.out_proj = _linear(att_out_dim, out_dim)
+        self.norm1 = torch.nn.LayerNorm(att_in_dim)
+        self.norm2 = torch.nn.LayerNorm(att_out_dim).requires_grad_(use_mlp)
+
+    def forward_packed(self, x: Tensor, segments: Segments, **kwargs: Any) -> Tensor:
+        """``(T, in_dim)`` instances of a pack to ``(T, out_dim)``; ``kwargs`` are for the attention."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._compute, x, segments, use_reentrant=False, **kwargs)
+        return self._compute(x, segments, **kwargs)
+
+    def forward_first(self, x: Tensor, segments: Segments, **kwargs: Any) -> Tensor:
+        """The rows of :meth:`forward_packed` that stand first in their bag, such as class tokens: ``(B, out_dim)``.
+
+        No other row is computed, so exact attention costs O(T) instead of O(N^2) here. Every bag must have a row.
+        """
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._compute_first, x, segments, use_reentrant=False, **kwargs)
+        return self._compute_first(x, segments, **kwargs)
+
+    def first_attention(self, x: Tensor, segments: Segments, **kwargs: Any) -> Tensor:
+        """``(T, H)``: the attention of the first row of each bag to all its rows. Without gradient."""
+        with torch.no_grad():
+            return self._attention.first_attention(self.norm_in(x), segments, **kwargs)
+
+    def norm_in(self, x: Tensor) -> Tensor:
+        """What the attention sees: the normalised input, chunk by chunk."""
+        return by_rows(lambda rows: self.norm1(self._enter(rows)), x, modules=(self.in_proj, self.norm1))
+
+    @property
+    def _attention(self) -> SelfAttention:
+        assert isinstance(self.att_module, SelfAttention), f"{type(self.att_module).__name__} does not compute on packs"
+        return self.att_module
+
+    def _compute(self, x: Tensor, segments: Segments, **kwargs: Any) -> Tensor:
+        before = (self.in_proj, self.norm1, *self._attention.row_modules)
+        q, k, v = by_rows(self._before, x, modules=before)
+        return self._leave(x, self._attention.attend(q, k, v, segments, **kwargs))
+
+    def _compute_first(self, x: Tensor, segments: Segments, **kwargs: Any) -> Tensor:
+        attended = self._attention.attend_first(self.norm_in(x), segments, **kwargs)
+        return self._leave(x[segments.offsets[:-1]], attended)
+
+    def _leave(self, x: Tensor, attended: Tensor) -> Tensor:
+        modules = [self.in_proj, self.att_proj, self._attention.out_proj, self.out_proj]
+        if self.use_mlp:
+            modules += [self.norm2, self.mlp_module]
+        return by_rows(self._after, x, attended, modules=modules)
+
+    def _enter(self, x: Tensor) -> Tensor:
+        return self.in_proj(x.to(self.norm1.weight.dtype))
+
+    def _before(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self._attention.project(self.norm1(self._enter(x)))
+
+    def _after(self, x: Tensor, attended: Tensor) -> Tensor:
+        y = self.att_proj(self._enter(x)) + self._attention.out_proj(attended.to(stream_dtype(x, self.norm1.weight)))
+        return self._finish(y).to(stream_dtype(x, self.norm1.weight))
+
+    def _finish(self, y: Tensor) -> Tensor:
+        if self.use_mlp:
+            y = y + self.mlp_module(self.norm2(y))
+        return self.out_proj(y)
+
+    def forward(self, X: Tensor, return_att: bool = False, **kwargs: Any) -> Any:
+        """Padded form.
+
+        Args:
+            X: ``(B, N, in_dim)``.
+            return_att: also return the attention weights, which costs O(B H N^2) memory: for small bags.
+            kwargs: ``mask``, ``(B, N)``, and what the attention takes beside it.
+
+        Returns:
+            Y: ``(B, N, out_dim)``.
+            att: ``(B, H, N, N)``, only if ``return_att``.
+        """
+        if not isinstance(self.att_module, SelfAttention):
+            found = self.att_module(self.norm1(self.in_proj(X)), return_att=return_att, **kwargs)
+            y, *att = found if return_att else (found,)
+            Y = self._finish(self.att_proj(self.in_proj(X)) + y)
+            return (Y, *att) if return_att else Y
+        bags = PackedBags.from_padded(X, kwargs.pop("mask", None))
+        Y = bags.to_padded(self.forward_packed(bags.x, bags.segments, **kwargs))
+        if not return_att:
+            return Y
+        return Y, self.att_module.padded_attention(bags.with_x(self.norm_in(bags.x)), **kwargs)
+
+
+class Encoder(torch.nn.Module):
+    r"""A stack of transformer layers.
+
+    ``X_l = Layer_l(X_{l-1})`` or, with ``add_self``, ``X_l = Layer_l(X_{l-1}) + X_0``.
+
+    Args:
+        layers: the layers.
+        add_self: add the input of the stack to the output of every layer; widths must agree.
+    """
+
+    recompute: bool = False
+    """Keep only the inputs of the layers for the backward pass, and compute the rest again."""
+
+    def __init__(self, layers: torch.nn.ModuleList, add_self: bool = False) -> None:
+        super().__init__()
+        self.add_self = add_self
+        self.layers = layers
+        self.norm: torch.nn.Module = torch.nn.Identity()
+
+    def forward_packed(self, x: Tensor, segments: Segments, **kwargs: Any) -> Tensor:
+        """``(T, in_dim)`` instances of a pack to ``(T, out_dim)``; ``kwargs`` are for the attentions."""
+        return self._norm(self._through(x, segments, len(self.layers), **kwargs))
+
+    def forward_first(self, x: Tensor, segments: Segments, return_att: bool = False, **kwargs: Any) -> Any:
+        """The rows of :meth:`forward_packed` that stand first in their bag, such as class tokens.
+
+        The last layer computes no other row. Every bag must have one.
+
+        Args:
+            x: ``(T, in_dim)``.
+            segments: how the rows are cut into B bags.
+            return_att: also return the attention of those rows in the last layer.
+            kwargs: for the attentions.
+
+        Returns:
+            ``(B, out_dim)`` and, if ``return_att``, ``(T, H)``.
+        """
+        y = self._through(x, segments, len(self.layers) - 1, **kwargs)
+        last = self._layers[-1]
+        first = last.forward_first(y, segments, **kwargs)
+        if self.add_self:
+            first = first + x[segments.offsets[:-1]]
+        first = self._norm(first)
+        return (first, last.first_attention(y, segments, **kwargs)) if return_att else first
+
+    def _through(self, x: Tensor, segments: Segments, num_layers: int, **kwargs: Any) -> Tensor:
+        y = x
+        for layer in self._layers[:num_layers]:
+            y = layer.forward_packed(y, segments, **kwargs)
+            y = (y + x).to(y.dtype) if self.add_self else y
+        return y
+
+    @property
+    def _layers(self) -> list[Any]:
+        """The layers, told whether to recompute."""
+        layers: list[Any] = list(self.layers)
+        for layer in layers:
+            layer.recompute = self.recompute
+        return layers
+
+    def _norm(self, y: Tensor) -> Tensor:
+        norm = self.norm
+        if isinstance(norm, torch.nn.Identity):
+            return y
+        dtype = next(norm.parameters()).dtype
+        return by_rows(lambda rows: norm(rows.to(dtype)).to(y.dtype), y, modules=[norm])
+
+    def forward(self, X: Tensor, return_att: bool = False, **kwargs: Any) -> Any:
+        """Padded form.
+
+        Args:
+            X: ``(B, N, in_dim)``.
+            return_att: also return the attention weights, which costs O(B H N^2) memory per layer: for small bags.
+            kwargs: ``mask``, ``(B, N)``, and what the layers take beside it.
+
+        Returns:
+            Y: ``(B, N, out_dim)``.
+            att: ``(num_layers, B, H, N, N)``, only if ``return_att``.
+        """
+        Y, atts = X, []
+        for layer in self._layers:
+            Y = layer(Y, return_att=return_att, **kwargs)
+            if return_att:
+                Y, att = Y
+                atts.append(att)
+            Y = Y + X if self.add_self else Y
+        Y = self._norm(Y)
+        return (Y, torch.stack(atts)) if return_att else Y
+
+
+class TransformerLayer(Layer):
+    r"""Transformer layer with exact softmax attention: :class:`Layer` around :class:`MultiheadSelfAttention`.
+
+    Args:
+        in_dim: input width.
+        out_dim: output width; None: ``in_dim``.
+        att_dim: width of the attention.
+        n_heads: heads.
+        use_mlp: whether there is an MLP.
+        dropout: of attention weights and MLP.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int | None = None,
+        att_dim: int = 512,
+        n_heads: int = 4,
+        use_mlp: bool = True,
+        dropout: float = 0.0,
+    ) -> None:
+        att_module = MultiheadSelfAttention(in_dim, att_dim, att_dim, n_heads, dropout)
+        super().__init__(att_module, in_dim, in_dim, out_dim, att_dim, use_mlp, dropout=dropout)
+
+    def forward(self, X: Tensor, mask: Tensor | None = None, return_att: bool = False) -> Any:  # type: ignore[override]
+        """As :meth:`Layer.forward`, with ``mask`` ``(B, N)``."""
+        return super().forward(X, return_att, mask=mask)
+
+
+class TransformerEncoder(Encoder):
+    r"""A stack of :class:`TransformerLayer`, normalised at the end.
+
+    Args:
+        in_dim: input width.
+        out_dim: output width; None: ``in_dim``.
+        att_dim: width of the attentions, and between the layers.
+        n_heads: heads.
+        n_layers: layers.
+        use_mlp: whether the layers have an MLP.
+        add_self: add the input to the output of every layer; all widths must agree.
+        dropout: of attention weights and MLP.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int | None = None,
+        att_dim: int = 512,
+        n_heads: int = 4,
+        n_layers: int = 4,
+        use_mlp: bool = True,
+        add_self: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        out_dim = in_dim if out_dim is None else out_dim
+        layers = [
+            TransformerLayer(width_in, width_out, att_dim, n_heads, use_mlp, dropout)
+            for width_in, width_out in layer_widths(in_dim, att_dim, out_dim, n_layers)
+        ]
+        super().__init__(torch.nn.ModuleList(layers), add_self)
+        self.norm = torch.nn.LayerNorm(out_dim)
+
+    def forward(self, X: Tensor, mask: Tensor | None = None, return_att: bool = False) -> Any:  # type: ignore[override]
+        """As :meth:`Encoder.forward`, with ``mask`` ``(B, N)``."""
+        return super().forward(X, return_att, mask=mask)
+
+
+def layer_widths(in_dim: int, att_dim: int, out_dim: int, n_layers: int) -> list[tuple[int, int]]:
+    """Input and output width of each layer of a stack that is ``att_dim`` wide inside."""
+    widths = [in_dim, *[att_dim] * (n_layers - 1), out_dim]
+    return list(zip(widths, widths[1:]))
+
+
+def _linear(in_dim: int, out_dim: int) -> torch.nn.Module:
+    return torch.nn.Identity() if in_dim == out_dim else torch.nn.Linear(in_dim, out_dim)
+
+
+def _mlp(dim: int, dropout: float) -> torch.nn.Module:
+    return torch.nn.Sequential(
+        torch.nn.Linear(dim, 4 * dim),
+        torch.nn.GELU(),
+        torch.nn.Dropout(dropout),
+        torch.nn.Linear(4 * dim, dim),
+        torch.nn.Dropout(dropout),
+    )
