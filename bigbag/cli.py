@@ -88,6 +88,7 @@ def _pack(options: argparse.Namespace) -> None:
         shard_bytes=config.data.shard_bytes,
         empty=config.data.empty_bags,
         left_out_ok=config.data.missing_bags == "leave_out",
+        graph=config.data.graph,
         workers=options.workers,
         overwrite=options.overwrite,
     )

@@ -10,7 +10,8 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,8 @@ class Manifest:
         shards: all shards.
         left_out: bags that were not packed, ``{"name": ..., "reason": ...}`` each.
         warnings: what packing found odd but not wrong.
+        fields: what every bag holds beside ``x``, of "adj", "coords", "y_inst"; None: the set was packed before this
+            was recorded.
         shard_url: address of a shard with ``{shard}`` in place of its file name, where the shards do not lie beside the
             manifest; may be a ``pipe:`` command.
     """
@@ -89,6 +92,7 @@ class Manifest:
     shards: tuple[ShardInfo, ...]
     left_out: tuple[dict[str, str], ...] = ()
     warnings: tuple[str, ...] = ()
+    fields: tuple[str, ...] | None = None
     shard_url: str | None = field(default=None)
 
     def digest(self) -> str:
@@ -172,7 +176,7 @@ def _json_lines(value: Any) -> str:
 
 
 def _from_content(content: dict[str, Any]) -> Manifest:
-    known = {f.name for f in fields(Manifest)}
+    known = {f.name for f in dataclass_fields(Manifest)}
     values = {key: value for key, value in content.items() if key in known}
     values["bags"] = tuple(BagInfo(**bag) for bag in values["bags"])
     values["shards"] = tuple(ShardInfo(**shard) for shard in values["shards"])
@@ -182,6 +186,8 @@ def _from_content(content: dict[str, Any]) -> Manifest:
         values["patch_shape"] = (int(height), int(width))
     for key in ("left_out", "warnings"):
         values[key] = tuple(values.get(key, ()))
+    if values.get("fields") is not None:
+        values["fields"] = tuple(values["fields"])
     return Manifest(**values)
 
 

@@ -12,15 +12,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from bigbag.bags import Bag
+from bigbag.data.graph import with_graph
 from bigbag.data.manifest import BagInfo, Manifest, ShardInfo, count_splits, make_keys
 from bigbag.data.progress import PROGRESS_NAME, Progress, entries_digest, exclusive, fingerprint, finished_set, resume
 from bigbag.data.shards import MAX_MEMBER_BYTES, Members, ShardWriter, encode_bag
 from bigbag.data.sources.base import Source, SourceEntry
 from bigbag.data.validate import check_bag, check_entries, label_warning, plain_label
 from bigbag.files import write_json
+
+if TYPE_CHECKING:
+    from bigbag.config import GraphConfig
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +39,14 @@ class _Encoded:
     info: BagInfo
     source_features: list[Any]
     members: Members | None
-    warning: str | None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def fields(self) -> list[str]:
+        """Names of the optional fields that the bag holds."""
+        assert self.members is not None
+        first = {"adj": "adj.crow.npy", "coords": "coords.npy", "y_inst": "y_inst.npy"}
+        return [name for name, member in first.items() if member in self.members]
 
 
 def pack(
@@ -49,6 +60,7 @@ def pack(
     empty: Literal["error", "leave_out"] = "error",
     left_out_ok: bool = False,
     unlabelled: Literal["error", "keep"] = "error",
+    graph: GraphConfig | None = None,
     overwrite: bool = False,
 ) -> Manifest:
     """Write the bags of ``source`` to shards in the folder ``out``.
@@ -67,6 +79,7 @@ def pack(
         left_out_ok: go on where the source itself has to leave bags out (``source.left_out``); they are listed in the
             manifest.
         unlabelled: "keep" packs bags without a label, which can be predicted but not trained on.
+        graph: build a graph over the instances of each bag and store it; see :mod:`bigbag.data.graph`.
         overwrite: replace a finished set of another source or other options.
 
     Returns:
@@ -80,6 +93,8 @@ def pack(
     folder.mkdir(parents=True, exist_ok=True)
     options: dict[str, Any] = {"dtype": dtype, "shard_bytes": shard_bytes, "empty": empty}
     options |= {"left_out_ok": left_out_ok, "unlabelled": unlabelled}
+    if graph is not None:
+        options["graph"] = graph.model_dump(mode="json")
     _check_options(options, workers)
     entries = _ordered_entries(source, unlabelled)
     left_out = _left_out_by(source, left_out_ok)
@@ -214,8 +229,13 @@ def _encode(source: Source, entry: SourceEntry, key: str, options: dict[str, Any
                 f"bag {entry.name!r}{_path_of(entry)}: has no instances, expected at least 1; repair it, or leave "
                 'empty bags out with empty="leave_out" (data.empty_bags: leave_out), which lists them'
             )
-        return _Encoded(info, features, None, None)
+        return _Encoded(info, features, None)
+    warnings = []
+    if "graph" in options:
+        bag, warning = with_graph(bag, options["graph"], f"bag {entry.name!r}{_path_of(entry)}")
+        warnings.append(warning)
     stored = check_bag(bag, entry, options["dtype"])
+    warnings.append(label_warning(stored, entry))
     members = encode_bag(stored, info)
     largest = max(members, key=lambda name: len(members[name]))
     if len(members[largest]) > MAX_MEMBER_BYTES:
@@ -224,7 +244,7 @@ def _encode(source: Source, entry: SourceEntry, key: str, options: dict[str, Any
             f"{MAX_MEMBER_BYTES}: store a narrower dtype"
         )
     info = replace(info, sha256=hashlib.sha256(members["json"]).hexdigest())
-    return _Encoded(info, features, members, label_warning(stored, entry))
+    return _Encoded(info, features, members, tuple(warning for warning in warnings if warning))
 
 
 def _load(source: Source, entry: SourceEntry) -> Bag:
@@ -263,6 +283,7 @@ class _OpenShard:
         self.bags: list[BagInfo] = []
         self.left_out: list[dict[str, str]] = []
         self.warnings: list[str] = []
+        self.fields = state.fields
 
     def fits(self, bag: _Encoded, shard_bytes: int) -> bool:
         assert bag.members is not None
@@ -275,8 +296,8 @@ class _OpenShard:
             return
         self.writer.add(bag.info.key, bag.members)
         self.bags.append(replace(bag.info, shard=self.name))
-        if bag.warning is not None:
-            self.warnings.append(bag.warning)
+        self.warnings += bag.warnings
+        self.fields = [name for name in bag.fields if self.fields is None or name in self.fields]
 
     def finish(self, folder: Path, state: Progress) -> None:
         """Close the shard (an empty one is discarded) and record it."""
@@ -289,6 +310,7 @@ class _OpenShard:
         state.bags += self.bags
         state.left_out += self.left_out
         state.warnings += self.warnings
+        state.fields = self.fields
         state.num_entries += len(self.bags) + len(self.left_out)
         write_json(folder / PROGRESS_NAME, asdict(state))
 
@@ -312,6 +334,7 @@ def _manifest(source: Source, options: dict[str, Any], entries: Sequence[SourceE
         shards=tuple(state.shards),
         left_out=tuple(state.left_out),
         warnings=tuple(state.warnings),
+        fields=tuple(state.fields or ()),
     )
 
 

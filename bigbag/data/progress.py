@@ -33,6 +33,7 @@ class Progress:
     shards: list[ShardInfo] = field(default_factory=list)
     left_out: list[dict[str, str]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    fields: list[str] | None = None
 
 
 def entries_digest(entries: Sequence[SourceEntry]) -> str:

@@ -37,6 +37,8 @@ class BagStore(ABC):
         patch_shape: ``(height, width)`` where the features are the pixels of a patch, else None.
         description: JSON-able: where the bags come from.
         left_out: bags that are not in the set though its source has them, ``{"name": ..., "reason": ...}`` each.
+        fields: what every bag holds beside ``x``, of "adj", "coords", "y_inst"; None where that is not known.
+        graph: settings of the graph that packing built, None where it built none.
     """
 
     infos: tuple[BagInfo, ...]
@@ -45,6 +47,8 @@ class BagStore(ABC):
     patch_shape: tuple[int, int] | None
     description: dict[str, Any]
     left_out: tuple[dict[str, str], ...] = ()
+    fields: tuple[str, ...] | None = None
+    graph: dict[str, Any] | None = None
 
     @abstractmethod
     def read(self, index: int) -> Bag:
@@ -115,6 +119,8 @@ class MemoryStore(BagStore):
         self.feature_dtype = first.x.dtype.name
         self.patch_shape = patch_shape
         self.description = {"name": "memory", "num_bags": len(bags)}
+        names_of_fields = ("adj", "coords", "y_inst")
+        self.fields = tuple(name for name in names_of_fields if all(getattr(bag, name) is not None for bag in bags))
 
     def read(self, index: int) -> Bag:
         bag, info = self.bags[index], self.infos[index]
@@ -152,6 +158,8 @@ class ShardStore(BagStore):
         self.patch_shape = manifest.patch_shape
         self.description = manifest.source
         self.left_out = manifest.left_out
+        self.fields = manifest.fields
+        self.graph = manifest.options.get("graph")
         self.check_digests = check_digests
         self._cache = cache
         self._shards = {shard.file: shard for shard in manifest.shards}

@@ -23,7 +23,7 @@ from bigbag.engine.metrics import probabilities
 from bigbag.engine.trainer import Trainer
 from bigbag.engine.world import World, start_world
 from bigbag.files import write_atomically, write_json
-from bigbag.models import build_model, load_model
+from bigbag.models import MODELS, build_model, load_model
 
 _EVALUATED = ("val", "test")
 
@@ -117,12 +117,36 @@ def open_configured_store(config: Config) -> BagStore:
 
 def _check_run(config: Config, store: BagStore, splits: Mapping[str, Sequence[int]]) -> None:
     check_labels(store, splits, config.task)
+    _check_fields(config, store)
     monitored = config.train.monitor == "auroc" and config.task.type == "binary" and splits.get("val")
     if monitored and len({store.infos[bag].label for bag in splits["val"]}) < 2:
         raise ConfigError(
             "train.monitor is auroc, but all validation bags have the same label; set train.monitor=loss or use a "
             "larger validation split"
         )
+
+
+_PACKING_REMEDIES = {
+    "adj": "add data.graph to the config (data.graph={} takes the defaults)",
+    "coords": "give the bags of the source coordinates",
+}
+
+
+def _check_fields(config: Config, store: BagStore) -> None:
+    """Refuse a set that lacks what the model needs, or whose graph is not the one that the config describes."""
+    wanted = None if config.data.graph is None else config.data.graph.model_dump(mode="json")
+    if wanted is not None and store.fields is not None and "adj" in store.fields and store.graph not in (None, wanted):
+        raise ConfigError(
+            f"data.graph is {wanted}, but {config.data.shards} was packed with {store.graph}: pack again with "
+            "bigbag pack --overwrite, or take those settings"
+        )
+    model = MODELS.get(config.model.name)
+    for name in model.needs if model is not None and store.fields is not None else ():
+        if name not in store.fields:  # type: ignore[operator]
+            raise ConfigError(
+                f"model {config.model.name} needs {name}, which not every bag of {config.data.shards} has: "
+                f"{_PACKING_REMEDIES[name]} and pack again with bigbag pack --overwrite"
+            )
 
 
 def _claim_run_dir(config: Config, store: BagStore, world: World) -> None:

@@ -1,21 +1,14 @@
-"""Every setting of a run: typed, documented, strict.
-
-One YAML file is one run. :func:`load_config` reads it, applies ``key.sub=value`` overrides and returns a frozen
-:class:`Config`; an unknown key or a bad value is an error that names the file, the line and, for a typing slip, the
-nearest name. DeepSpeed's own configuration is derived from this one and never written by hand.
-"""
+"""The sections of a config: every setting with its type, default and meaning."""
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 _DATA_KEYS_WITHOUT_EFFECT = (
     "num_workers",
@@ -26,15 +19,12 @@ _DATA_KEYS_WITHOUT_EFFECT = (
     "cache_bytes",
     "source",
     "storage_dtype",
+    "graph",
     "shard_bytes",
     "empty_bags",
     "missing_bags",
 )
 _TRAIN_KEYS_WITHOUT_EFFECT = ("checkpoint_every_steps", "log_every_steps")
-
-
-class ConfigError(ValueError):
-    """A setting that can't be used; the message says where it stands and what was expected."""
 
 
 class _Section(BaseModel):
@@ -63,6 +53,37 @@ class ModelConfig(_Named):
     """A class of ``bigbag.models`` and its constructor arguments."""
 
 
+class GraphConfig(_Section):
+    """The graph that packing builds over the instances of each bag, for models that need one.
+
+    Weights are 1, or ``exp(-||x_i - x_j|| / P)`` with ``features``, and then normalised: see
+    :func:`bigbag.graphs.build_adjacency`.
+    """
+
+    radius: float | None = 1.5
+    """Join instances at most so many lattice steps apart: 1 joins 4 neighbours, 1.5 joins 8. None: use ``knn``."""
+    knn: int | None = None
+    """Join each instance with so many nearest others, made symmetric by union. None: use ``radius``."""
+    features: bool = False
+    """Weigh an edge by the similarity of the features of its ends."""
+    self_loops: bool = False
+    """Join every instance to itself."""
+    normalize: Literal["none", "symmetric", "row"] = "symmetric"
+    """symmetric: D^-1/2 A D^-1/2; row: D^-1 A; D holds the row sums."""
+    stride: float | Literal["infer"] = 1.0
+    """Lattice step in the unit of ``coords``: 1 where they count patches, as those of all built-in sources do; for
+    level-0 pixels the patch size at level 0 less the overlap, or "infer" to measure it in each bag."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> GraphConfig:
+        if (self.radius is None) == (self.knn is None):
+            raise ValueError("expected exactly one of radius and knn (set radius: null to use knn)")
+        for name, value in (("radius", self.radius), ("knn", self.knn), ("stride", self.stride)):
+            if isinstance(value, int | float) and value <= 0:
+                raise ValueError(f"{name} is {value}, expected a positive number")
+        return self
+
+
 class DataConfig(_Section):
     """Which bags, how they are packed, and how they are fed."""
 
@@ -72,6 +93,8 @@ class DataConfig(_Section):
     """What ``bigbag pack`` reads to make ``shards``; not used in training."""
     storage_dtype: Literal["float16", "float32"] = "float16"
     """Precision of features in the shards."""
+    graph: GraphConfig | None = None
+    """Graph that ``bigbag pack`` builds over each bag and stores; None: none."""
     shard_bytes: int = 256 * 2**20
     """Bytes after which packing starts a new shard."""
     empty_bags: Literal["error", "leave_out"] = "error"
@@ -246,124 +269,5 @@ class Config(_Section):
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:
-        """The resolved settings as YAML that :func:`load_config` reads back."""
+        """The resolved settings as YAML that :func:`bigbag.config.load_config` reads back."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file into a :class:`Config`.
-
-    Args:
-        path: the YAML file.
-        overrides: ``key.sub=value`` strings, the value in YAML syntax; applied in order.
-
-    Raises:
-        ConfigError: unreadable file, unknown key, bad value or bad override.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text()
-    except OSError as error:
-        raise ConfigError(f"{path}: can't read the config: {error.strerror}") from error
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        settings = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(settings, dict):
-        raise ConfigError(f"{path}: expected a mapping of settings, got {type(settings).__name__}")
-    places = {key: f"{path}:{line}" for key, line in _lines(node).items()}
-    for override in overrides:
-        key = _apply_override(settings, override)
-        places[key] = f"override {override!r}"
-        places.setdefault(key.partition(".")[0], places[key])
-    try:
-        return Config.model_validate(settings)
-    except ValidationError as error:
-        raise ConfigError(_explain(error, settings, places, str(path))) from None
-
-
-def build_config(settings: Mapping[str, Any]) -> Config:
-    """A :class:`Config` from a mapping, with the same checks and messages as :func:`load_config`."""
-    try:
-        return Config.model_validate(dict(settings))
-    except ValidationError as error:
-        raise ConfigError(_explain(error, settings, {}, "config")) from None
-
-
-def check_arguments(what: str, arguments: Mapping[str, Any], known: Sequence[str]) -> None:
-    """Refuse arguments that a component doesn't have.
-
-    Raises:
-        ConfigError: names the unknown argument, the nearest known one and all of them.
-    """
-    for key in arguments:
-        if key not in known:
-            raise ConfigError(f"{what}: unknown setting {key!r}{_suggest(key, known)}; it takes: {', '.join(known)}")
-
-
-def _lines(node: yaml.Node | None, prefix: str = "") -> dict[str, int]:
-    """Dotted key -> line (from 1) of every key below a YAML mapping node."""
-    lines: dict[str, int] = {}
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            name = f"{prefix}{key.value}"
-            lines[name] = key.start_mark.line + 1
-            lines |= _lines(value, f"{name}.")
-    return lines
-
-
-def _apply_override(settings: dict[str, Any], override: str) -> str:
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"override {override!r}: expected key.sub=value")
-    *parents, last = key.split(".")
-    section = settings
-    for parent in parents:
-        below = section.setdefault(parent, {})
-        if below is None:
-            below = section[parent] = {}
-        if not isinstance(below, dict):
-            raise ConfigError(f"override {override!r}: {parent!r} is a value, not a section")
-        section = below
-    try:
-        section[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
-    return key
-
-
-def _explain(error: ValidationError, settings: Mapping[str, Any], places: Mapping[str, str], default: str) -> str:
-    """One line per problem: where it stands, what it is, and the nearest known name for an unknown key."""
-    messages = []
-    for problem in error.errors():
-        location = [str(part) for part in problem["loc"]]
-        known = _field_names(location[:-1])
-        key = ".".join(location)
-        place = next(
-            (places[k] for i in range(len(location), 0, -1) if (k := ".".join(location[:i])) in places), default
-        )
-        if problem["type"] == "extra_forbidden":
-            messages.append(f"{place}: unknown setting {key!r}{_suggest(location[-1], known)}")
-        elif problem["type"] == "missing":
-            messages.append(f"{place}: setting {key!r} is missing")
-        else:
-            text = problem["msg"].removeprefix("Value error, ")
-            messages.append(f"{place}: setting {key!r}: {text} (got {problem['input']!r})")
-    return "\n".join(messages)
-
-
-def _field_names(location: Sequence[str]) -> list[str]:
-    """Names of the settings of the section at ``location``."""
-    section: Any = Config
-    for part in location:
-        annotation = section.model_fields[part].annotation if part in section.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        section = annotation
-    return list(section.model_fields)
-
-
-def _suggest(name: str, known: Sequence[str]) -> str:
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {nearest[0]!r}?" if nearest else ""

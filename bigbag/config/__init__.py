@@ -1,0 +1,37 @@
+"""Every setting of a run: typed, documented, strict.
+
+One YAML file is one run. :func:`load_config` reads it, applies ``key.sub=value`` overrides and returns a frozen
+:class:`Config`; an unknown key or a bad value is an error that names the file, the line and, for a typing slip, the
+nearest name. DeepSpeed's own configuration is derived from this one and never written by hand.
+"""
+
+from bigbag.config.load import ConfigError, build_config, check_arguments, load_config
+from bigbag.config.sections import (
+    Config,
+    DataConfig,
+    EngineConfig,
+    GraphConfig,
+    ModelConfig,
+    OptimConfig,
+    ReportConfig,
+    SourceConfig,
+    TaskConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "EngineConfig",
+    "GraphConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ReportConfig",
+    "SourceConfig",
+    "TaskConfig",
+    "TrainConfig",
+    "build_config",
+    "check_arguments",
+    "load_config",
+]

@@ -1,0 +1,136 @@
+"""From a YAML file to a :class:`Config`, with messages that say where a mistake stands."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from bigbag.config.sections import Config
+
+
+class ConfigError(ValueError):
+    """A setting that can't be used; the message says where it stands and what was expected."""
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file into a :class:`Config`.
+
+    Args:
+        path: the YAML file.
+        overrides: ``key.sub=value`` strings, the value in YAML syntax; applied in order.
+
+    Raises:
+        ConfigError: unreadable file, unknown key, bad value or bad override.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ConfigError(f"{path}: can't read the config: {error.strerror}") from error
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        settings = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path}: expected a mapping of settings, got {type(settings).__name__}")
+    places = {key: f"{path}:{line}" for key, line in _lines(node).items()}
+    for override in overrides:
+        key = _apply_override(settings, override)
+        places[key] = f"override {override!r}"
+        places.setdefault(key.partition(".")[0], places[key])
+    try:
+        return Config.model_validate(settings)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, settings, places, str(path))) from None
+
+
+def build_config(settings: Mapping[str, Any]) -> Config:
+    """A :class:`Config` from a mapping, with the same checks and messages as :func:`load_config`."""
+    try:
+        return Config.model_validate(dict(settings))
+    except ValidationError as error:
+        raise ConfigError(_explain(error, settings, {}, "config")) from None
+
+
+def check_arguments(what: str, arguments: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Refuse arguments that a component doesn't have.
+
+    Raises:
+        ConfigError: names the unknown argument, the nearest known one and all of them.
+    """
+    for key in arguments:
+        if key not in known:
+            raise ConfigError(f"{what}: unknown setting {key!r}{_suggest(key, known)}; it takes: {', '.join(known)}")
+
+
+def _lines(node: yaml.Node | None, prefix: str = "") -> dict[str, int]:
+    """Dotted key -> line (from 1) of every key below a YAML mapping node."""
+    lines: dict[str, int] = {}
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            name = f"{prefix}{key.value}"
+            lines[name] = key.start_mark.line + 1
+            lines |= _lines(value, f"{name}.")
+    return lines
+
+
+def _apply_override(settings: dict[str, Any], override: str) -> str:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: expected key.sub=value")
+    *parents, last = key.split(".")
+    section = settings
+    for parent in parents:
+        below = section.setdefault(parent, {})
+        if below is None:
+            below = section[parent] = {}
+        if not isinstance(below, dict):
+            raise ConfigError(f"override {override!r}: {parent!r} is a value, not a section")
+        section = below
+    try:
+        section[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
+    return key
+
+
+def _explain(error: ValidationError, settings: Mapping[str, Any], places: Mapping[str, str], default: str) -> str:
+    """One line per problem: where it stands, what it is, and the nearest known name for an unknown key."""
+    messages = []
+    for problem in error.errors():
+        location = [str(part) for part in problem["loc"]]
+        known = _field_names(location[:-1])
+        key = ".".join(location)
+        place = next(
+            (places[k] for i in range(len(location), 0, -1) if (k := ".".join(location[:i])) in places), default
+        )
+        if problem["type"] == "extra_forbidden":
+            messages.append(f"{place}: unknown setting {key!r}{_suggest(location[-1], known)}")
+        elif problem["type"] == "missing":
+            messages.append(f"{place}: setting {key!r} is missing")
+        else:
+            text = problem["msg"].removeprefix("Value error, ")
+            messages.append(f"{place}: setting {key!r}: {text} (got {problem['input']!r})")
+    return "\n".join(messages)
+
+
+def _field_names(location: Sequence[str]) -> list[str]:
+    """Names of the settings of the section at ``location``."""
+    section: Any = Config
+    for part in location:
+        annotation = section.model_fields[part].annotation if part in section.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        section = annotation
+    return list(section.model_fields)
+
+
+def _suggest(name: str, known: Sequence[str]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""
