@@ -120,10 +120,10 @@ class MILModel(torch.nn.Module):
     def after_step(self) -> None:
         """Called by the training loop after every optimiser step; for state that is not learned by gradients.
 
-        The loop calls it on every rank, with the updated weights, outside of autograd's graph, and once per step however
-        many packs the step had. A model may rely on having run ``compute_loss`` in training mode at least once since the
-        last call, and may use collectives: all ranks are in it. What it changes must come out equal on all ranks, and
-        belongs in buffers, so that a checkpoint holds it. The default does nothing.
+        The loop calls it on every rank, with the updated weights, outside of autograd's graph, and once per step
+        however many packs the step had. A model may rely on having run ``compute_loss`` in training mode at least once
+        since the last call, and may use collectives: all ranks are in it. What it changes must come out equal on all
+        ranks, and belongs in buffers, so that a checkpoint holds it. The default does nothing.
         """
 
     def bag_loss(self, Y_pred: Tensor, Y: Tensor) -> Tensor:
