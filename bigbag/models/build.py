@@ -20,9 +20,10 @@ from bigbag.config import ConfigError, ModelConfig, TaskConfig, check_arguments
 from bigbag.files import write_atomically, write_json
 from bigbag.models.abmil import ABMIL
 from bigbag.models.base import MILModel
+from bigbag.models.clam import CLAM_MB, CLAM_SB
 from bigbag.models.pooling import MaxMIL, MeanMIL
 
-MODELS: dict[str, type[MILModel]] = {cls.__name__: cls for cls in (ABMIL, MeanMIL, MaxMIL)}
+MODELS: dict[str, type[MILModel]] = {cls.__name__: cls for cls in (ABMIL, MeanMIL, MaxMIL, CLAM_SB, CLAM_MB)}
 
 _CRITERIA = {
     "binary": torch.nn.BCEWithLogitsLoss,

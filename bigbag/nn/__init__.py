@@ -2,6 +2,7 @@
 
 from bigbag.nn.attention import MultiheadCrossAttention, MultiheadSelfAttention
 from bigbag.nn.linear import MLP, LazyLinear, get_feat_dim
+from bigbag.nn.losses import SmoothTop1SVM
 from bigbag.nn.pools import AttentionPool, MaskedSoftmax, MaxPool, MeanPool, masked_softmax
 from bigbag.nn.transformers import Encoder, Layer, TransformerEncoder, TransformerLayer
 
@@ -16,6 +17,7 @@ __all__ = [
     "MeanPool",
     "MultiheadCrossAttention",
     "MultiheadSelfAttention",
+    "SmoothTop1SVM",
     "TransformerEncoder",
     "TransformerLayer",
     "get_feat_dim",

@@ -59,12 +59,21 @@ class AttentionPool(torch.nn.Module):
         att_dim: width of the attention space.
         act: "tanh", "relu" or "gelu".
         gated: use the gated form.
+        n_heads: rows of ``w``, each with an attention and a pooled vector of its own. Results get an axis for them
+            where there are several: z ``(B, n_heads, D)``, f ``(T, n_heads)``.
 
     Raises:
         ValueError: an unknown activation.
     """
 
-    def __init__(self, in_dim: int | None = None, att_dim: int = 128, act: str = "tanh", gated: bool = False) -> None:
+    def __init__(
+        self,
+        in_dim: int | None = None,
+        att_dim: int = 128,
+        act: str = "tanh",
+        gated: bool = False,
+        n_heads: int = 1,
+    ) -> None:
         super().__init__()
         if act not in _ACT_LAYERS:
             raise ValueError(f"[{type(self).__name__}] act must be 'tanh', 'relu' or 'gelu', got {act!r}")
@@ -75,7 +84,7 @@ class AttentionPool(torch.nn.Module):
         self.recompute = False
         """Recompute the attention space in the backward pass instead of storing it (less memory, more time)."""
         self.fc1 = LazyLinear(in_dim, att_dim)
-        self.fc2 = torch.nn.Linear(att_dim, 1, bias=False)
+        self.fc2 = torch.nn.Linear(att_dim, n_heads, bias=False)
         if gated:
             self.fc_gated = LazyLinear(in_dim, att_dim)
 

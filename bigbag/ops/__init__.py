@@ -23,6 +23,7 @@ from bigbag.ops.nystrom import nystrom_attention, nystrom_class_token_attention
 from bigbag.ops.quadratic import dirichlet_energy, quadratic_form
 from bigbag.ops.registry import Operator, use_impl
 from bigbag.ops.registry import table as _table
+from bigbag.ops.rows import segment_dots, take_rows
 from bigbag.ops.segments import OPERATORS as _SEGMENTS
 from bigbag.ops.segments import segment_max, segment_mean, segment_softmax, segment_sum
 from bigbag.ops.smooth import smooth
@@ -49,6 +50,7 @@ __all__ = [
     "nystrom_attention",
     "nystrom_class_token_attention",
     "quadratic_form",
+    "segment_dots",
     "segment_logsumexp",
     "segment_max",
     "segment_mean",
@@ -59,6 +61,7 @@ __all__ = [
     "smooth",
     "smooth_exact",
     "spmm",
+    "take_rows",
     "use_impl",
 ]
 

@@ -134,7 +134,7 @@ def test_other_tasks(name, arguments, task, outputs):
     model, pack = build(name, arguments, TaskConfig(type=task, num_outputs=outputs)), make_pack()
     labels = torch.tensor([2, 0, 1]) if task == "multiclass" else torch.rand(3, outputs).squeeze(-1)
     logits, losses = model.compute_loss(labels, pack)
-    assert logits.shape == ((3, outputs) if outputs > 1 else (3,)) and len(losses) == 1
+    assert logits.shape == ((3, outputs) if outputs > 1 else (3,))
     assert torch.isfinite(sum(losses.values()))
 
 
