@@ -20,9 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["bench"]:
-        from bigbag.bench import main as bench
-
-        return bench(arguments[1:]) or 0
+        return _bench(arguments[1:])
     options = _parser().parse_args(arguments)
     _quiet_known_noise()
     try:
@@ -34,6 +32,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{rank}error: {error}", file=sys.stderr, flush=True)
         return 2
     return 0
+
+
+def _bench(arguments: Sequence[str]) -> int:
+    """``bench ops`` or ``bench models``, each with options of its own."""
+    if arguments[:1] == ["models"]:
+        from bigbag.bench_models import main as bench_models
+
+        return bench_models(arguments[1:])
+    from bigbag.bench import main as bench_operators
+
+    return bench_operators(arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -58,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(local_rank=0)
     for command in (train, evaluate):
         command.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the DeepSpeed launcher appends it
-    commands.add_parser("bench", help="Microbenchmarks of the operators; see bigbag bench --help.")
+    commands.add_parser("bench", help="Benchmarks: `bench ops` of the operators, `bench models` of whole models.")
     return parser
 
 

@@ -34,7 +34,8 @@ ALLOWED = {
     "samples": OPS | {"testing"},
     "testing": OPS | {"samples"},
     "bench": ENGINE | {"samples", "testing"},
-    "cli": ENGINE | {"evaluation", "visualize", "bench"},
+    "bench_models": ENGINE,
+    "cli": ENGINE | {"evaluation", "visualize", "bench", "bench_models"},
 }
 
 

@@ -1,0 +1,224 @@
+"""Benchmark of whole models: one training step on one bag, against torchmil's model of the same name.
+
+    python launch/bench.py models --models SmABMIL,PatchGCN --sizes 50000 --width 1024 --csv models.csv
+
+Each contender runs in a process of its own, so that its peak memory is its own; the processes take turns, and ratios
+are those of the medians of one run. A step is forward, loss and backward on a lattice-shaped bag of one label. Beside
+the time stands its limit: every weight matrix applied to every instance, at the machine's own GEMM rate (2 FLOP per
+weight and instance forward, 4 backward, 2 for the first layer, whose input needs no gradient), and three reads of the
+features at its copy rate. torchmil is taken where it is installed; a contender that fails or runs out of time is
+reported as such.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_VAE = {"name": "VariationalAutoEncoderMIL", "layer_sizes": [256, 64], "activations": ["relu", "None"]}
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "CAMIL": {"n_landmarks": 256},
+    "TransMIL": {"n_landmarks": 256},
+    "VAEABMIL": {"feat_ext": _VAE},
+}
+"""Arguments beside ``in_shape`` where a model's defaults do not run in torchmil."""
+
+LIBRARIES = ("bigbag", "torchmil")
+_TIMED_OUT = "timed out"
+
+
+def lattice(num_instances: int) -> Tensor:
+    """``(N, 2)`` int64: the places of a square lattice, row by row."""
+    side = int(num_instances**0.5 + 0.999)
+    index = torch.arange(num_instances)
+    return torch.stack([index % side, index // side], 1)
+
+
+def make_step(library: str, name: str, num_instances: int, width: int, dtype: torch.dtype, recompute: bool) -> Any:
+    """The model and a function that does one training step (forward, loss, backward) on one bag."""
+    from bigbag.graphs import build_adjacency
+
+    torch.manual_seed(0)
+    arguments = dict(ARGUMENTS.get(name, {}))
+    if "feat_ext" in arguments:
+        settings = dict(arguments["feat_ext"])
+        module = __import__(f"{library}.nn", fromlist=["nn"])
+        arguments["feat_ext"] = getattr(module, settings.pop("name"))(input_shape=(width,), **settings)
+    cls = getattr(__import__(f"{library}.models", fromlist=["models"]), name)
+    model = cls(in_shape=(width,), **arguments).train()
+    x, y = torch.randn(num_instances, width), torch.ones(1)
+    coords = lattice(num_instances)
+    adj = build_adjacency(coords, radius=1.5, normalize="symmetric")
+    if library == "bigbag":
+        from bigbag.bags import PackedBags, Segments
+
+        model.activation_checkpointing = recompute
+        segments = Segments.from_sizes((num_instances,))
+        x = x.to(dtype)
+        bags = PackedBags(x, segments.offsets, segments.sizes, y=y, coords=coords, adj=adj)
+
+        def loss_terms() -> Any:
+            return model.compute_loss(y, bags)[1]
+    else:
+        named = {"X": x[None], "adj": adj.to_coo()[None], "coords": coords[None], "mask": torch.ones(1, num_instances)}
+        taken = model.compute_loss.__code__.co_varnames[: model.compute_loss.__code__.co_argcount]
+        # torchmil needs a mask in DTFDMIL only; elsewhere it costs time for nothing.
+        batch = {key: named[key] for key in named if key in taken and (key != "mask" or name == "DTFDMIL")}
+
+        def loss_terms() -> Any:
+            return model.compute_loss(y, **batch)[1]
+
+    def step() -> float:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = torch.stack([value.float() for value in loss_terms().values()]).sum()
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    return model, step
+
+
+def memory_bytes(field: str) -> int:
+    """A line of ``/proc/self/status``, such as VmRSS or VmHWM, in bytes."""
+    text = Path("/proc/self/status").read_text()
+    return int(text.split(field + ":")[1].split()[0]) * 1024
+
+
+def measure(job: dict[str, Any]) -> dict[str, Any]:
+    """Run one job in this process: seconds of a step, and the most resident bytes beyond those before it."""
+    torch.set_num_threads(job["threads"])
+    dtype = getattr(torch, job["dtype"])
+    shape = (job["width"], dtype, job["recompute"])
+    make_step(job["library"], job["model"], 300, *shape)[1]()  # compiles and imports
+    model, step = make_step(job["library"], job["model"], job["instances"], *shape)
+    before = memory_bytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    started = time.perf_counter()
+    loss = step()
+    seconds = [time.perf_counter() - started]
+    peak = memory_bytes("VmHWM") - before
+    while len(seconds) < job["steps"] and sum(seconds) < job["seconds"]:
+        started = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - started)
+    weights = [p.numel() for p in model.parameters() if p.dim() == 2]
+    flops = 6 * job["instances"] * sum(weights) - 2 * job["instances"] * (weights or [0])[0]
+    return {"seconds": statistics.median(seconds), "peak_bytes": peak, "loss": loss, "flops": flops}
+
+
+def run_job(job: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+    """:func:`measure` in a fresh process; ``{"error": ...}`` if it fails."""
+    code = (
+        "import json, sys; from bigbag.bench_models import measure; print(json.dumps(measure(json.loads(sys.argv[1]))))"
+    )
+    command = [sys.executable, "-c", code, json.dumps(job)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        return {"error": f"{_TIMED_OUT} ({timeout_s:.0f} s)"}
+    if done.returncode != 0:
+        killed = done.returncode == -9
+        last = (done.stderr.strip().splitlines() or [""])[-1]
+        return {"error": "out of memory" if killed else last[:120]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def rates(threads: int) -> tuple[dict[str, float], float]:
+    """GEMM FLOP/s by dtype, and copied bytes (read and written) per second, of this machine."""
+    torch.set_num_threads(threads)
+    gemm = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.randn(8192, 1024).to(dtype), torch.randn(1024, 512).to(dtype)
+        gemm[str(dtype)[6:]] = 2 * 8192 * 1024 * 512 / _fastest(lambda a=a, b=b: a @ b)  # type: ignore[misc]
+    source, target = torch.zeros(1 << 26), torch.zeros(1 << 26)
+    return gemm, 2 * source.nbytes / _fastest(lambda: target.copy_(source))
+
+
+def _fastest(step: Callable[[], object]) -> float:
+    seconds = []
+    for _ in range(7):
+        started = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def bench_model(name: str, instances: int, options: argparse.Namespace, gemm: Any, copy: float) -> list[dict[str, Any]]:
+    """Rows of one model at one size: bigbag in each precision, kept and recomputed, and torchmil in fp32."""
+    import importlib.util
+
+    shared = {"model": name, "instances": instances, "width": options.width, "threads": options.threads}
+    shared |= {"steps": options.steps, "seconds": options.seconds}
+    contenders = [("bigbag", d, r) for d in options.dtypes.split(",") for r in (False, True)]
+    theirs = importlib.util.find_spec("torchmil") is not None and name not in ("CLAM_MB", "MeanMIL", "MaxMIL")
+    if theirs and not options.without_torchmil:
+        contenders.insert(0, ("torchmil", "float32", False))
+    rows = []
+    for library, dtype, recompute in contenders:
+        job = shared | {"library": library, "dtype": dtype, "recompute": recompute}
+        rows.append(job | run_job(job, options.timeout))
+        baseline = rows[0] if rows[0]["library"] == "torchmil" else {}
+        row = rows[-1]
+        if "error" not in row:
+            row["limit_s"] = row["flops"] / gemm[dtype] + 3 * instances * options.width * 4 / copy
+            row["times_limit"] = row["seconds"] / row["limit_s"]
+        if "error" not in row and "seconds" in baseline:
+            row["time_ratio"] = row["seconds"] / baseline["seconds"]
+            row["memory_ratio"] = row["peak_bytes"] / baseline["peak_bytes"]
+        print(_line(row), flush=True)
+    return rows
+
+
+def _line(row: dict[str, Any]) -> str:
+    label = f"{row['library']} {row['dtype']}" + (", recomputed" if row["recompute"] else "")
+    head = f"{row['model']:<28} {row['instances']:>8}  {label:<28}"
+    if "error" in row:
+        return f"{head}{row['error']}"
+    ratios = ""
+    if "time_ratio" in row:
+        ratios = f"  x{row['time_ratio']:.2f} time  x{row['memory_ratio']:.2f} memory of torchmil"
+    size = f"{row['seconds']:>8.2f} s  {row['peak_bytes'] / 2**20:>7.0f} MiB"
+    return f"{head}{size}  {row['times_limit']:>5.1f} x limit  loss {row['loss']:.4f}{ratios}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``bigbag bench models``; returns an exit status: 1 if a model of bigbag failed."""
+    from bigbag.models import MODELS
+
+    parser = argparse.ArgumentParser(prog="bench models", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--models", default="all", help="names, comma-separated")
+    parser.add_argument("--sizes", default="50000", help="instances, comma-separated")
+    parser.add_argument("--width", type=int, default=1024, help="features per instance")
+    parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--steps", type=int, default=3, help="most steps timed")
+    parser.add_argument("--seconds", type=float, default=10, help="no further step after so many seconds")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds after which a contender is given up")
+    parser.add_argument("--without-torchmil", action="store_true")
+    parser.add_argument("--csv", help="write every row to this file")
+    options = parser.parse_args(argv)
+    gemm, copy = rates(options.threads)
+    shown = ", ".join(f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in gemm.items())
+    print(f"{options.threads} threads, GEMM {shown}, copy {copy / 1e9:.1f} GB/s, torch {torch.__version__}")
+    rows: list[dict[str, Any]] = []
+    for name in list(MODELS) if options.models == "all" else options.models.split(","):
+        for instances in map(int, options.sizes.split(",")):
+            rows += bench_model(name, instances, options, gemm, copy)
+    if options.csv:
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        with open(options.csv, "w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+    return int(any("error" in row for row in rows if row["library"] == "bigbag"))
