@@ -17,7 +17,7 @@ from bigbag.bags import Bag
 from bigbag.data.sources.base import SourceEntry
 
 SPLITS = ("train", "val", "test")
-IMAGE_FRACTIONS = (0.65, 0.10, 0.25)
+IMAGE_FRACTIONS = (0.55, 0.15, 0.30)
 """Share of the images of each digit that train, val and test slides are made of."""
 
 _MAX_PIECES = 3
