@@ -34,7 +34,7 @@ class StepModule(torch.nn.Module):
                 assert bags.y is not None
                 _, losses = self.model.compute_loss(bags.y, bags)
                 return torch.stack([loss.float() for loss in losses.values()]).sum()
-            return self.model.forward(bags, return_att=want == "logits and scores")
+            return self.model.predict(bags, return_inst_pred=want == "logits and scores")
 
 
 class Backend(Protocol):

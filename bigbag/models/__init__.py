@@ -4,12 +4,14 @@ from bigbag.models.abmil import ABMIL
 from bigbag.models.base import GraphMILModel, MILModel, MILModelWrapper
 from bigbag.models.build import MODELS, build_model, load_model, save_model
 from bigbag.models.clam import CLAM_MB, CLAM_SB
+from bigbag.models.dsmil import DSMIL
 from bigbag.models.pooling import MaxMIL, MeanMIL
 
 __all__ = [
     "ABMIL",
     "CLAM_MB",
     "CLAM_SB",
+    "DSMIL",
     "MODELS",
     "GraphMILModel",
     "MILModel",

@@ -217,6 +217,13 @@ def feature_dim(feat_ext: torch.nn.Module, in_shape: tuple[int, ...] | None) -> 
     return None if in_shape is None else get_feat_dim(feat_ext, tuple(in_shape))
 
 
+def required_feature_dim(model: Any, in_shape: tuple[int, ...] | None) -> int:
+    """As :func:`feature_dim` of ``model.feat_ext``, for models that cannot learn the width from their first input."""
+    if in_shape is None:
+        raise ValueError(f"{type(model).__name__} needs in_shape, the shape of one instance, such as (1024,)")
+    return get_feat_dim(model.feat_ext, tuple(in_shape))
+
+
 def squeeze_single_output(logits: Tensor) -> Tensor:
     """``(B, 1)`` to ``(B,)``; other widths stay."""
     return logits.squeeze(-1) if logits.shape[-1] == 1 else logits
