@@ -5,6 +5,7 @@ from bigbag.models.base import GraphMILModel, MILModel, MILModelWrapper
 from bigbag.models.build import MODELS, build_model, load_model, save_model
 from bigbag.models.clam import CLAM_MB, CLAM_SB
 from bigbag.models.dsmil import DSMIL
+from bigbag.models.dtfdmil import DTFDMIL
 from bigbag.models.pooling import MaxMIL, MeanMIL
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "CLAM_MB",
     "CLAM_SB",
     "DSMIL",
+    "DTFDMIL",
     "MODELS",
     "GraphMILModel",
     "MILModel",

@@ -22,9 +22,12 @@ from bigbag.models.abmil import ABMIL
 from bigbag.models.base import MILModel
 from bigbag.models.clam import CLAM_MB, CLAM_SB
 from bigbag.models.dsmil import DSMIL
+from bigbag.models.dtfdmil import DTFDMIL
 from bigbag.models.pooling import MaxMIL, MeanMIL
 
-MODELS: dict[str, type[MILModel]] = {cls.__name__: cls for cls in (ABMIL, MeanMIL, MaxMIL, CLAM_SB, CLAM_MB, DSMIL)}
+MODELS: dict[str, type[MILModel]] = {
+    cls.__name__: cls for cls in (ABMIL, MeanMIL, MaxMIL, CLAM_SB, CLAM_MB, DSMIL, DTFDMIL)
+}
 
 _CRITERIA = {
     "binary": torch.nn.BCEWithLogitsLoss,

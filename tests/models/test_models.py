@@ -16,6 +16,8 @@ SMALL: dict = {}
 VARIANTS = [(name, SMALL.get(name, {})) for name in MODELS] + [
     ("ABMIL", {"gated": True, "att_act": "relu"}),
     ("ABMIL", {"feat_ext": {"name": "MLP", "linear_sizes": [7], "activations": ["relu"]}}),
+    ("DTFDMIL", {"distill_mode": "max", "n_groups": 2}),
+    ("DTFDMIL", {"distill_mode": "afs", "feat_ext": {"name": "MLP", "linear_sizes": [7], "activations": ["relu"]}}),
 ]
 IDS = [f"{name}-{'-'.join(arguments) or 'default'}" for name, arguments in VARIANTS]
 each_model = pytest.mark.parametrize("name, arguments", VARIANTS, ids=IDS)
@@ -59,15 +61,20 @@ def reordered(bag: Bag, order: torch.Tensor) -> Bag:
 @pytest.mark.parametrize("training", [True, False])
 def test_packed_alone_and_padded_agree(name, arguments, training):
     model, pack = build(name, arguments).train(training), make_pack()
-    logits, scores = model(pack, return_att=True)
+
+    def run(*args, **kwargs):
+        torch.manual_seed(1)  # the same pseudo-bags of DTFDMIL
+        return model(*args, **kwargs)
+
+    logits, scores = run(pack, return_att=True)
     assert logits.shape == (3,) and scores.shape == (sum(SIZES),)
-    padded_logits, padded_scores = model(**padded(model, pack), return_att=True)
+    padded_logits, padded_scores = run(**padded(model, pack), return_att=True)
     torch.testing.assert_close(padded_logits, logits)
     assert padded_scores.squeeze(-1).shape == (3, max(SIZES))  # DSMIL's attention is torchmil's (B, N, 1)
     torch.testing.assert_close(padded_scores[pack.mask()].reshape(-1), scores)
     for i, size in enumerate(SIZES):
         alone = PackedBags.from_bags([make_bag(size, 0, i)])
-        torch.testing.assert_close(model(alone), logits[i : i + 1])
+        torch.testing.assert_close(run(alone), logits[i : i + 1])
 
 
 @each_model
