@@ -7,6 +7,7 @@ from bigbag.models.clam import CLAM_MB, CLAM_SB
 from bigbag.models.dsmil import DSMIL
 from bigbag.models.dtfdmil import DTFDMIL
 from bigbag.models.pooling import MaxMIL, MeanMIL
+from bigbag.models.transformer_abmil import TransformerABMIL
 
 __all__ = [
     "ABMIL",
@@ -20,6 +21,7 @@ __all__ = [
     "MILModelWrapper",
     "MaxMIL",
     "MeanMIL",
+    "TransformerABMIL",
     "build_model",
     "load_model",
     "save_model",

@@ -24,9 +24,20 @@ from bigbag.models.clam import CLAM_MB, CLAM_SB
 from bigbag.models.dsmil import DSMIL
 from bigbag.models.dtfdmil import DTFDMIL
 from bigbag.models.pooling import MaxMIL, MeanMIL
+from bigbag.models.transformer_abmil import TransformerABMIL
 
 MODELS: dict[str, type[MILModel]] = {
-    cls.__name__: cls for cls in (ABMIL, MeanMIL, MaxMIL, CLAM_SB, CLAM_MB, DSMIL, DTFDMIL)
+    cls.__name__: cls
+    for cls in (
+        ABMIL,
+        MeanMIL,
+        MaxMIL,
+        CLAM_SB,
+        CLAM_MB,
+        DSMIL,
+        DTFDMIL,
+        TransformerABMIL,
+    )
 }
 
 _CRITERIA = {

@@ -11,7 +11,9 @@ from bigbag.models import MODELS, build_model, save_model
 
 WIDTH = 6
 SIZES = (5, 1, 9)
-SMALL: dict = {}
+SMALL: dict = {
+    "TransformerABMIL": {"transf_att_dim": 6, "transf_n_heads": 2, "pool_att_dim": 4},
+}
 """Model -> arguments that keep it small enough for these tests."""
 VARIANTS = [(name, SMALL.get(name, {})) for name in MODELS] + [
     ("ABMIL", {"gated": True, "att_act": "relu"}),
