@@ -7,6 +7,7 @@ from bigbag.models.clam import CLAM_MB, CLAM_SB
 from bigbag.models.dsmil import DSMIL
 from bigbag.models.dtfdmil import DTFDMIL
 from bigbag.models.pooling import MaxMIL, MeanMIL
+from bigbag.models.sm_abmil import SmABMIL
 from bigbag.models.transformer_abmil import TransformerABMIL
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "MILModelWrapper",
     "MaxMIL",
     "MeanMIL",
+    "SmABMIL",
     "TransformerABMIL",
     "build_model",
     "load_model",

@@ -4,12 +4,16 @@ from bigbag.nn.attention import MultiheadCrossAttention, MultiheadSelfAttention
 from bigbag.nn.linear import MLP, LazyLinear, get_feat_dim
 from bigbag.nn.losses import SmoothTop1SVM
 from bigbag.nn.pools import AttentionPool, MaskedSoftmax, MaxPool, MeanPool, masked_softmax
+from bigbag.nn.sm import ApproxSm, ExactSm, Sm
+from bigbag.nn.sm_attention_pool import SmAttentionPool
 from bigbag.nn.transformers import Encoder, Layer, TransformerEncoder, TransformerLayer
 
 __all__ = [
     "MLP",
+    "ApproxSm",
     "AttentionPool",
     "Encoder",
+    "ExactSm",
     "Layer",
     "LazyLinear",
     "MaskedSoftmax",
@@ -17,6 +21,8 @@ __all__ = [
     "MeanPool",
     "MultiheadCrossAttention",
     "MultiheadSelfAttention",
+    "Sm",
+    "SmAttentionPool",
     "SmoothTop1SVM",
     "TransformerEncoder",
     "TransformerLayer",

@@ -27,9 +27,11 @@ from bigbag.ops.rows import segment_dots, take_rows
 from bigbag.ops.segments import OPERATORS as _SEGMENTS
 from bigbag.ops.segments import segment_max, segment_mean, segment_softmax, segment_sum
 from bigbag.ops.smooth import smooth
+from bigbag.ops.smooth_directed import smooth_exact_directed
 from bigbag.ops.smooth_exact import smooth_exact
 from bigbag.ops.spmm import degrees, spmm
 from bigbag.ops.topk import segment_logsumexp, segment_pool, segment_topk
+from bigbag.ops.transpose import marked_symmetric, transpose
 
 __all__ = [
     "AttentionBias",
@@ -43,6 +45,7 @@ __all__ = [
     "dirichlet_energy",
     "explain",
     "lambda_max",
+    "marked_symmetric",
     "masked_attention",
     "mean_attention",
     "neighbor_attention",
@@ -60,8 +63,10 @@ __all__ = [
     "segment_topk",
     "smooth",
     "smooth_exact",
+    "smooth_exact_directed",
     "spmm",
     "take_rows",
+    "transpose",
     "use_impl",
 ]
 

@@ -8,7 +8,7 @@
 so far, whose root, the worst of them, a row must beat. That is T C comparisons, and about k log(N / k) insertions of
 O(log k) per column where rows come in no order (N in the worst order). x is read once. ``logsumexp`` reads x twice
 forward, once backward. ``pool`` is one GEMM per bag (2 T S P FLOP), in chunks of ``CHUNK_ROWS`` where rows must be
-widened; sums are float32 (float64).
+widened, and for one or two columns one pass over x; sums are float32 (float64).
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from bigbag.kernels.cpu.segments import _jit, _launch, accumulation_dtype, array
 
 CHUNK_ROWS = 4096
 _COLUMNS = 32
+# Up to here a product reads x once and widens it on the way; beyond, a GEMM is faster.
+_FEW_COLUMNS = 2
 _LAST = np.iinfo(np.int64).max
 
 
@@ -158,6 +160,8 @@ def _chunks(offsets: Tensor, whole: bool) -> list[tuple[int, int, int]]:
 def pool(weights: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     """weights (T, S), x (T, P) -> (B, S, P) in the accumulation dtype."""
     acc = accumulation_dtype(torch.promote_types(weights.dtype, x.dtype))
+    if weights.shape[1] <= _FEW_COLUMNS:
+        return segments.weighted_sum(x, weights.to(acc), offsets)
     out = torch.zeros(offsets.shape[0] - 1, weights.shape[1], x.shape[1], dtype=acc)
     for bag, start, end in _chunks(offsets, weights.dtype == x.dtype == acc):
         out[bag].addmm_(weights[start:end].to(acc).t(), x[start:end].to(acc))
@@ -171,6 +175,9 @@ def pool_backward(
     acc, whole = grad.dtype, weights.dtype == x.dtype == grad.dtype
     grad_weights = torch.empty(weights.shape if need_weights else (0,), dtype=weights.dtype)
     grad_x = torch.empty(x.shape if need_x else (0,), dtype=x.dtype)
+    if need_weights and grad.shape[1] <= _FEW_COLUMNS:
+        need_weights = False
+        grad_weights.copy_(segments.row_dots(x, grad.contiguous(), offsets))
     for bag, start, end in _chunks(offsets, whole):
         for needed, out, rows, matrix in (
             (need_weights, grad_weights, x, grad[bag].t()),

@@ -20,6 +20,9 @@ VARIANTS = [(name, SMALL.get(name, {})) for name in MODELS] + [
     ("ABMIL", {"feat_ext": {"name": "MLP", "linear_sizes": [7], "activations": ["relu"]}}),
     ("DTFDMIL", {"distill_mode": "max", "n_groups": 2}),
     ("DTFDMIL", {"distill_mode": "afs", "feat_ext": {"name": "MLP", "linear_sizes": [7], "activations": ["relu"]}}),
+    ("SmABMIL", {"sm_where": "mid", "att_act": "gelu"}),
+    ("SmABMIL", {"sm_where": "late", "sm_mode": "exact"}),
+    ("SmABMIL", {"sm_mode": "exact", "feat_ext": {"name": "MLP", "linear_sizes": [7], "activations": ["relu"]}}),
 ]
 IDS = [f"{name}-{'-'.join(arguments) or 'default'}" for name, arguments in VARIANTS]
 each_model = pytest.mark.parametrize("name, arguments", VARIANTS, ids=IDS)
