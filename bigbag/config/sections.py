@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 _DATA_KEYS_WITHOUT_EFFECT = (
     "num_workers",
@@ -143,16 +143,51 @@ class DataConfig(_Section):
 class TaskConfig(_Section):
     """What a bag's label means."""
 
-    type: Literal["binary", "multiclass", "multilabel", "regression"] = "binary"
-    """binary: 0 or 1; multiclass: 0 .. num_outputs - 1; multilabel: num_outputs times 0 or 1; regression: numbers."""
+    type: Literal["binary", "multiclass", "multilabel", "regression", "survival", "survival_discrete"] = "binary"
+    """binary: 0 or 1; multiclass: 0 .. num_outputs - 1; multilabel: num_outputs times 0 or 1; regression: numbers;
+    survival: (time, event), Cox's partial likelihood over the bags of a step; survival_discrete: (time, event), the
+    likelihood over num_outputs time bins. event: 1 = observed, 0 = censored."""
     num_outputs: int = 1
-    """Logits per bag: 1 for binary, the number of classes, labels or targets otherwise."""
+    """Logits per bag: 1 for binary and survival, the number of classes, labels, targets or time bins otherwise."""
+    class_weights: list[float] | Literal["balanced"] | None = None
+    """multiclass: weight of each class in the loss; balanced: n / (K n_k) of the n training bags and K classes."""
+    pos_weight: float | list[float] | Literal["balanced"] | None = None
+    """binary, multilabel (one number each): weight of the positives in the loss; balanced: negatives / positives of the
+    training bags."""
+    time_bins: list[float] | None = None
+    """survival_discrete: the num_outputs - 1 inner edges of the bins, ascending; None: quantiles of the observed
+    training times."""
+    alpha: float = 0.0
+    """survival_discrete: by how much censored bags weigh less, 0 to 1."""
+
+    @property
+    def is_survival(self) -> bool:
+        return self.type.startswith("survival")
 
     @model_validator(mode="after")
     def _consistent(self) -> TaskConfig:
-        if (self.type == "binary") != (self.num_outputs == 1) and self.type != "regression":
+        single = self.type in ("binary", "survival")
+        if single != (self.num_outputs == 1) and self.type != "regression":
             raise ValueError(f"task type {self.type!r} does not go with num_outputs {self.num_outputs}")
+        self._check_belongs("class_weights", self.class_weights, ("multiclass",), self.num_outputs)
+        self._check_belongs("pos_weight", self.pos_weight, ("binary", "multilabel"), self.num_outputs)
+        self._check_belongs("time_bins", self.time_bins, ("survival_discrete",), self.num_outputs - 1)
+        if self.time_bins is not None and sorted(set(self.time_bins)) != self.time_bins:
+            raise ValueError(f"time_bins {self.time_bins}, expected ascending edges")
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha is {self.alpha}, expected 0 to 1")
         return self
+
+    def _check_belongs(self, name: str, value: object, types: tuple[str, ...], length: int) -> None:
+        if value is not None and self.type not in types:
+            raise ValueError(f"{name} goes with task type {' or '.join(types)}, not with {self.type}")
+        numbers = value if isinstance(value, list) else [value] * (length if self.type == "binary" else 0)
+        if value in (None, "balanced"):
+            return
+        if len(numbers) != length:
+            raise ValueError(f"{name} is {value}, expected {length} numbers")
+        if name != "time_bins" and min(numbers) <= 0:
+            raise ValueError(f"{name} is {value}, expected positive weights")
 
 
 class OptimConfig(_Section):
@@ -174,6 +209,48 @@ class OptimConfig(_Section):
     """Largest L2 norm of the whole gradient; None: no clipping."""
 
 
+class ConstantSchedule(_Section):
+    """The same coefficient in every step."""
+
+    schedule: Literal["constant"]
+    """Name of the schedule."""
+    coef: float = 1.0
+    """The coefficient."""
+
+
+class LinearSchedule(_Section):
+    """From one coefficient to another in ``n_steps`` optimiser steps, and constant from then on."""
+
+    schedule: Literal["linear"]
+    """Name of the schedule."""
+    coef_init: float = 0.0
+    """Coefficient of the first step."""
+    coef_end: float = 1.0
+    """Coefficient from step ``n_steps`` on."""
+    n_steps: PositiveInt = 100
+    """Steps between the two."""
+
+
+class CyclicalSchedule(_Section):
+    """Cycles that rise linearly and then stay at the top (Fu et al., NAACL 2019)."""
+
+    schedule: Literal["cyclical"]
+    """Name of the schedule."""
+    cycle_len: PositiveInt
+    """Optimiser steps of a cycle."""
+    min_coef: float = 0.0
+    """Coefficient at the start of a cycle."""
+    max_coef: float = 1.0
+    """Coefficient at its top."""
+    cycle_prop: float = 0.5
+    """Share of the cycle in which the coefficient rises."""
+    warmup_steps: int = 0
+    """Steps at ``min_coef`` before the first cycle."""
+
+
+Schedule = Annotated[ConstantSchedule | LinearSchedule | CyclicalSchedule, Field(discriminator="schedule")]
+
+
 class TrainConfig(_Section):
     """The training loop."""
 
@@ -186,8 +263,12 @@ class TrainConfig(_Section):
     activation_checkpointing: bool | Literal["auto"] = "auto"
     """Recompute activations in the backward pass instead of storing them; auto: where the largest pack takes more than
     256 MiB in fp32."""
-    monitor: str = "auroc"
-    """Validation metric that picks the best epoch ("loss", "auroc", "accuracy", ...); ties go to the lower loss."""
+    monitor: str | None = None
+    """Validation metric that picks the best epoch ("loss", "auroc", "accuracy", ...); ties go to the lower loss. None:
+    "c_index" for survival tasks, "loss" for regression, "auroc" otherwise."""
+    loss_coefficients: dict[str, Schedule] = {}
+    """Coefficient of each loss of the model by name, e.g. ``{KLDiv: {schedule: linear, n_steps: 1000}}``; 1 where there
+    is none. ``metrics.jsonl`` shows the names."""
     mode: Literal["max", "min"] | None = None
     """Whether a larger or smaller ``monitor`` is better; None: "min" for loss, mae and rmse, otherwise "max"."""
     patience: int | None = None
@@ -203,10 +284,6 @@ class TrainConfig(_Section):
         if value is not None and value < 1:
             raise ValueError(f"expected at least 1, got {value}")
         return value
-
-    @property
-    def monitor_mode(self) -> str:
-        return self.mode or ("min" if self.monitor in ("loss", "mae", "rmse") else "max")
 
 
 class EngineConfig(_Section):
@@ -254,6 +331,17 @@ class Config(_Section):
     """Distribution and numerics."""
     report: ReportConfig = ReportConfig()
     """Report."""
+
+    @property
+    def monitor(self) -> str:
+        """Validation metric that picks the best epoch."""
+        by_task = "c_index" if self.task.is_survival else "loss" if self.task.type == "regression" else "auroc"
+        return self.train.monitor or by_task
+
+    @property
+    def monitor_mode(self) -> str:
+        """ "max" or "min"."""
+        return self.train.mode or ("min" if self.monitor in ("loss", "mae", "rmse") else "max")
 
     @property
     def run_dir(self) -> Path:

@@ -14,12 +14,15 @@ import numpy as np
 
 logger = logging.getLogger(__name__)
 
-TASKS = ("binary", "multiclass", "multilabel", "regression")
+TASKS = ("binary", "multiclass", "multilabel", "regression", "survival", "survival_discrete")
 THRESHOLD = 0.5
 
 
 def probabilities(logits: np.ndarray, task: str) -> np.ndarray:
-    """What the logits of ``task`` mean: sigmoid (binary, multilabel), softmax over classes, or themselves (regression).
+    """What the logits of ``task`` mean.
+
+    The sigmoid (binary, multilabel), the softmax over classes, themselves (regression; survival, where they are log
+    hazard ratios), or the probability of surviving each time bin (survival_discrete), prod_{j <= k} (1 - sigmoid_j).
 
     Args:
         logits: ``(B,)`` or ``(B, K)``.
@@ -33,8 +36,10 @@ def probabilities(logits: np.ndarray, task: str) -> np.ndarray:
     """
     _check_task(task)
     values = np.asarray(logits, dtype=np.float64)
-    if task == "regression":
+    if task in ("regression", "survival"):
         return values
+    if task == "survival_discrete":
+        return np.cumprod(0.5 * (1.0 - np.tanh(0.5 * values)), axis=-1)
     if task == "multiclass":
         exponentials = np.exp(values - values.max(axis=-1, keepdims=True))
         return exponentials / exponentials.sum(axis=-1, keepdims=True)
@@ -49,14 +54,17 @@ def bag_metrics(labels: np.ndarray, logits: np.ndarray, task: str) -> dict[str, 
     multiclass auroc (mean of one class against the rest), accuracy, balanced_accuracy, f1 (mean over the classes)
     multilabel auroc, average_precision, f1 (means over the K labels), accuracy (over all B * K decisions)
     regression mae, rmse, r2 (over all outputs; r2 is the mean over the outputs)
+    survival   c_index, num_events (both survival tasks): see :func:`concordance_index`; the risk is the logit, or minus
+               the sum over the bins of the probability of surviving them
     ========== ====================================================================================================
 
     ``num_bags`` is always there. A metric is absent where it is undefined: see the log for the reason.
 
     Args:
-        labels: ``(B,)``; ``(B, K)`` for multilabel and for regression of K outputs. 0 or 1 for binary and multilabel,
-            a class number below K for multiclass.
-        logits: ``(B,)`` or ``(B, 1)`` for binary, ``(B, K)`` for multiclass, the shape of ``labels`` otherwise.
+        labels: ``(B,)``; ``(B, K)`` for multilabel and for regression of K outputs; ``(B, 2)``, time and event, for
+            survival. 0 or 1 for binary and multilabel, a class number below K for multiclass.
+        logits: ``(B,)`` or ``(B, 1)`` for binary and survival, ``(B, K)`` for multiclass and survival_discrete, the
+            shape of ``labels`` otherwise.
         task: one of ``TASKS``.
 
     Raises:
@@ -64,7 +72,8 @@ def bag_metrics(labels: np.ndarray, logits: np.ndarray, task: str) -> dict[str, 
     """
     _check_task(task)
     labels, logits = np.asarray(labels), np.asarray(logits, dtype=np.float64)
-    if task != "multiclass" and logits.ndim == labels.ndim + 1 and logits.shape[1] == 1:
+    single = logits.ndim == 2 and logits.shape[1] == 1
+    if single and (task == "survival" or (task != "multiclass" and labels.ndim == 1)):
         logits = logits[:, 0]
     _check_bags(labels, logits, task)
     result: dict[str, float] = {"num_bags": len(labels)}
@@ -198,11 +207,48 @@ def _regression(labels: np.ndarray, predictions: np.ndarray) -> dict[str, float]
     return result
 
 
+def _survival(labels: np.ndarray, risk: np.ndarray) -> dict[str, float]:
+    result: dict[str, float] = {"num_events": int(np.count_nonzero(labels[:, 1]))}
+    c_index = concordance_index(labels[:, 0], labels[:, 1], risk)
+    if c_index is None:
+        _left_out("c_index", "no two bags can be compared: too few events")
+    else:
+        result["c_index"] = c_index
+    return result
+
+
+def _survival_discrete(labels: np.ndarray, logits: np.ndarray) -> dict[str, float]:
+    return _survival(labels, -probabilities(logits, "survival_discrete").sum(1))
+
+
+def concordance_index(time: np.ndarray, event: np.ndarray, risk: np.ndarray) -> float | None:
+    """Harrell's c-index: the share of comparable pairs in which the bag with the earlier event has the higher risk.
+
+    The pair (i, j) is comparable where i has an event and j is known to have lived longer: ``t_i < t_j``, or
+    ``t_i == t_j`` and j is censored. Two events at one time are not comparable. Equal risks count as half. 0.5 is
+    chance, 1 perfect. O(B) memory, O(B E) time for E events.
+
+    Returns:
+        The index, or None where no pair is comparable.
+
+    Harrell et al., JAMA 1982.
+    """
+    observed = np.asarray(event) != 0
+    concordant = pairs = 0.0
+    for i in np.flatnonzero(observed):
+        others = risk[(time > time[i]) | ((time == time[i]) & ~observed)]
+        concordant += np.count_nonzero(risk[i] > others) + 0.5 * np.count_nonzero(risk[i] == others)
+        pairs += len(others)
+    return float(concordant / pairs) if pairs else None
+
+
 _BY_TASK: dict[str, Callable[[np.ndarray, np.ndarray], dict[str, float]]] = {
     "binary": _binary,
     "multiclass": _multiclass,
     "multilabel": _multilabel,
     "regression": _regression,
+    "survival": _survival,
+    "survival_discrete": _survival_discrete,
 }
 
 
@@ -218,9 +264,13 @@ def _check_task(task: str) -> None:
 
 
 def _check_bags(labels: np.ndarray, logits: np.ndarray, task: str) -> None:
-    expected = (len(labels), logits.shape[-1]) if task == "multiclass" else labels.shape
-    label_rank = {"binary": (1,), "multiclass": (1,), "multilabel": (2,), "regression": (1, 2)}[task]
-    if labels.ndim not in label_rank or logits.shape != expected or (task == "multiclass" and logits.ndim != 2):
+    per_class = task in ("multiclass", "survival_discrete")
+    expected = (
+        (len(labels), logits.shape[-1]) if per_class else labels.shape[:1] if task == "survival" else labels.shape
+    )
+    label_rank = {"multilabel": (2,), "regression": (1, 2), "survival": (2,), "survival_discrete": (2,)}.get(task, (1,))
+    fit = labels.ndim in label_rank and logits.shape == expected and (not per_class or logits.ndim == 2)
+    if not fit or (task.startswith("survival") and labels.shape[1] != 2):
         raise ValueError(
             f"{task}: labels {labels.shape} and logits {logits.shape} do not go together; expected "
             f"{_SHAPES[task]} for B bags"
@@ -228,12 +278,14 @@ def _check_bags(labels: np.ndarray, logits: np.ndarray, task: str) -> None:
     if not np.isfinite(logits).all():
         bad = int((~np.isfinite(logits.reshape(len(labels), -1)).all(1)).sum())
         raise ValueError(f"{bad} of {len(labels)} bags have logits that are not finite; lower lr or clip the gradient")
-    top = logits.shape[1] - 1 if task == "multiclass" else 1
-    if task == "regression":
+    if task == "regression" or task.startswith("survival"):
         if not np.isfinite(labels.astype(np.float64)).all():
-            raise ValueError("regression: a label is not finite; leave bags without a label out")
-    elif not np.isin(labels, np.arange(top + 1)).all():
-        raise ValueError(f"{task}: expected labels 0 to {top}, got {np.unique(labels)[:8].tolist()}")
+            raise ValueError(f"{task}: a label is not finite; leave bags without a label out")
+        labels = labels[:, 1] if task != "regression" else np.zeros(0)
+    top = logits.shape[1] - 1 if task == "multiclass" else 1
+    if not np.isin(labels, np.arange(top + 1)).all():
+        what = "events" if task.startswith("survival") else "labels"
+        raise ValueError(f"{task}: expected {what} 0 to {top}, got {np.unique(labels)[:8].tolist()}")
 
 
 _SHAPES = {
@@ -241,4 +293,6 @@ _SHAPES = {
     "multiclass": "labels (B,) and logits (B, K)",
     "multilabel": "labels (B, K) and logits (B, K)",
     "regression": "labels (B,) or (B, K) and logits of the same shape",
+    "survival": "labels (B, 2), time and event, and logits (B,) or (B, 1)",
+    "survival_discrete": "labels (B, 2), time and event, and logits (B, K)",
 }

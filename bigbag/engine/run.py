@@ -24,6 +24,7 @@ from bigbag.engine.trainer import Trainer
 from bigbag.engine.world import World, start_world
 from bigbag.files import write_atomically, write_json
 from bigbag.models import MODELS, build_model, load_model
+from bigbag.models.criteria import fit_task
 
 _EVALUATED = ("val", "test")
 
@@ -50,6 +51,8 @@ def train(config: Config, store: BagStore | None = None, world: World | None = N
     splits = split_bags(store, val_fraction=config.data.val_fraction, seed=config.seed)
     _check_run(config, store, splits)
     _claim_run_dir(config, store, world)
+    task = fit_task(config.task, [store.infos[bag].label for bag in splits["train"]])
+    config = config.model_copy(update={"task": task})
     torch.manual_seed(config.seed)
     model = build_model(config.model, store.feature_shape, config.task)
     model.activation_checkpointing = wants_checkpointing(config, store, splits["train"])
@@ -118,11 +121,15 @@ def open_configured_store(config: Config) -> BagStore:
 def _check_run(config: Config, store: BagStore, splits: Mapping[str, Sequence[int]]) -> None:
     check_labels(store, splits, config.task)
     _check_fields(config, store)
-    monitored = config.train.monitor == "auroc" and config.task.type == "binary" and splits.get("val")
-    if monitored and len({store.infos[bag].label for bag in splits["val"]}) < 2:
+    val = [store.infos[bag].label for bag in splits.get("val", ())]
+    defined, lacking = True, ""
+    if config.monitor == "auroc" and config.task.type == "binary":
+        defined, lacking = len(set(map(str, val))) > 1, "all validation bags have the same label"
+    elif config.monitor == "c_index":
+        defined, lacking = any(label[1] for label in val), "no validation bag has an observed event"  # type: ignore
+    if val and not defined:
         raise ConfigError(
-            "train.monitor is auroc, but all validation bags have the same label; set train.monitor=loss or use a "
-            "larger validation split"
+            f"train.monitor is {config.monitor}, but {lacking}; set train.monitor=loss or use a larger validation split"
         )
 
 

@@ -12,17 +12,18 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from bigbag.bags import PackedBags
 from bigbag.config import Config
-from bigbag.data import BagStore, EpochPlan, PackPlan, capped_sizes, plan_epoch, stream
+from bigbag.data import BagStore, EpochPlan, PackPlan, StepPlan, capped_sizes, plan_epoch, stream
+from bigbag.engine.annealing import build_schedulers
 from bigbag.engine.backend import Backend
 from bigbag.engine.checkpoint import Progress, load_checkpoint, save_checkpoint
 from bigbag.engine.evaluate import predict_bags, score
 from bigbag.engine.log import RunLog, progress
 from bigbag.engine.optim import learning_rate
+from bigbag.engine.step import Packs, StepSums, accumulate
 from bigbag.engine.world import World
 from bigbag.models import MILModel, save_model
 
@@ -61,6 +62,7 @@ class Trainer:
     def fit(self) -> Progress:
         """Train to the end, from the latest checkpoint if there is one."""
         done = load_checkpoint(self.checkpoints, self.backend, self.world) or Progress()
+        self.annealing = build_schedulers(self.config.train.loss_coefficients, self._global_step(done))
         self.log = RunLog(self.config.run_dir, self.world, done.log_position, self._global_step(done))
         while not done.finished:
             self._train_epoch(done)
@@ -89,7 +91,7 @@ class Trainer:
         packs = self._packs(plan, done.step, done.epoch)
         for step, group in groupby(packs, key=lambda item: item[0]):
             num_bags = plan.steps[step].num_bags
-            loss = self._step(done, group, num_bags, len(plan.steps[step].micro_steps))
+            loss = self._step(done, group, plan.steps[step])
             done.step = step + 1
             done.loss_sum += loss * num_bags
             done.num_bags += num_bags
@@ -116,43 +118,30 @@ class Trainer:
             epoch=epoch,
         )
 
-    def _step(
-        self,
-        done: Progress,
-        packs: Iterator[tuple[int, int, PackPlan, PackedBags]],
-        num_bags: int,
-        num_micro_steps: int,
-    ) -> float:
+    def _step(self, done: Progress, packs: Packs, plan: StepPlan) -> float:
         """One optimiser step; returns the mean loss of its bags, over all ranks."""
         started = time.perf_counter()
-        losses: list[torch.Tensor] = []
-        names: list[tuple[str, ...]] = []
-        instances = 0
-        for _, micro, pack, host_bags in packs:
-            torch.manual_seed(pack.seed)
-            bags = host_bags.to(self.world.device, non_blocking=True)
-            share = 0.0 if pack.is_filler else len(pack.bags) / num_bags
-            loss = self.backend(bags, "loss") * share
-            self.backend.backward(loss, last=micro == num_micro_steps - 1)
-            losses.append(loss.detach())
-            names.append(bags.keys)
-            instances += 0 if pack.is_filler else bags.num_instances
-        local = torch.stack(losses).double()
-        total = self.world.sum(torch.stack([local.sum(), local.new_tensor(instances)])).tolist()
-        if not math.isfinite(total[0]):
-            self._refuse_loss(local, names, done)
+        coefficients = {name: scheduler() for name, scheduler in self.annealing.items()}
+        losses, instances, own = accumulate(packs, plan, self.model, self.backend, self.world, coefficients)
+        loss = sum(value * coefficients.get(name, 1.0) for name, value in losses.items())
+        if not math.isfinite(loss):
+            self._refuse_loss(own, done)
         global_step = self._global_step(done)
         lr = learning_rate(self.config.optim, global_step, self.steps_per_epoch, self.config.train.epochs)
         self.backend.step(lr)
+        self.model.after_step()
+        for scheduler in self.annealing.values():
+            scheduler.step()
         if global_step % self.config.train.log_every_steps == 0:
-            rate = total[1] / (time.perf_counter() - started)
-            values = {"epoch": done.epoch, "step": global_step, "loss": total[0], "lr": lr, "instances_per_s": rate}
+            rate = instances / (time.perf_counter() - started)
+            values = {"epoch": done.epoch, "step": global_step, "loss": loss, "lr": lr, "instances_per_s": rate}
+            values |= {"losses": losses, **({"coefficients": coefficients} if coefficients else {})}
             self.log.write("train", global_step, values)
-        return total[0]
+        return loss
 
-    def _refuse_loss(self, losses: torch.Tensor, names: list[tuple[str, ...]], done: Progress) -> None:
+    def _refuse_loss(self, own: StepSums, done: Progress) -> None:
         """Stop all ranks, naming the packs whose loss is not finite."""
-        bad = [name for loss, keys in zip(losses.tolist(), names) if not math.isfinite(loss) for name in keys]
+        bad = [name for keys, loss in own.packs if not math.isfinite(loss.item()) for name in keys]
         everywhere = sorted({name for part in self.world.gather(bad) for name in part})
         raise ValueError(
             f"the training loss is not finite in epoch {done.epoch}, step {done.step}, with the bags {everywhere}: "
@@ -162,7 +151,7 @@ class Trainer:
     def _finish_epoch(self, done: Progress) -> None:
         """Validate, keep the best model, and decide whether to go on; advances ``done`` to the next epoch."""
         train = self.config.train
-        values: dict = {
+        values: dict[str, Any] = {
             "epoch": done.epoch,
             "step": self._global_step(done),
             "train_loss": done.loss_sum / done.num_bags,
@@ -189,10 +178,10 @@ class Trainer:
 
     def _is_better(self, val: dict, done: Progress) -> bool:
         """Whether this validation beats the best so far; ties go to the lower loss."""
-        monitor = self.config.train.monitor
+        monitor = self.config.monitor
         if val.get(monitor) is None:
             raise ValueError(f"train.monitor {monitor!r} is not among the validation metrics {sorted(val)}")
-        sign = 1.0 if self.config.train.monitor_mode == "max" else -1.0
+        sign = 1.0 if self.config.monitor_mode == "max" else -1.0
         value, loss = float(val[monitor]), float(val["loss"])
         first = done.best_value is None or done.best_loss is None
         if not first and (sign * value, -loss) <= (sign * done.best_value, -done.best_loss):  # type: ignore[operator]

@@ -21,6 +21,7 @@ from bigbag.files import write_atomically, write_json
 from bigbag.models.abmil import ABMIL
 from bigbag.models.base import MILModel
 from bigbag.models.clam import CLAM_MB, CLAM_SB
+from bigbag.models.criteria import build_criterion
 from bigbag.models.dsmil import DSMIL
 from bigbag.models.dtfdmil import DTFDMIL
 from bigbag.models.pooling import MaxMIL, MeanMIL
@@ -42,12 +43,6 @@ MODELS: dict[str, type[MILModel]] = {
     )
 }
 
-_CRITERIA = {
-    "binary": torch.nn.BCEWithLogitsLoss,
-    "multiclass": torch.nn.CrossEntropyLoss,
-    "multilabel": torch.nn.BCEWithLogitsLoss,
-    "regression": torch.nn.MSELoss,
-}
 _SET_BY_TASK = ("criterion", "out_dim")
 
 
@@ -78,7 +73,7 @@ def build_model(model: ModelConfig, in_shape: tuple[int, ...], task: TaskConfig)
     if arguments.get("feat_ext") is not None:
         arguments["feat_ext"] = _build_feature_extractor(arguments["feat_ext"], in_shape)
     try:
-        return cls(in_shape=in_shape, criterion=_CRITERIA[task.type](), out_dim=task.num_outputs, **arguments)
+        return cls(in_shape=in_shape, criterion=build_criterion(task), out_dim=task.num_outputs, **arguments)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"model {model.name} can't be built from {model.arguments}: {error}") from error
 

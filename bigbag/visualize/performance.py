@@ -21,6 +21,8 @@ NAMES = {
     "mae": "Mean absolute error",
     "rmse": "Root mean square error",
     "r2": "R²",
+    "c_index": "Concordance index",
+    "num_events": "Observed events",
     "loss": "Loss",
     "instance_auroc": "Instance AUROC",
     "instance_average_precision": "Instance average precision",
@@ -72,7 +74,7 @@ def training_section(run: RunFolder) -> str:
 
 def _validation_chart(run: RunFolder, epochs: Sequence[dict[str, Any]], marked: tuple[float, str] | None) -> str:
     monitor = run.config["train"].get("monitor") if isinstance(run.config.get("train"), dict) else None
-    for name in dict.fromkeys([monitor, "auroc", "accuracy", "r2", "mae"]):
+    for name in dict.fromkeys([monitor, "auroc", "c_index", "accuracy", "r2", "mae"]):
         steps, values = _series(epochs, "val", str(name))
         if name != "loss" and len(steps):
             svg = charts.series_chart(
@@ -126,7 +128,7 @@ def performance_section(run: RunFolder, split: str, bags: PredictionTable) -> st
     figures: list[str] = []
     if run.task == "regression":
         figures += _agreement(bags)
-    else:
+    elif not run.task.startswith("survival"):
         figures += _ranking(run.task, bags)
         if run.task != "multilabel":
             figures.append(_confusion(run.task, bags))
@@ -222,7 +224,7 @@ def _sizes(task: str, bags: PredictionTable) -> list[str]:
     svg = charts.histogram_chart([(n, sizes[i]) for n, i in groups], "instances in the bag", log_x=True)
     spread = f"Bag sizes from {sizes.min():,} to {sizes.max():,} instances, median {int(np.median(sizes)):,}."
     figures = [chart(svg, "Bag sizes", spread, esc(spread))]
-    if task in ("multilabel", "regression"):
+    if task in ("multilabel", "regression") or task.startswith("survival"):
         return figures
     scores = (
         bags.probabilities if task == "binary" else bags.probabilities[np.arange(len(sizes)), bags.labels.astype(int)]
@@ -251,6 +253,8 @@ def mistakes_section(task: str, bags: PredictionTable) -> str:
     """All bags, the worst predictions first."""
     if not len(bags.keys):
         return "<p>No labelled bag.</p>"
+    if task.startswith("survival"):
+        return "<p>A single bag has no right or wrong risk; predictions.csv lists all of them.</p>"
     error = _error(task, bags)
     order = np.argsort(-error, kind="stable")
     columns = ["Bag", "Label", "Value" if task == "regression" else "Probability", "Instances", "Verdict"]

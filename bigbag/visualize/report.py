@@ -24,6 +24,8 @@ _HEADLINE = {
     "multiclass": ("auroc", "balanced_accuracy", "accuracy", "f1"),
     "multilabel": ("auroc", "average_precision", "accuracy", "f1"),
     "regression": ("r2", "mae", "rmse"),
+    "survival": ("c_index",),
+    "survival_discrete": ("c_index",),
 }
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
