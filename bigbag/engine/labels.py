@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from bigbag.config import TaskConfig
 from bigbag.data import BagStore, check_binary_labels
@@ -30,7 +31,7 @@ def check_labels(store: BagStore, splits: Mapping[str, Sequence[int]], task: Tas
 
 def _problem(label: object, task: TaskConfig) -> str | None:
     """What is wrong with a label, or None."""
-    values = list(label) if isinstance(label, list | tuple) else [label]
+    values: list[Any] = list(label) if isinstance(label, list | tuple) else [label]
     if label is None:
         return "label is missing"
     expected = 1 if task.type == "multiclass" else 2 if task.is_survival else task.num_outputs

@@ -134,8 +134,14 @@ class Trainer:
             scheduler.step()
         if global_step % self.config.train.log_every_steps == 0:
             rate = instances / (time.perf_counter() - started)
-            values = {"epoch": done.epoch, "step": global_step, "loss": loss, "lr": lr, "instances_per_s": rate}
-            values |= {"losses": losses, **({"coefficients": coefficients} if coefficients else {})}
+            values: dict[str, Any] = {
+                "epoch": done.epoch,
+                "step": global_step,
+                "loss": loss,
+                "losses": losses,
+                "lr": lr,
+            }
+            values |= {"instances_per_s": rate, **({"coefficients": coefficients} if coefficients else {})}
             self.log.write("train", global_step, values)
         return loss
 
