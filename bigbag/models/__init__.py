@@ -9,6 +9,7 @@ from bigbag.models.dtfdmil import DTFDMIL
 from bigbag.models.pooling import MaxMIL, MeanMIL
 from bigbag.models.sm_abmil import SmABMIL
 from bigbag.models.transformer_abmil import TransformerABMIL
+from bigbag.models.vaeabmil import VAEABMIL
 
 __all__ = [
     "ABMIL",
@@ -17,6 +18,7 @@ __all__ = [
     "DSMIL",
     "DTFDMIL",
     "MODELS",
+    "VAEABMIL",
     "GraphMILModel",
     "MILModel",
     "MILModelWrapper",

@@ -27,6 +27,7 @@ from bigbag.models.dtfdmil import DTFDMIL
 from bigbag.models.pooling import MaxMIL, MeanMIL
 from bigbag.models.sm_abmil import SmABMIL
 from bigbag.models.transformer_abmil import TransformerABMIL
+from bigbag.models.vaeabmil import VAEABMIL
 
 MODELS: dict[str, type[MILModel]] = {
     cls.__name__: cls
@@ -40,9 +41,9 @@ MODELS: dict[str, type[MILModel]] = {
         DTFDMIL,
         SmABMIL,
         TransformerABMIL,
+        VAEABMIL,
     )
 }
-
 _SET_BY_TASK = ("criterion", "out_dim")
 
 
@@ -90,6 +91,8 @@ def _build_feature_extractor(settings: Any, in_shape: tuple[int, ...]) -> torch.
     for width in ("input_size", "in_features", "in_dim"):
         if width in known and len(in_shape) == 1:
             arguments.setdefault(width, in_shape[0])
+    if "input_shape" in known:
+        arguments.setdefault("input_shape", tuple(in_shape))
     return cls(**arguments)
 
 

@@ -7,6 +7,7 @@ from bigbag.nn.pools import AttentionPool, MaskedSoftmax, MaxPool, MeanPool, mas
 from bigbag.nn.sm import ApproxSm, ExactSm, Sm
 from bigbag.nn.sm_attention_pool import SmAttentionPool
 from bigbag.nn.transformers import Encoder, Layer, TransformerEncoder, TransformerLayer
+from bigbag.nn.variational_autoencoder import VariationalAutoEncoder, VariationalAutoEncoderMIL
 
 __all__ = [
     "MLP",
@@ -26,6 +27,8 @@ __all__ = [
     "SmoothTop1SVM",
     "TransformerEncoder",
     "TransformerLayer",
+    "VariationalAutoEncoder",
+    "VariationalAutoEncoderMIL",
     "get_feat_dim",
     "masked_softmax",
 ]

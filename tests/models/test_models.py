@@ -13,8 +13,13 @@ WIDTH = 6
 SIZES = (5, 1, 9)
 SMALL: dict = {
     "TransformerABMIL": {"transf_att_dim": 6, "transf_n_heads": 2, "pool_att_dim": 4},
+    "VAEABMIL": {"feat_ext": {"name": "VariationalAutoEncoderMIL", "layer_sizes": [8, 4]}},
 }
 """Model -> arguments that keep it small enough for these tests."""
+DRAWS = {"VAEABMIL"}
+"""Models whose training draws numbers for every instance: no two training passes agree."""
+BOUNDED = {"VAEABMIL"}
+"""Models whose loss holds the entropy of the features, which no training removes."""
 VARIANTS = [(name, SMALL.get(name, {})) for name in MODELS] + [
     ("ABMIL", {"gated": True, "att_act": "relu"}),
     ("ABMIL", {"feat_ext": {"name": "MLP", "linear_sizes": [7], "activations": ["relu"]}}),
@@ -65,6 +70,8 @@ def reordered(bag: Bag, order: torch.Tensor) -> Bag:
 @each_model
 @pytest.mark.parametrize("training", [True, False])
 def test_packed_alone_and_padded_agree(name, arguments, training):
+    if training and name in DRAWS:
+        pytest.skip("draws numbers in training")
     model, pack = build(name, arguments).train(training), make_pack()
 
     def run(*args, **kwargs):
@@ -122,7 +129,7 @@ def test_twenty_steps_lower_the_loss(name, arguments):
         loss.backward()
         optimizer.step()
         history.append(loss.item())
-    assert history[-1] < 0.5 * history[0]
+    assert history[-1] < (0.95 if name in BOUNDED else 0.5) * history[0]
 
 
 @each_model

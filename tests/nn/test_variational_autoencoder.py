@@ -1,0 +1,110 @@
+"""Variational autoencoders against torchmil's, and against their densities written with torch.distributions."""
+
+import pytest
+import torch
+from torch.distributions import Independent, Normal, kl_divergence
+
+from bigbag import nn
+from tests.ops.test_graphs_memory import peak_bytes
+
+X = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
+MASK = torch.tensor([[1] * 5, [1, 1, 0, 0, 0]])
+MODES = pytest.mark.parametrize("mode", ["single", "diagonal"])
+
+
+def build(mode, cls=nn.VariationalAutoEncoder):
+    torch.manual_seed(0)
+    return cls((6,), [8, 3], covar_mode=mode)
+
+
+def normal(mean, log_std):
+    return Independent(Normal(mean, log_std.exp().expand_as(mean)), 1)
+
+
+@MODES
+def test_equals_torchmil(mode):
+    theirs = pytest.importorskip("torchmil.nn")
+    for name, x in (("VariationalAutoEncoder", X[0]), ("VariationalAutoEncoderMIL", X)):
+        ours, other = build(mode, getattr(nn, name)), getattr(theirs, name)((6,), [8, 3], covar_mode=mode)
+        other.load_state_dict(ours.state_dict(), strict=True)
+        calls = [
+            lambda m, x=x: m(x, n_samples=3, return_mean_logstd=True),
+            lambda m, x=x: m.compute_loss(x, n_samples=2, reduction="none"),
+            lambda m, x=x: m.compute_loss(x, n_samples=2),
+            lambda m, x=x: m.compute_loss(x, return_samples=True),
+            lambda m, x=x: m.complete_forward_samples(x),
+        ]
+        for call in calls:
+            results = []
+            for module in (ours, other):
+                torch.manual_seed(1)
+                results.append(call(module))
+            torch.testing.assert_close(*results)
+        flat = x.reshape(-1, 6)
+        torch.testing.assert_close(ours.get_raw_output_enc(flat), other.get_raw_output_enc(flat))
+        torch.testing.assert_close(ours.get_raw_output_dec(flat[:, :3]), other.get_raw_output_dec(flat[:, :3]))
+
+
+@MODES
+def test_terms_are_those_of_the_densities(mode):
+    vae, x = build(mode), X[0]
+    torch.manual_seed(2)
+    samples, mean, log_std = vae(x, 4, return_mean_logstd=True)
+    torch.manual_seed(2)
+    losses, same = vae.compute_loss(x, "none", 4, return_samples=True)
+    torch.testing.assert_close(same, samples.flatten(0, 1))
+    posterior, prior = normal(mean, log_std), normal(torch.zeros(5, 3), torch.zeros(5, 3))
+    torch.testing.assert_close(losses["VaeKL"], kl_divergence(posterior, prior))
+    likelihoods = torch.stack([normal(*vae.get_raw_output_dec(z)).log_prob(x) for z in samples.unbind(1)])
+    torch.testing.assert_close(losses["VaeELL"], -likelihoods.mean(0))
+    torch.manual_seed(2)
+    evidence = vae.log_marginal_likelihood_importance_sampling(x, 4)
+    z = samples.transpose(0, 1)
+    weights = likelihoods + prior.log_prob(z) - posterior.log_prob(z)
+    torch.testing.assert_close(evidence, weights.logsumexp(0) - torch.tensor(4.0).log())
+    total = sum(vae.compute_loss(x, "sum").values())
+    total.backward()
+    assert all(p.grad.abs().sum() > 0 for p in vae.parameters())
+
+
+def test_masks():
+    vae = build("single", nn.VariationalAutoEncoderMIL)
+    padded = torch.where(MASK[..., None] == 1, X, 1e6)
+    for reduction in ("mean", "sum", "none"):
+        torch.manual_seed(0)
+        found = vae.compute_loss(padded, MASK, reduction)
+        torch.manual_seed(0)
+        of_instances = nn.VariationalAutoEncoder.compute_loss(vae, X[MASK == 1], "none")
+        for name, loss in found.items():
+            first, second = of_instances[name][:5], of_instances[name][5:]
+            if reduction == "none":
+                torch.testing.assert_close(loss[MASK == 1], of_instances[name])
+                assert not loss[MASK == 0].any()
+            else:
+                bags = [getattr(part, reduction)() for part in (first, second)]
+                torch.testing.assert_close(loss, sum(bags) / 2)
+    evidence = vae.log_marginal_likelihood_importance_sampling(padded, MASK, 3)
+    assert evidence.shape == (2, 5) and not evidence[MASK == 0].any() and torch.isfinite(evidence).all()
+
+
+def test_samples_stay_with_their_instances():
+    vae = build("single", nn.VariationalAutoEncoderMIL)
+    with torch.no_grad():
+        vae.encoder.net[-1].bias[-1] = -20.0  # hardly any noise
+        samples = vae.compute_loss(X, n_samples=4, return_samples=True)[1]
+        assert samples.shape == (2, 4, 5, 3)
+        mean = vae(X, return_mean_logstd=True)[1]
+    torch.testing.assert_close(samples, mean[:, None].expand(-1, 4, -1, -1), atol=1e-3, rtol=0)
+
+
+def test_errors():
+    with pytest.raises(NotImplementedError, match="not valid"):
+        nn.VariationalAutoEncoder((6,), covar_mode="full")
+    with pytest.raises(ValueError, match="'max'"):
+        build("single").compute_loss(X[0], reduction="max")
+
+
+def test_no_reconstruction_of_the_whole_pack_is_kept():
+    vae, x = nn.VariationalAutoEncoder((256,), [32, 8]), torch.randn(20_000, 256)
+    peak = peak_bytes(lambda: sum(vae.compute_loss(x).values()).backward())
+    assert peak < x.nbytes
