@@ -20,7 +20,8 @@ from torch import Tensor
 from bigbag.kernels.cpu import segments
 from bigbag.kernels.cpu.segments import _jit, _launch, accumulation_dtype, array
 
-CHUNK_ROWS = 4096
+CHUNK_BYTES = 2 << 20  # stays in the caches between the conversion and the product
+_FEW_COLUMNS = 2
 _COLUMNS = 32
 # Up to here a product reads x once and widens it on the way; beyond, a GEMM is faster.
 _FEW_COLUMNS = 2
@@ -149,22 +150,50 @@ def logsumexp_backward(grad: Tensor, x: Tensor, out: Tensor, offsets: Tensor) ->
     return grad_x
 
 
-def _chunks(offsets: Tensor, whole: bool) -> list[tuple[int, int, int]]:
-    """Bag, first and last row; a bag is cut unless ``whole``."""
+def _chunks(offsets: Tensor, rows: int) -> list[tuple[int, int, int]]:
+    """Bag, first and last row of pieces of at most ``rows`` rows."""
     starts = offsets.tolist()
-    step = max([1, *starts]) if whole else CHUNK_ROWS
     bags = enumerate(zip(starts, starts[1:]))
-    return [(bag, row, min(row + step, end)) for bag, (start, end) in bags for row in range(start, end, step)]
+    return [(bag, row, min(row + rows, end)) for bag, (start, end) in bags for row in range(start, end, rows)]
+
+
+def _multiply_rows(rows: Tensor, matrices: Tensor, offsets: Tensor, out: Tensor) -> None:
+    """out[t] = rows[t] @ matrices[b]^T; rows (T, K), matrices (B, M, K) in an accumulation dtype, out (T, M)."""
+    acc = matrices.dtype
+    if rows.dtype == out.dtype == acc:
+        for bag, start, end in _chunks(offsets, max(1, len(rows))):
+            torch.mm(rows[start:end], matrices[bag].t(), out=out[start:end])
+        return
+    if rows.dtype.itemsize == 2 and matrices.shape[1] <= _FEW_COLUMNS:
+        out.copy_(segments.row_dots(rows, matrices, offsets))
+        return
+    step = _buffer_rows(rows.shape[1] + matrices.shape[1], acc)
+    wide = rows.new_empty(min(step, len(rows)), rows.shape[1], dtype=acc)
+    product = rows.new_empty(min(step, len(rows)), matrices.shape[1], dtype=acc)
+    for bag, start, end in _chunks(offsets, step):
+        chunk = wide[: end - start].copy_(rows[start:end])
+        out[start:end] = torch.mm(chunk, matrices[bag].t(), out=product[: end - start])
+
+
+def _buffer_rows(width: int, dtype: torch.dtype) -> int:
+    return max(64, CHUNK_BYTES // (dtype.itemsize * max(1, width)))
 
 
 def pool(weights: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     """weights (T, S), x (T, P) -> (B, S, P) in the accumulation dtype."""
     acc = accumulation_dtype(torch.promote_types(weights.dtype, x.dtype))
-    if weights.shape[1] <= _FEW_COLUMNS:
-        return segments.weighted_sum(x, weights.to(acc), offsets)
+    weights = weights.to(acc)  # narrow beside x, mostly
+    if x.dtype.itemsize == 2 and weights.shape[1] <= _FEW_COLUMNS:
+        return segments.weighted_sum(x, weights, offsets)
     out = torch.zeros(offsets.shape[0] - 1, weights.shape[1], x.shape[1], dtype=acc)
-    for bag, start, end in _chunks(offsets, weights.dtype == x.dtype == acc):
-        out[bag].addmm_(weights[start:end].to(acc).t(), x[start:end].to(acc))
+    if x.dtype == acc:
+        for bag, start, end in _chunks(offsets, max(1, len(x))):
+            torch.mm(weights[start:end].t(), x[start:end], out=out[bag])
+        return out
+    step = _buffer_rows(x.shape[1], acc)
+    wide = torch.empty(min(step, len(x)), x.shape[1], dtype=acc)
+    for bag, start, end in _chunks(offsets, step):
+        out[bag].addmm_(weights[start:end].t(), wide[: end - start].copy_(x[start:end]))
     return out
 
 
@@ -172,19 +201,10 @@ def pool_backward(
     grad: Tensor, weights: Tensor, x: Tensor, offsets: Tensor, need_weights: bool, need_x: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of weights (T, S) and x (T, P), each (0,) where it is not needed."""
-    acc, whole = grad.dtype, weights.dtype == x.dtype == grad.dtype
     grad_weights = torch.empty(weights.shape if need_weights else (0,), dtype=weights.dtype)
     grad_x = torch.empty(x.shape if need_x else (0,), dtype=x.dtype)
-    if need_weights and grad.shape[1] <= _FEW_COLUMNS:
-        need_weights = False
-        grad_weights.copy_(segments.row_dots(x, grad.contiguous(), offsets))
-    for bag, start, end in _chunks(offsets, whole):
-        for needed, out, rows, matrix in (
-            (need_weights, grad_weights, x, grad[bag].t()),
-            (need_x, grad_x, weights, grad[bag]),
-        ):
-            if needed and whole:
-                torch.mm(rows[start:end], matrix, out=out[start:end])
-            elif needed:
-                out[start:end] = rows[start:end].to(acc) @ matrix
+    if need_weights:
+        _multiply_rows(x, grad, offsets, grad_weights)
+    if need_x:
+        _multiply_rows(weights, grad.transpose(1, 2), offsets, grad_x)
     return grad_weights, grad_x

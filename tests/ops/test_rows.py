@@ -37,6 +37,21 @@ def test_segment_dots_gradient_and_errors():
         ops.segment_dots(x, y[:2], segments)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("vectors", [1, 8])
+def test_autocast_does_not_round_the_sums(dtype, vectors):
+    """Only the features are stored in few bits: sums of a thousand products stay in float32."""
+    segments = Segments.from_sizes((2000, 1000))
+    x, y, w = torch.randn(3000, 1024).to(dtype), torch.randn(2, vectors, 1024), torch.rand(3000, vectors)
+    with torch.autocast("cpu", torch.bfloat16):
+        s, z = ops.segment_dots(x, y, segments), ops.segment_pool(w, x, segments)
+    wide, wide_y = x.double(), y.double()
+    expected = torch.cat([wide[:2000] @ wide_y[0].t(), wide[2000:] @ wide_y[1].t()])
+    torch.testing.assert_close(s.double(), expected, atol=1e-4, rtol=1e-5)
+    expected = torch.stack([w[:2000].double().t() @ wide[:2000], w[2000:].double().t() @ wide[2000:]])
+    torch.testing.assert_close(z.double(), expected, atol=1e-3, rtol=1e-5)
+
+
 def test_take_rows():
     x = torch.randn(4, 3, requires_grad=True)
     rows = ops.take_rows(x, torch.tensor([[2, -1], [0, 2]]))
