@@ -3,6 +3,7 @@
 from bigbag.data.cap import cap_instances, capped_sizes, count_capped
 from bigbag.data.manifest import BagInfo, Manifest, ShardInfo
 from bigbag.data.pack import pack
+from bigbag.data.padding import collate_fn, pad_tensors, seq_to_spatial, spatial_to_seq
 from bigbag.data.plan import EpochPlan, PackPlan, StepPlan, plan_epoch
 from bigbag.data.sources.base import Source, SourceEntry
 from bigbag.data.splits import check_binary_labels, check_leakage, hold_out, split_bags
@@ -25,11 +26,15 @@ __all__ = [
     "capped_sizes",
     "check_binary_labels",
     "check_leakage",
+    "collate_fn",
     "count_capped",
     "hold_out",
     "open_store",
     "pack",
+    "pad_tensors",
     "plan_epoch",
+    "seq_to_spatial",
+    "spatial_to_seq",
     "split_bags",
     "stream",
 ]

@@ -28,12 +28,12 @@ class StepModule(torch.nn.Module):
         self.precision = precision
 
     def forward(self, bags: PackedBags, want: str) -> Any:
-        """``want`` is "loss" (logits, and by name each loss, a mean over the bags), "logits" or "logits and scores"."""
+        """``want`` is "loss" (by name each loss, a mean over the bags), "logits" or "logits and scores"."""
         with torch.autocast(bags.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             if want == "loss":
                 assert bags.y is not None
-                Y_pred, losses = self.model.compute_loss(bags.y, bags)
-                return Y_pred.float(), {name: loss.float() for name, loss in losses.items()}
+                _, losses = self.model.compute_loss(bags.y, bags)
+                return {name: loss.float() for name, loss in losses.items()}
             return self.model.predict(bags, return_inst_pred=want == "logits and scores")
 
 

@@ -1,17 +1,18 @@
 """The gradient of one global step: over its packs and ranks, whatever their number.
 
 A loss that is a mean over bags is the sum of the packs' shares, so each pack is computed and forgotten. A criterion
-with ``spans_step`` (Cox's partial likelihood) compares all bags of the step with each other. For it, the logits of all
-packs come first; every rank then has all of them, and with them the criterion's gradient with respect to each logit;
-then each pack is computed again with the same random numbers, and this gradient is sent back through it. The result is
-that of one pack on one rank; the price is a second forward pass where a rank has several packs, and that the packs of
-the step, though not their activations, are held.
+with ``spans_step`` (Cox's partial likelihood) compares all bags of the step with each other. For it, all packs go
+forward first, and what the criterion was asked about is gathered from all ranks; then each pack is computed again with
+the same random numbers, and the criterion is replaced by a stand-in with the value and the gradient that it has over the
+whole step. So the result is that of one pack on one rank; the price is a second forward pass, and that the packs of the
+step, though not their activations, are held. A step of one pack on one rank needs none of this.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from bigbag.engine.world import World
 from bigbag.models import MILModel
 
 Packs = Iterable[tuple[int, int, PackPlan, PackedBags]]
+Call = tuple[Tensor, Tensor]
 
 
 @dataclass
@@ -68,8 +70,11 @@ def accumulate(
     Raises:
         ConfigError: a coefficient for a loss that the model does not have.
     """
-    spans_step = getattr(model.criterion, "spans_step", False)
-    sums = (_accumulate_jointly if spans_step else _accumulate)(packs, plan, model, backend, world, coefficients)
+    world_is_a_pack = world.size * len(plan.micro_steps) == 1
+    if getattr(model.criterion, "spans_step", False) and not world_is_a_pack:
+        sums = _accumulate_jointly(list(packs), plan, model.criterion, backend, world, coefficients)
+    else:
+        sums = _accumulate(packs, plan, backend, world, coefficients)
     names = sorted(sums.losses)
     numbers = torch.stack(
         [*(sums.losses[name] for name in names), torch.tensor(float(sums.instances)).to(world.device)]
@@ -79,80 +84,120 @@ def accumulate(
 
 
 def _accumulate(
-    packs: Packs, plan: StepPlan, model: MILModel, backend: Backend, world: World, coefficients: Mapping[str, float]
+    packs: Packs,
+    plan: StepPlan,
+    backend: Backend,
+    world: World,
+    coefficients: Mapping[str, float],
+    prepare: Callable[[int, float], None] | None = None,
 ) -> StepSums:
+    """Pack by pack forward and backward; ``prepare(micro, share)`` is called before each."""
     sums = StepSums()
     for _, micro, pack, host_bags in packs:
-        bags, _, losses = _forward(pack, host_bags, backend, world)
         share = 0.0 if pack.is_filler else len(pack.bags) / plan.num_bags
-        backend.backward(_total(losses, coefficients) * share, last=micro == len(plan.micro_steps) - 1)
+        if prepare is not None:
+            prepare(micro, share)
+        bags, losses = _forward(pack, host_bags, backend, world)
+        backend.backward(total_loss(losses, coefficients) * share, last=micro == len(plan.micro_steps) - 1)
         sums.add(pack, bags, losses, share)
     return sums
 
 
 def _accumulate_jointly(
-    packs: Packs, plan: StepPlan, model: MILModel, backend: Backend, world: World, coefficients: Mapping[str, float]
+    packs: list[tuple[int, int, PackPlan, PackedBags]],
+    plan: StepPlan,
+    criterion: Any,
+    backend: Backend,
+    world: World,
+    coefficients: Mapping[str, float],
 ) -> StepSums:
-    sums, held, name = StepSums(), list(packs), type(model.criterion).__name__
-    rows = _rows_of_packs(plan, world.rank)
-    known: Tensor | None = None
-    forwards: list[tuple[PackedBags, Tensor, dict[str, Tensor]]] = []
-    for _, micro, pack, host_bags in held:
-        # The graph is kept where it is the only one of the step. Otherwise it is made and dropped, not left out, so
-        # that the second pass takes the same way through the model and draws the same random numbers.
-        bags, Y_pred, losses = _forward(pack, host_bags, backend, world)
-        if name not in losses:
-            raise ConfigError(f"{type(model).__name__} computes no loss called {name}, so this task can't train it")
-        if len(held) == 1:
-            forwards.append((bags, Y_pred, losses))
-        assert bags.y is not None
-        own = torch.cat([Y_pred.detach().double().reshape(bags.num_bags, -1), bags.y.double()], 1)
-        known = own.new_zeros(plan.num_bags, own.shape[1]) if known is None else known
-        if not pack.is_filler:
-            known[rows[micro]] = own
-    assert known is not None
-    known = world.sum(known)
-    logits = known[:, :-2].float().requires_grad_()
-    joint = model.bag_loss(logits.squeeze(1) if logits.shape[1] == 1 else logits, known[:, -2:].float())
-    (cotangent,) = torch.autograd.grad(joint, logits)
-    for place, (_, micro, pack, host_bags) in enumerate(held):
-        bags, Y_pred, losses = forwards[place] if forwards else _forward(pack, host_bags, backend, world)
-        share = 0.0 if pack.is_filler else len(pack.bags) / plan.num_bags
-        of_bags = cotangent.new_zeros(bags.num_bags, cotangent.shape[1]) if pack.is_filler else cotangent[rows[micro]]
-        others = {key: value for key, value in losses.items() if key != name}
-        through_logits = (Y_pred.reshape(of_bags.shape) * of_bags).sum() * coefficients.get(name, 1.0)
-        total = through_logits + (_total(others, coefficients) * share if others else 0.0)
-        backend.backward(total, last=micro == len(plan.micro_steps) - 1)
-        sums.add(pack, bags, {**others, name: Y_pred.detach().sum()}, share)
-    sums.losses[name] = joint.detach().double() / world.size
-    return sums
+    own: list[list[Call]] = []
+
+    def record(Y_pred: Tensor, Y: Tensor) -> Tensor:
+        own[-1].append((Y_pred.detach().cpu(), Y.detach().cpu()))
+        return Y_pred.sum() * 0.0
+
+    def prepare(micro: int, share: float) -> None:
+        answers = iter(cotangents[micro])
+
+        def answer(Y_pred: Tensor, Y: Tensor) -> Tensor:
+            value, cotangent = next(answers, (0.0, None))
+            if share == 0.0 or cotangent is None:
+                return Y_pred.sum() * 0.0
+            through = (Y_pred * cotangent.to(Y_pred)).sum() / share
+            return through - through.detach() + value
+
+        criterion.stand_in = answer
+
+    try:
+        criterion.stand_in = record
+        for _, _, pack, host_bags in packs:
+            # The graph is made and dropped, not left out, so that the second pass takes the same way through the model
+            # and draws the same random numbers.
+            own.append([])
+            _forward(pack, host_bags, backend, world)
+            if pack.is_filler:
+                own[-1].clear()
+        cotangents = _over_the_step(criterion, world.gather(own), world.rank)
+        return _accumulate(packs, plan, backend, world, coefficients, prepare)
+    finally:
+        criterion.stand_in = None
+
+
+def _over_the_step(criterion: Any, calls: list[list[list[Call]]], rank: int) -> list[list[tuple[float, Tensor]]]:
+    """Value and gradient of the criterion over all bags of the step.
+
+    Args:
+        criterion: the criterion.
+        calls: ``calls[rank][micro][i]``: logits and labels of its i-th call for a pack; no calls for fillers.
+        rank: this rank.
+
+    Returns:
+        ``[micro][i]``: value of the i-th call over the step, and its gradient with respect to this rank's logits.
+
+    Raises:
+        ConfigError: packs with different numbers of calls, which then do not belong together.
+    """
+    counts = {len(of_pack) for of_rank in calls for of_pack in of_rank if of_pack}
+    if len(counts) > 1:
+        raise ConfigError(
+            f"the model evaluates {type(criterion).__name__} {' or '.join(map(str, sorted(counts)))} times, depending "
+            "on the pack, so it has no value over the step; choose another model or task.type (survival_discrete)"
+        )
+    found: list[list[tuple[float, Tensor]]] = [[] for _ in calls[rank]]
+    criterion.stand_in = None
+    for i in range(max(counts, default=0)):
+        parts = [of_pack[i] for of_rank in calls for of_pack in of_rank if of_pack]
+        logits = torch.cat([Y_pred for Y_pred, _ in parts]).float().requires_grad_()
+        value = criterion(logits, torch.cat([Y for _, Y in parts]))
+        (gradient,) = torch.autograd.grad(value, logits)
+        pieces = iter(gradient.split([len(Y_pred) for Y_pred, _ in parts]))
+        for r, of_rank in enumerate(calls):
+            for micro, of_pack in enumerate(of_rank):
+                if of_pack:
+                    piece = next(pieces)
+                    if r == rank:
+                        found[micro].append((value.item(), piece))
+    return found
 
 
 def _forward(
     pack: PackPlan, host_bags: PackedBags, backend: Backend, world: World
-) -> tuple[PackedBags, Tensor, dict[str, Tensor]]:
+) -> tuple[PackedBags, dict[str, Tensor]]:
     torch.manual_seed(pack.seed)
     bags = host_bags.to(world.device, non_blocking=True)
-    Y_pred, losses = backend(bags, "loss")
-    return bags, Y_pred, losses
+    return bags, backend(bags, "loss")
 
 
-def _total(losses: Mapping[str, Tensor], coefficients: Mapping[str, float]) -> Tensor:
+def total_loss(losses: Mapping[str, Tensor], coefficients: Mapping[str, float]) -> Tensor:
+    """Sum of the losses, each times its coefficient, 1 where there is none.
+
+    Raises:
+        ConfigError: a coefficient for a loss that there is not.
+    """
     unknown = coefficients.keys() - losses.keys()
     if unknown:
         raise ConfigError(
-            f"train.loss_coefficients: the model has no loss {sorted(unknown)[0]!r}; it has {', '.join(sorted(losses))}"
+            f"loss coefficients: the model has no loss {sorted(unknown)[0]!r}; it has {', '.join(sorted(losses))}"
         )
     return torch.stack([value * coefficients.get(name, 1.0) for name, value in losses.items()]).sum()
-
-
-def _rows_of_packs(plan: StepPlan, rank: int) -> list[slice]:
-    """Where the bags of each of a rank's packs are among all bags of the step."""
-    rows, end = [], 0
-    for packs in plan.micro_steps:
-        for r, pack in enumerate(packs):
-            size = 0 if pack.is_filler else len(pack.bags)
-            if r == rank:
-                rows.append(slice(end, end + size))
-            end += size
-    return rows

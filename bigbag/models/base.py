@@ -200,15 +200,21 @@ class MILModelWrapper(MILModel):
 
     def compute_loss(self, bag: Mapping[str, Any], **kwargs: Any) -> Any:  # type: ignore[override]
         """``model.compute_loss`` on the entries of ``bag`` that it has arguments for."""
-        return self.model.compute_loss(**_entries_for(self.model.compute_loss, bag), **kwargs)  # type: ignore[operator]
+        entries = _entries_for(self.model.compute_loss, bag, self.model.forward)
+        return self.model.compute_loss(**entries, **kwargs)  # type: ignore[operator]
 
     def predict(self, bag: Mapping[str, Any], **kwargs: Any) -> Any:  # type: ignore[override]
         """``model.predict`` on the entries of ``bag`` that it has arguments for."""
-        return self.model.predict(**_entries_for(self.model.predict, bag), **kwargs)  # type: ignore[operator]
+        entries = _entries_for(self.model.predict, bag, self.model.forward)
+        return self.model.predict(**entries, **kwargs)  # type: ignore[operator]
 
 
-def _entries_for(function: Any, bag: Mapping[str, Any]) -> dict[str, Any]:
-    names = inspect.signature(function).parameters
+def _entries_for(function: Any, bag: Mapping[str, Any], passes_to: Any = None) -> dict[str, Any]:
+    """The entries of ``bag`` that ``function`` has arguments for, or ``passes_to``, if it passes keywords on."""
+    parameters = inspect.signature(function).parameters
+    names = set(parameters)
+    if passes_to is not None and any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        names |= set(inspect.signature(passes_to).parameters)
     return {name: bag[name] for name in bag.keys() if name in names}  # noqa: SIM118  (TensorDict iterates over rows)
 
 
