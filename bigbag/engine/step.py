@@ -3,9 +3,9 @@
 A loss that is a mean over bags is the sum of the packs' shares, so each pack is computed and forgotten. A criterion
 with ``spans_step`` (Cox's partial likelihood) compares all bags of the step with each other. For it, all packs go
 forward first, and what the criterion was asked about is gathered from all ranks; then each pack is computed again with
-the same random numbers, and the criterion is replaced by a stand-in with the value and the gradient that it has over the
-whole step. So the result is that of one pack on one rank; the price is a second forward pass, and that the packs of the
-step, though not their activations, are held. A step of one pack on one rank needs none of this.
+the same random numbers, and the criterion is replaced by a stand-in with the value and the gradient that it has over
+the whole step. So the result is that of one pack on one rank; the price is a second forward pass, and that the packs of
+the step, though not their activations, are held. A step of one pack on one rank needs none of this.
 """
 
 from __future__ import annotations
