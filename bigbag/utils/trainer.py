@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from bigbag.engine.annealing import AnnealingScheduler
 from bigbag.engine.step import total_loss
@@ -206,9 +205,9 @@ def _on_device(metric: Any, device: str | torch.device) -> Any:
     return metric.to(device) if hasattr(metric, "to") else metric
 
 
-def _length(loader: Iterable[Any]) -> int | None:
+def _length(loader: Any) -> int | None:
     """Number of batches, None where a loader does not know it."""
     try:
-        return len(loader) if isinstance(loader, DataLoader) or hasattr(loader, "__len__") else None
-    except TypeError:  # a DataLoader over an iterable data set
+        return len(loader)
+    except TypeError:  # no length, or a DataLoader over an iterable data set
         return None
