@@ -9,6 +9,7 @@ from bigbag.models.dtfdmil import DTFDMIL
 from bigbag.models.pooling import MaxMIL, MeanMIL
 from bigbag.models.sm_abmil import SmABMIL
 from bigbag.models.transformer_abmil import TransformerABMIL
+from bigbag.models.transmil import TransMIL
 from bigbag.models.vaeabmil import VAEABMIL
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "MaxMIL",
     "MeanMIL",
     "SmABMIL",
+    "TransMIL",
     "TransformerABMIL",
     "build_model",
     "load_model",

@@ -27,6 +27,7 @@ from bigbag.models.dtfdmil import DTFDMIL
 from bigbag.models.pooling import MaxMIL, MeanMIL
 from bigbag.models.sm_abmil import SmABMIL
 from bigbag.models.transformer_abmil import TransformerABMIL
+from bigbag.models.transmil import TransMIL
 from bigbag.models.vaeabmil import VAEABMIL
 
 MODELS: dict[str, type[MILModel]] = {
@@ -41,6 +42,7 @@ MODELS: dict[str, type[MILModel]] = {
         DTFDMIL,
         SmABMIL,
         TransformerABMIL,
+        TransMIL,
         VAEABMIL,
     )
 }

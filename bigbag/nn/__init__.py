@@ -3,6 +3,7 @@
 from bigbag.nn.attention import MultiheadCrossAttention, MultiheadSelfAttention
 from bigbag.nn.linear import MLP, LazyLinear, get_feat_dim
 from bigbag.nn.losses import SmoothTop1SVM
+from bigbag.nn.nystrom import NystromAttention, NystromTransformerEncoder, NystromTransformerLayer
 from bigbag.nn.pools import AttentionPool, MaskedSoftmax, MaxPool, MeanPool, masked_softmax
 from bigbag.nn.sm import ApproxSm, ExactSm, Sm
 from bigbag.nn.sm_attention_pool import SmAttentionPool
@@ -22,6 +23,9 @@ __all__ = [
     "MeanPool",
     "MultiheadCrossAttention",
     "MultiheadSelfAttention",
+    "NystromAttention",
+    "NystromTransformerEncoder",
+    "NystromTransformerLayer",
     "Sm",
     "SmAttentionPool",
     "SmoothTop1SVM",

@@ -2,7 +2,7 @@
 
 A self-attention layer is three steps, so that a transformer layer can run what is row-wise in chunks:
 
-    project(x)                  row-wise   instances to queries, keys and values
+    project(x, ...)             row-wise   instances to queries, keys and values
     attend(q, k, v, segments)   across the rows of a bag
     out_proj                    row-wise
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bigbag import ops
 from bigbag.bags import PackedBags, Segments
-from bigbag.nn.rows import by_rows, stream_dtype
+from bigbag.nn.rows import Projection, Widen, by_rows, stream_dtype
 
 
 class SelfAttention(torch.nn.Module):
@@ -56,23 +56,40 @@ class SelfAttention(torch.nn.Module):
         self.qkv_nn = torch.nn.Linear(in_dim, 3 * att_dim, bias=False) if learn_weights else None
         self.out_proj = torch.nn.Linear(att_dim, out_dim) if out_dim != att_dim else torch.nn.Identity()
 
-    @property
-    def row_modules(self) -> tuple[torch.nn.Module, ...]:
-        """The modules whose parameters :meth:`project` uses."""
-        return () if self.qkv_nn is None else (self.qkv_nn,)
+    def project(self, x: Tensor, which: str = "qkv", enter: torch.nn.Module | None = None) -> tuple[Tensor, ...]:
+        """Instances to queries, keys and values, or to those that ``which`` names.
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``(T, in_dim)`` to queries, keys and values, each ``(T, H, d)``."""
-        qkv = (x, x, x) if self.qkv_nn is None else self.qkv_nn(widened(self.qkv_nn, x)).chunk(3, dim=-1)
-        q, k, v = (t.unflatten(-1, (self.n_heads, self.head_dim)) for t in qkv)
-        return q, k, v
+        Args:
+            x: ``(T, in_dim)``.
+            which: "qkv" or a part of it.
+            enter: row-wise module that the instances go through first, such as a normalisation; its values are not
+                kept for the backward pass.
+
+        Returns:
+            As many ``(T, H, d)`` as ``which`` has letters.
+        """
+        if self.qkv_nn is None:
+            rows = x if enter is None else by_rows(enter, x)
+            parts = (rows,) * len(which)
+        else:
+            first = "qkv".index(which)
+            weight = self.qkv_nn.weight[first * self.att_dim : (first + len(which)) * self.att_dim]
+            entered = Widen(stream_dtype(x, weight)) if enter is None else enter
+            found = by_rows(entered, x, projection=Projection(weight, parts=len(which)))
+            parts = (found,) if len(which) == 1 else found
+        return tuple(t.unflatten(-1, (self.n_heads, self.head_dim)) for t in parts)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, **kwargs: Any) -> Tensor:
         """Queries, keys and values ``(T, H, d)`` of a pack to ``(T, att_dim)``, before ``out_proj``."""
         raise NotImplementedError(f"{type(self).__name__} must define attend(q, k, v, segments)")
 
-    def attend_first(self, x: Tensor, segments: Segments, **kwargs: Any) -> Tensor:
-        """The rows of :meth:`attend` that stand first in their bag: ``(T, in_dim)`` to ``(B, att_dim)``."""
+    def attend_first(
+        self, x: Tensor, segments: Segments, enter: torch.nn.Module | None = None, **kwargs: Any
+    ) -> Tensor:
+        """The rows of :meth:`attend` that stand first in their bag: ``(T, in_dim)`` to ``(B, att_dim)``.
+
+        ``enter`` as in :meth:`project`.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define attend_first(x, segments)")
 
     def first_attention(self, x: Tensor, segments: Segments, **kwargs: Any) -> Tensor:
@@ -91,7 +108,7 @@ class SelfAttention(torch.nn.Module):
             segments: how they are cut into bags.
             kwargs: what :meth:`attend` takes beside them.
         """
-        q, k, v = by_rows(self.project, x, modules=self.row_modules)
+        q, k, v = self.project(x)
         return self.out_proj(self.attend(q, k, v, segments, **kwargs))
 
     def forward(self, x: Tensor, mask: Tensor | None = None, return_att: bool = False) -> Any:
@@ -143,12 +160,15 @@ class MultiheadSelfAttention(SelfAttention):
         """Queries, keys and values ``(T, H, d)`` of a pack to ``(T, att_dim)``, before ``out_proj``."""
         return ops.masked_attention(q, k, v, segments, **attention_dropout(self), **kwargs).flatten(1)
 
-    def attend_first(self, x: Tensor, segments: Segments, **kwargs: Any) -> Tensor:
-        r"""The rows of :meth:`attend` that stand first in their bag, ``(B, att_dim)``, from instances ``(T, in_dim)``.
+    def attend_first(
+        self, x: Tensor, segments: Segments, enter: torch.nn.Module | None = None, **kwargs: Any
+    ) -> Tensor:
+        r"""The rows of :meth:`attend` that stand first in their bag: ``(T, in_dim)`` to ``(B, att_dim)``.
 
         With ``u = W_K^T q`` per bag and head, ``a = softmax(X u)`` and the result is ``W_V (X^T a)``: neither keys nor
         values are formed. FLOPs: 4 T H in_dim forward, 8 T H in_dim backward.
         """
+        x = x if enter is None else by_rows(enter, x)
         queries, _, values = self._weights(x)
         a = self.first_attention(x, segments, **kwargs)
         a = torch.nn.functional.dropout(a, self.dropout, self.training)
@@ -232,18 +252,17 @@ class MultiheadCrossAttention(torch.nn.Module):
             y: the rows that answer.
             y_segments: how those are cut into the same B bags. A bag without any gives zeros before ``out_proj``.
         """
-        q = by_rows(self._queries, x, modules=[self.q_nn] if self.q_nn is not None else [])
-        k, v = by_rows(self._keys_values, y, modules=[self.kv_nn] if self.kv_nn is not None else [])
+        (q,), (k, v) = self._project(x, self.q_nn, 1), self._project(y, self.kv_nn, 2)
         out = ops.masked_attention(q, k, v, segments, y_segments, **attention_dropout(self))
         return self.out_proj(out.flatten(1))
 
-    def _queries(self, x: Tensor) -> Tensor:
-        q = x if self.q_nn is None else self.q_nn(widened(self.q_nn, x))
-        return q.unflatten(-1, (self.n_heads, self.head_dim))
-
-    def _keys_values(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = (y, y) if self.kv_nn is None else self.kv_nn(widened(self.kv_nn, y)).chunk(2, dim=-1)
-        return k.unflatten(-1, (self.n_heads, self.head_dim)), v.unflatten(-1, (self.n_heads, self.head_dim))
+    def _project(self, rows: Tensor, linear: torch.nn.Linear | None, parts: int) -> tuple[Tensor, ...]:
+        found = (rows,) * parts
+        if linear is not None:
+            widen = Widen(stream_dtype(rows, linear.weight))
+            results = by_rows(widen, rows, projection=Projection(linear.weight, parts=parts))
+            found = (results,) if parts == 1 else results
+        return tuple(t.unflatten(-1, (self.n_heads, self.head_dim)) for t in found)
 
     def forward(self, x: Tensor, y: Tensor, mask: Tensor | None = None, y_mask: Tensor | None = None) -> Tensor:
         """Padded form.
@@ -266,11 +285,6 @@ def attention_dropout(module: Any) -> dict[str, Any]:
     if not (module.training and module.dropout > 0):
         return {}
     return {"dropout": module.dropout, "seed": int(torch.randint(2**31 - 1, ()))}
-
-
-def widened(linear: torch.nn.Linear, x: Tensor) -> Tensor:
-    """``x`` in the dtype that ``linear`` computes in, if it is stored in another."""
-    return x.to(stream_dtype(x, linear.weight))
 
 
 def softmax_matrix(q: Tensor, k: Tensor, bias: Any = 0) -> Tensor:

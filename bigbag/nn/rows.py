@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _ROWS = {"cpu": 2048, "cuda": 16_384}
+
+
+class Projection(NamedTuple):
+    """A linear map at the end of a row-wise function, its result cut into ``parts`` of equal width."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    parts: int = 1
+
+    def __call__(self, rows: Tensor) -> tuple[Tensor, ...]:
+        return F.linear(rows, self.weight, self.bias).chunk(self.parts, dim=-1)
+
+
+class Widen(torch.nn.Module):
+    """Rows in another dtype."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` in that dtype."""
+        return x.to(self.dtype)
 
 
 def by_rows(
@@ -17,29 +41,34 @@ def by_rows(
     *inputs: Tensor,
     modules: Iterable[torch.nn.Module] = (),
     shared: Iterable[Tensor] = (),
+    projection: Projection | None = None,
 ) -> Any:
     """``function(*inputs)``, chunk by chunk, where each row of the result depends on that row of the inputs only.
 
     Backward computes each chunk again and differentiates it, so that intermediate values (normalised rows, the hidden
-    layer of an MLP) exist for one chunk at a time. Cost: the FLOP of ``function`` once more; kept: ``inputs``. Dropout
-    and autocast are the same in both passes. Not twice differentiable.
+    layer of an MLP) exist for one chunk at a time. Cost: the FLOP of ``function`` once more, but not those of
+    ``projection``; kept: ``inputs``. Dropout and autocast are the same in both passes. Not twice differentiable.
 
     Args:
         function: takes and returns tensors (one or several) whose first dimension is the rows of a chunk.
         inputs: tensors of T rows.
-        modules: the modules whose parameters ``function`` uses; others get no gradient.
+        modules: the modules whose parameters ``function`` uses, beside ``function`` if it is one; others get no
+            gradient.
         shared: tensors beside ``inputs`` and parameters that ``function`` uses and that need gradients.
+        projection: applied to the single result ``(rows, width)`` of ``function``.
 
     Returns:
-        What ``function`` returns, with T rows.
+        What ``function`` (or ``projection``) returns, with T rows.
     """
-    modules = tuple(modules)
-    parameters = [t for t in (*shared, *(p for module in modules for p in module.parameters())) if t.requires_grad]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *parameters)):
-        state = _State(inputs[0].device, modules)
-        outputs = _ByRows.apply(function, state, len(inputs), *inputs, *parameters)
+    modules = (*modules, function) if isinstance(function, torch.nn.Module) else tuple(modules)
+    used = {id(t): t for t in (*shared, *(p for module in modules for p in module.parameters())) if t.requires_grad}
+    parameters = list(used.values())
+    weights = [] if projection is None else [t for t in projection[:2] if t is not None]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *weights, *parameters)):
+        work = _Work(function, projection, len(inputs), inputs[0].device, modules)
+        outputs = _ByRows.apply(work, *inputs, *weights, *parameters)
     else:
-        outputs = _run(function, inputs)
+        outputs = _run(function, projection, inputs)
     return outputs[0] if len(outputs) == 1 else outputs
 
 
@@ -60,24 +89,32 @@ def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
-def _run(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _run(function: Callable[..., Any], projection: Projection | None, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     rows = inputs[0].shape[0]
-    chunks = _chunks(rows, inputs[0].device)
-    if len(chunks) == 1:
-        return _as_tuple(function(*inputs))
     found: list[Tensor] = []
-    for chunk in chunks:
-        parts = _as_tuple(function(*(t[chunk] for t in inputs)))
+    for chunk in _chunks(rows, inputs[0].device):
+        results = function(*(t[chunk] for t in inputs))
+        parts = _as_tuple(results) if projection is None else projection(results)
+        if len(parts[0]) == rows:
+            return tuple(part.contiguous() for part in parts)
         found = found or [part.new_empty(rows, *part.shape[1:]) for part in parts]
         for whole, part in zip(found, parts):
             whole[chunk] = part
     return tuple(found)
 
 
-class _State:
-    """What a chunk's value depends on beside its inputs: autocast and, where there is dropout, random numbers."""
+class _Work:
+    """What is to be done with a chunk, and what its result depends on beside its inputs: autocast, random numbers."""
 
-    def __init__(self, device: torch.device, modules: tuple[torch.nn.Module, ...]) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        projection: Projection | None,
+        num_inputs: int,
+        device: torch.device,
+        modules: tuple[torch.nn.Module, ...],
+    ) -> None:
+        self.function, self.projection, self.num_inputs = function, projection, num_inputs
         kind = device.type
         # Without the cache of casted weights: one that is filled without gradient would be used with gradient.
         self.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), False)
@@ -89,7 +126,7 @@ class _State:
             self.cuda = [torch.cuda.get_rng_state(device) for device in self.devices]
 
     @contextmanager
-    def restored(self) -> Any:
+    def restored(self) -> Iterator[None]:
         with torch.random.fork_rng(self.devices, enabled=self.random), torch.autocast(*self.autocast):
             if self.random:
                 torch.set_rng_state(self.cpu)
@@ -97,46 +134,68 @@ class _State:
                     torch.cuda.set_rng_state(state, device)
             yield
 
+    def through_projection(
+        self, rows: Tensor, grads: list[Tensor | None], totals: list[Tensor | None]
+    ) -> list[Tensor | None]:
+        """The gradient of ``rows``, the projection's input, from those of its parts; adds to those of its weights."""
+        assert self.projection is not None
+        weight, bias, parts = self.projection
+        width = weight.shape[0] // parts
+        dtype = next(grad.dtype for grad in grads if grad is not None)
+        pieces = [rows.new_zeros(len(rows), width, dtype=dtype) if grad is None else grad for grad in grads]
+        grad = pieces[0] if parts == 1 else torch.cat(pieces, -1)
+        with torch.no_grad():
+            if totals[0] is not None:
+                totals[0] += grad.t() @ rows
+            if bias is not None and totals[1] is not None:
+                totals[1] += grad.sum(0)
+            return [(grad @ weight).to(rows.dtype) if rows.requires_grad else None]
+
 
 class _ByRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, function: Any, state: _State, num_inputs: int, *tensors: Tensor) -> Any:
-        ctx.function, ctx.state, ctx.num_inputs = function, state, num_inputs
+    def forward(ctx: Any, work: _Work, *tensors: Tensor) -> Any:
+        ctx.work = work
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors[:num_inputs])
+        ctx.save_for_backward(*tensors[: work.num_inputs])
         # Not as saved tensors: under torch.utils.checkpoint those would be copies that ``function`` doesn't use.
-        ctx.parameters = tensors[num_inputs:]
+        ctx.parameters = tensors[work.num_inputs :]
         ctx.versions = [t._version for t in ctx.parameters]
-        with torch.autocast(*state.autocast):
-            return _run(function, tensors[:num_inputs])
+        with torch.autocast(*work.autocast):
+            return _run(work.function, work.projection, tensors[: work.num_inputs])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        inputs, parameters = ctx.saved_tensors, ctx.parameters
+        work, inputs, parameters = ctx.work, ctx.saved_tensors, ctx.parameters
         if ctx.versions != [t._version for t in parameters]:
             raise RuntimeError("a parameter was changed between the forward pass and its backward pass")
-        needed = ctx.needs_input_grad[3 : 3 + ctx.num_inputs]
+        needed = ctx.needs_input_grad[1 : 1 + len(inputs)]
         found = [torch.empty_like(t) if need else None for t, need in zip(inputs, needed)]
-        totals = [torch.zeros_like(p) for p in parameters]
+        totals = [torch.zeros_like(p) if p.requires_grad else None for p in parameters]
         if all(grad is None for grad in grads):
-            return None, None, None, *[None] * (len(found) + len(totals))
-        with ctx.state.restored():
-            for chunk in _chunks(inputs[0].shape[0], inputs[0].device):
+            return None, *[None] * (len(found) + len(totals))
+        num_weights = 0 if work.projection is None else sum(t is not None for t in work.projection[:2])
+        trained = list(parameters[num_weights:])
+        with work.restored():
+            for chunk in _chunks(len(inputs[0]), inputs[0].device):
                 with torch.enable_grad():
                     rows = [t[chunk].detach().requires_grad_(need) for t, need in zip(inputs, needed)]
-                    outputs = _as_tuple(ctx.function(*rows))
-                reached = [
-                    (out, grad[chunk]) for out, grad in zip(outputs, grads) if grad is not None and out.requires_grad
-                ]
+                    outputs = _as_tuple(work.function(*rows))
+                upper = [None if grad is None else grad[chunk] for grad in grads]
+                if work.projection is not None:
+                    upper = work.through_projection(outputs[0], upper, totals)
+                reached = [(out, grad) for out, grad in zip(outputs, upper) if grad is not None and out.requires_grad]
                 wanted = [row for row in rows if row.requires_grad]
+                if not (reached and wanted + trained):
+                    continue
                 given = torch.autograd.grad(
                     [out for out, _ in reached],
-                    [*wanted, *parameters],
+                    wanted + trained,
                     [grad for _, grad in reached],
                     materialize_grads=True,
                 )
                 for whole, part in zip((whole for whole in found if whole is not None), given):
                     whole[chunk] = part
-                for total, part in zip(totals, given[len(wanted) :]):
+                for total, part in zip((t for t in totals[num_weights:] if t is not None), given[len(wanted) :]):
                     total += part
-        return None, None, None, *found, *totals
+        return None, *found, *totals

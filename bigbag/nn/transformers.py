@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bigbag.bags import PackedBags, Segments
 from bigbag.nn.attention import MultiheadSelfAttention, SelfAttention
-from bigbag.nn.rows import by_rows, stream_dtype
+from bigbag.nn.rows import Widen, by_rows, stream_dtype
 
 
 class Layer(torch.nn.Module):
@@ -80,11 +80,12 @@ class Layer(torch.nn.Module):
     def first_attention(self, x: Tensor, segments: Segments, **kwargs: Any) -> Tensor:
         """``(T, H)``: the attention of the first row of each bag to all its rows. Without gradient."""
         with torch.no_grad():
-            return self._attention.first_attention(self.norm_in(x), segments, **kwargs)
+            return self._attention.first_attention(by_rows(self.entry, x), segments, **kwargs)
 
-    def norm_in(self, x: Tensor) -> Tensor:
-        """What the attention sees: the normalised input, chunk by chunk."""
-        return by_rows(lambda rows: self.norm1(self._enter(rows)), x, modules=(self.in_proj, self.norm1))
+    @property
+    def entry(self) -> torch.nn.Module:
+        """Row-wise, from the input of the layer to what the attention sees."""
+        return torch.nn.Sequential(Widen(self.norm1.weight.dtype), self.in_proj, self.norm1)
 
     @property
     def _attention(self) -> SelfAttention:
@@ -92,12 +93,11 @@ class Layer(torch.nn.Module):
         return self.att_module
 
     def _compute(self, x: Tensor, segments: Segments, **kwargs: Any) -> Tensor:
-        before = (self.in_proj, self.norm1, *self._attention.row_modules)
-        q, k, v = by_rows(self._before, x, modules=before)
+        q, k, v = self._attention.project(x, enter=self.entry)
         return self._leave(x, self._attention.attend(q, k, v, segments, **kwargs))
 
     def _compute_first(self, x: Tensor, segments: Segments, **kwargs: Any) -> Tensor:
-        attended = self._attention.attend_first(self.norm_in(x), segments, **kwargs)
+        attended = self._attention.attend_first(x, segments, self.entry, **kwargs)
         return self._leave(x[segments.offsets[:-1]], attended)
 
     def _leave(self, x: Tensor, attended: Tensor) -> Tensor:
@@ -108,9 +108,6 @@ class Layer(torch.nn.Module):
 
     def _enter(self, x: Tensor) -> Tensor:
         return self.in_proj(x.to(self.norm1.weight.dtype))
-
-    def _before(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self._attention.project(self.norm1(self._enter(x)))
 
     def _after(self, x: Tensor, attended: Tensor) -> Tensor:
         y = self.att_proj(self._enter(x)) + self._attention.out_proj(attended.to(stream_dtype(x, self.norm1.weight)))
@@ -142,7 +139,7 @@ class Layer(torch.nn.Module):
         Y = bags.to_padded(self.forward_packed(bags.x, bags.segments, **kwargs))
         if not return_att:
             return Y
-        return Y, self.att_module.padded_attention(bags.with_x(self.norm_in(bags.x)), **kwargs)
+        return Y, self.att_module.padded_attention(bags.with_x(by_rows(self.entry, bags.x)), **kwargs)
 
 
 class Encoder(torch.nn.Module):

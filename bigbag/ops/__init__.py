@@ -20,6 +20,7 @@ from bigbag.ops.class_attention import class_token_attention, mean_attention
 from bigbag.ops.masked_attention import masked_attention
 from bigbag.ops.neighbor_attention import neighbor_attention, neighbor_scores
 from bigbag.ops.nystrom import nystrom_attention, nystrom_class_token_attention
+from bigbag.ops.nystrom_token import landmark_means, nystrom_token_attention
 from bigbag.ops.quadratic import dirichlet_energy, quadratic_form
 from bigbag.ops.registry import Operator, use_impl
 from bigbag.ops.registry import table as _table
@@ -45,6 +46,7 @@ __all__ = [
     "dirichlet_energy",
     "explain",
     "lambda_max",
+    "landmark_means",
     "marked_symmetric",
     "masked_attention",
     "mean_attention",
@@ -52,6 +54,7 @@ __all__ = [
     "neighbor_scores",
     "nystrom_attention",
     "nystrom_class_token_attention",
+    "nystrom_token_attention",
     "quadratic_form",
     "segment_dots",
     "segment_logsumexp",

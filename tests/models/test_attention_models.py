@@ -43,3 +43,47 @@ def test_transformer_abmil_equals_torchmil(arguments, mask):
     else:
         expected = torch.cat([theirs(X[b : b + 1, keep]) for b, keep in enumerate(mask.bool())])
         torch.testing.assert_close(ours(X, mask), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1, 2, 9, 30])
+@pytest.mark.parametrize("arguments", [
+    {"att_dim": 8, "n_heads": 2, "n_landmarks": 4},
+    {"att_dim": WIDTH, "n_heads": 3, "n_layers": 3, "use_mlp": True},
+])  # fmt: skip
+def test_transmil_equals_torchmil_on_one_bag(arguments, size):
+    theirs, ours = twins("TransMIL", **arguments)
+    assert_same(theirs, ours, torch.tensor([1.0]), torch.randn(1, size, WIDTH))
+
+
+def test_transmil_masks_and_packs_equal_torchmil_bag_by_bag():
+    theirs, ours = twins("TransMIL", att_dim=8, n_heads=2, n_landmarks=4)
+    mask = torch.tensor([[1] * 9, [1] * 4 + [0] * 5, [0, 1] + [0] * 7], dtype=torch.uint8)
+    X, keep = torch.randn(3, 9, WIDTH), mask.bool()
+    alone = [theirs(X[b : b + 1, keep[b]], return_att=True) for b in range(3)]
+    logits, scores = ours.predict(X, mask=mask)
+    torch.testing.assert_close(logits, torch.cat([a for a, _ in alone]), atol=1e-4, rtol=1e-4)
+    expected = torch.cat([a[0] for _, a in alone])
+    torch.testing.assert_close(scores[keep], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_ppeg_equals_torchmil():
+    theirs = pytest.importorskip("torchmil.models.transmil").PPEG(6)
+    from bigbag.models.transmil import PPEG
+
+    ours = PPEG(6)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 1 + 3 * 5, 6)
+    torch.testing.assert_close(ours(x, 3, 5), theirs(x, 3, 5), atol=1e-5, rtol=1e-5)
+
+
+def test_transmil_options_change_the_result():
+    """The paper's residual convolution, and bags without rows of zeros."""
+    torch.manual_seed(0)
+    X, plain = torch.randn(1, 20, WIDTH), models.TransMIL((WIDTH,), att_dim=8, n_heads=2)
+    for option in ({"zero_padding": False}, {"conv_residual": True}):
+        other = models.TransMIL((WIDTH,), att_dim=8, n_heads=2, **option)
+        other.load_state_dict(plain.state_dict(), strict=False)
+        assert (other(X) - plain(X)).abs() > 1e-4
+    assert "layers.0.att_module.res_conv.weight" in other.state_dict()
+    with pytest.raises(ValueError, match="n_layers >= 2"):
+        models.TransMIL((WIDTH,), n_layers=1)

@@ -233,3 +233,22 @@ def test_pack_of_bags_equals_each_bag():
     alone = [encoder(X[b : b + 1, keep])[0] for b, keep in enumerate(MASK.bool())]
     torch.testing.assert_close(packed, torch.cat(alone))
     assert bags.sizes == LENGTHS
+
+
+def test_projection_is_not_computed_again(monkeypatch):
+    """Its gradients come without its outputs; parts that nobody uses give none."""
+    monkeypatch.setitem(rows_module._ROWS, "cpu", 3)
+    norm, linear = tnn.LayerNorm(4), tnn.Linear(4, 6)
+    x, calls = torch.randn(8, 4, requires_grad=True), []
+    original = rows_module.F.linear
+    monkeypatch.setattr(rows_module.F, "linear", lambda *args: calls.append(1) or original(*args))
+    first, _, last = by_rows(norm, x, projection=rows_module.Projection(linear.weight, linear.bias, 3))
+    (first.square().sum() + last.sin().sum()).backward()
+    assert len(calls) == 3
+    found = [t.grad.clone() for t in (x, *norm.parameters(), *linear.parameters())]
+    for t in (x, *norm.parameters(), *linear.parameters()):
+        t.grad = None
+    expected = linear(norm(x))
+    torch.testing.assert_close(torch.cat([first, last], 1), expected[:, [0, 1, 4, 5]])
+    (expected[:, :2].square().sum() + expected[:, 4:].sin().sum()).backward()
+    torch.testing.assert_close(found, [t.grad for t in (x, *norm.parameters(), *linear.parameters())])

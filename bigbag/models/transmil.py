@@ -1,0 +1,186 @@
+"""TransMIL: a class token, Nystrom attention, and positions from convolutions over the bag laid out as a square."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bigbag.bags import PackedBags, Segments
+from bigbag.models.base import MILModel, feature_dim, squeeze_single_output
+from bigbag.nn import NystromTransformerLayer
+from bigbag.nn.rows import Projection, Widen, by_rows, stream_dtype
+
+
+class PPEG(torch.nn.Module):
+    r"""Pyramid positional encoding generator (Shao et al. 2021, arXiv 2106.00908).
+
+    ``Y = X + conv7(X) + conv5(X) + conv3(X)``, depth-wise, over the rows of a bag laid out as a grid; the class token
+    stays as it is. The three kernels and the identity are added first: one convolution of 49 products per value.
+
+    Args:
+        dim: width of the rows.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.proj = torch.nn.Conv2d(dim, dim, 7, 1, 3, groups=dim)
+        self.proj1 = torch.nn.Conv2d(dim, dim, 5, 1, 2, groups=dim)
+        self.proj2 = torch.nn.Conv2d(dim, dim, 3, 1, 1, groups=dim)
+
+    def forward_packed(self, x: Tensor, segments: Segments) -> Tensor:
+        """``(T, dim)``, in each bag a class token before a square of rows, to ``(T, dim)``."""
+        weight, bias = self._kernel()
+        sizes = [size for total in segments.sizes for size in (1, total - 1)]
+        parts = list(x.split(sizes))
+        for bag, square in enumerate(parts[1::2]):
+            side = math.isqrt(square.shape[0])
+            parts[2 * bag + 1] = _convolve(square, weight, bias, side, side)
+        return torch.cat([part.to(x.dtype) for part in parts])
+
+    def forward(self, x: Tensor, H: int, W: int) -> Tensor:
+        """``(B, 1 + H W, dim)`` to the same shape."""
+        weight, bias = self._kernel()
+        grids = torch.stack([_convolve(rows, weight, bias, H, W) for rows in x[:, 1:]])
+        return torch.cat([x[:, :1], grids.to(x.dtype)], 1)
+
+    def _kernel(self) -> tuple[Tensor, Tensor]:
+        identity = torch.zeros_like(self.proj.weight)
+        identity[:, :, 3, 3] = 1
+        small = F.pad(self.proj1.weight, (1, 1, 1, 1)) + F.pad(self.proj2.weight, (2, 2, 2, 2))
+        biases: list[Any] = [self.proj.bias, self.proj1.bias, self.proj2.bias]
+        return self.proj.weight + small + identity, sum(biases)
+
+
+def _convolve(rows: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
+    """``(height * width, dim)`` rows through a depth-wise convolution; the grid is a view with channels last."""
+    if not len(rows):
+        return rows
+    grid = rows.view(1, height, width, -1).permute(0, 3, 1, 2)
+    dtype = stream_dtype(rows, weight)
+    out = F.conv2d(grid.to(dtype), weight.to(dtype), bias.to(dtype), padding=3, groups=len(weight))
+    return out.permute(0, 2, 3, 1).reshape(rows.shape)
+
+
+class TransMIL(MILModel):
+    r"""Transformer-based correlated MIL (Shao et al. 2021, arXiv 2106.00908).
+
+    ``X = fc1(feat_ext(X))``. Each bag of N instances is filled up with its first ones to a square of
+    ``ceil(sqrt(N))^2`` rows behind a class token. A Nystrom layer, :class:`PPEG`, more Nystrom layers; the logits are
+    ``W LayerNorm(class token) + b``. The instance scores are the attention of the class token in the last layer, mean
+    over the heads.
+
+    The order of the instances is part of the model. Of the last layer only the row of the class token is computed.
+    Differs from torchmil in that masks are honoured: every bag has its own square, whatever it is batched with.
+
+    Args:
+        in_shape: shape of one instance.
+        att_dim: width inside; ``n_heads`` must divide it.
+        n_layers: Nystrom layers, at least 2.
+        n_heads: their heads.
+        n_landmarks: their landmarks; None: ``att_dim // 2``.
+        pinv_iterations: steps of their pseudo-inverse.
+        dropout: of their MLP.
+        use_mlp: whether they have one.
+        feat_ext: module applied to each instance; None for none.
+        criterion: loss of the logits; None for binary cross-entropy.
+        out_dim: logits per bag.
+        zero_padding: as in :class:`~bigbag.nn.NystromAttention`.
+        conv_residual: the convolution of values that the paper's layers have and torchmil's have not.
+
+    Raises:
+        ValueError: fewer than 2 layers.
+    """
+
+    def __init__(
+        self,
+        in_shape: tuple[int, ...],
+        att_dim: int = 512,
+        n_layers: int = 2,
+        n_heads: int = 4,
+        n_landmarks: int | None = None,
+        pinv_iterations: int = 6,
+        dropout: float = 0.0,
+        use_mlp: bool = False,
+        feat_ext: torch.nn.Module | None = None,
+        criterion: torch.nn.Module | None = None,
+        out_dim: int = 1,
+        zero_padding: bool = True,
+        conv_residual: bool = False,
+    ) -> None:
+        super().__init__()
+        if n_layers < 2:
+            raise ValueError(f"TransMIL: expected n_layers >= 2, got {n_layers}")
+        self.n_landmarks = att_dim // 2 if n_landmarks is None else n_landmarks
+        self.feat_ext = feat_ext if feat_ext is not None else torch.nn.Identity()
+        feat_dim = feature_dim(self.feat_ext, in_shape)
+        assert feat_dim is not None
+        self.fc1 = torch.nn.Linear(feat_dim, att_dim) if feat_dim != att_dim else torch.nn.Identity()
+        self.pos_layer = PPEG(att_dim)
+        self.cls_token = torch.nn.Parameter(torch.randn(1, 1, att_dim))
+        layers = [
+            NystromTransformerLayer(
+                att_dim,
+                att_dim,
+                att_dim,
+                n_heads,
+                n_landmarks=self.n_landmarks,
+                pinv_iterations=pinv_iterations,
+                dropout=dropout,
+                use_mlp=use_mlp,
+                zero_padding=zero_padding,
+                conv_residual=conv_residual,
+            )
+            for _ in range(n_layers)
+        ]
+        self.layers = torch.nn.ModuleList(layers)
+        self.norm = torch.nn.LayerNorm(att_dim)
+        self.classifier = torch.nn.Linear(att_dim, out_dim)
+        self.criterion = criterion if criterion is not None else torch.nn.BCEWithLogitsLoss()
+
+    def forward_bags(self, bags: PackedBags, return_att: bool = False):  # type: ignore[no-untyped-def]
+        layers: list[Any] = list(self.layers)
+        for layer in layers:
+            layer.recompute = self.activation_checkpointing
+        x, segments = self._squares(bags)
+        x = self.pos_layer.forward_packed(layers[0].forward_packed(x, segments), segments)
+        for layer in layers[1:-1]:
+            x = layer.forward_packed(x, segments)
+        Y_pred = squeeze_single_output(self.classifier(self.norm(layers[-1].forward_first(x, segments))))
+        if not return_att:
+            return Y_pred
+        parts = layers[-1].first_attention(x, segments).mean(1).split(segments.sizes)
+        return Y_pred, torch.cat([part[1 : 1 + size] for part, size in zip(parts, bags.sizes)])
+
+    def _squares(self, bags: PackedBags) -> tuple[Tensor, Segments]:
+        """Of each bag: the class token, the instances, and the first of them again up to a square."""
+        x = self.encode(self.feat_ext, bags.x)
+        widen = Widen(stream_dtype(x, self.cls_token))
+        if isinstance(self.fc1, torch.nn.Linear):
+            x = by_rows(widen, x, projection=Projection(self.fc1.weight, self.fc1.bias))
+        else:
+            x = widen(x)
+        token, sides = self.cls_token[0].to(x.dtype), [math.isqrt(max(size - 1, 0)) + (size > 0) for size in bags.sizes]
+        instances = x.split(bags.sizes) if bags.num_bags > 1 else [x]
+        parts = [(token, bag, bag[: side**2 - len(bag)]) for bag, side in zip(instances, sides)]
+        squares = torch.cat([part for bag in parts for part in bag])
+        return squares, Segments.from_sizes([1 + side**2 for side in sides], x.device)
+
+    def forward(  # type: ignore[override]
+        self, X: Tensor | PackedBags, return_att: bool = False, mask: Tensor | None = None
+    ) -> Any:
+        """As :meth:`MILModel.forward`, with torchmil's order of arguments."""
+        return self.run(X, mask, return_att=return_att)
+
+    def compute_loss(self, Y: Tensor, X: Tensor | PackedBags, mask: Tensor | None = None) -> Any:
+        """As :meth:`MILModel.compute_loss`."""
+        return super().compute_loss(Y, X, mask=mask)
+
+    def predict(  # type: ignore[override]
+        self, X: Tensor | PackedBags, return_inst_pred: bool = True, mask: Tensor | None = None
+    ) -> Any:
+        """As :meth:`MILModel.predict`, with torchmil's order of arguments."""
+        return self.forward(X, return_inst_pred, mask)

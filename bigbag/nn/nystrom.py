@@ -1,0 +1,263 @@
+"""Nystrom attention and transformer layers on packs: attention in linear time, through landmarks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bigbag import ops
+from bigbag.bags import Segments
+from bigbag.nn.attention import SelfAttention
+from bigbag.nn.rows import by_rows
+from bigbag.nn.transformers import Encoder, Layer, layer_widths
+
+_KERNEL = 33
+
+
+class NystromAttention(SelfAttention):
+    r"""Nystrom approximation of multi-head self-attention (Xiong et al. 2021, arXiv 2102.03902), in O(N M).
+
+    With landmarks ``Ql, Kl``, the means of ``Q, K`` over M groups of neighbouring rows, per head
+
+    ``Y = softmax(Q Kl^T / sqrt(d)) pinv(softmax(Ql Kl^T / sqrt(d))) softmax(Ql K^T / sqrt(d)) V``.
+
+    See :func:`bigbag.ops.nystrom_attention` for the cost. Differs from torchmil in that each bag is padded to a
+    multiple of M by itself, and masked instances count for nothing: a bag gives the same alone, padded or packed.
+    (torchmil's mask excludes the rows of zeros that it adds in front, and keeps them without a mask.) With
+    ``learn_weights=False`` scores are scaled by the width that the heads have, not by ``att_dim``'s.
+
+    Args:
+        in_dim: instance width.
+        out_dim: output width; None: ``in_dim``.
+        att_dim: width of queries, keys and values, all heads together.
+        n_heads: heads.
+        learn_weights: False: queries, keys and values are the instances themselves, and ``att_dim`` is ``in_dim``.
+        n_landmarks: M.
+        pinv_iterations: steps of the pseudo-inverse.
+        zero_padding: put rows of zeros in front of each bag up to a multiple of M, which then take part like
+            instances, as torchmil and the authors' code do. False: none; a bag of N instances has min(M, N) landmarks,
+            the means over floor(N / M) or one more instances each.
+        conv_residual: add a depth-wise convolution of the values along the bag (33 wide, one kernel per head,
+            ``res_conv``), as the authors' code and TransMIL do; torchmil left it out.
+
+    Raises:
+        ValueError: a width that the heads do not divide.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int | None = None,
+        att_dim: int = 512,
+        n_heads: int = 4,
+        learn_weights: bool = True,
+        n_landmarks: int = 256,
+        pinv_iterations: int = 6,
+        zero_padding: bool = True,
+        conv_residual: bool = False,
+    ) -> None:
+        super().__init__(in_dim, out_dim, att_dim, n_heads, learn_weights=learn_weights)
+        self.n_landmarks = n_landmarks
+        self.pinv_iterations = pinv_iterations
+        self.zero_padding = zero_padding
+        self.conv_residual = conv_residual
+        if conv_residual:
+            shape = {"kernel_size": (_KERNEL, 1), "padding": (_KERNEL // 2, 0)}
+            self.res_conv = torch.nn.Conv2d(n_heads, n_heads, groups=n_heads, bias=False, **shape)  # type: ignore
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"num_landmarks": self.n_landmarks, "num_iterations": self.pinv_iterations}
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, **kwargs: Any) -> Tensor:
+        """Queries, keys and values ``(T, H, d)`` of a pack to ``(T, att_dim)``, before ``out_proj``."""
+        pads = self._pads(segments)
+        rows = _padded_segments(segments, pads)
+        queries, keys, values = (_pad_front(t, segments, pads) for t in (q, k, v))
+        out = _strip_front(ops.nystrom_attention(queries, keys, values, rows, **self._options), rows, pads)
+        if self.conv_residual:
+            bags = v.split(segments.sizes) if segments.num_bags > 1 else [v]
+            out = out + torch.cat([self._convolve(bag) for bag in bags])
+        return out.flatten(1)
+
+    def attend_first(
+        self, x: Tensor, segments: Segments, enter: torch.nn.Module | None = None, **kwargs: Any
+    ) -> Tensor:
+        """The rows of :meth:`attend` that stand first in their bag: ``(T, in_dim)`` to ``(B, att_dim)``.
+
+        Landmarks commute with projections, so of the queries only their landmarks and those of the tokens are formed.
+        """
+        pads = self._pads(segments)
+        rows = _padded_segments(segments, pads)
+        k, v = self.project(x, "kv", enter)
+        entered = x if enter is None else by_rows(enter, x)
+        tokens = entered[segments.offsets[:-1]]
+        means = ops.landmark_means(_pad_front(entered, segments, pads), rows, num_landmarks=self.n_landmarks)
+        with torch.autocast(x.device.type, enabled=False):
+            # Together, since both are few.
+            (queries,) = self.project(torch.cat([means.flatten(0, 1), tokens.to(means.dtype)]), "q")
+            landmarks, tokens = queries.split([means.shape[0] * means.shape[1], len(tokens)])
+            landmarks = landmarks.unflatten(0, means.shape[:2])
+            keys, values = (_pad_front(t, segments, pads) for t in (k, v))
+            out = ops.nystrom_token_attention(tokens, landmarks, keys, values, rows, **self._options)
+        if self.conv_residual:
+            reach = [bag[: _KERNEL // 2 + 1] for bag in v.split(segments.sizes)]
+            out = out + torch.stack([self._convolve(bag)[0] for bag in reach])
+        return out.flatten(1)
+
+    @torch.no_grad()
+    def first_attention(self, x: Tensor, segments: Segments, **kwargs: Any) -> Tensor:
+        """``(T, H)``: the attention of the first row of each bag to all its rows, from instances ``(T, in_dim)``."""
+        q, k = self.project(x, "qk")
+        pads = self._pads(segments)
+        rows = _padded_segments(segments, pads)
+        q, k = _pad_front(q, segments, pads), _pad_front(k, segments, pads)
+        # Where pads differ, bags are looked at one by one: the token stands behind the pad.
+        q_bags, k_bags, found = q.split(rows.sizes), k.split(rows.sizes), []
+        for q_b, k_b, pad, size in zip(q_bags, k_bags, pads, rows.sizes):
+            one = Segments.from_sizes((size,), x.device)
+            found.append(ops.nystrom_class_token_attention(q_b, k_b, one, token=pad, **self._options)[pad:])
+        return torch.cat(found)
+
+    def attention_matrix(self, q: Tensor, k: Tensor, **kwargs: Any) -> Tensor:
+        """The ``(H, N, N)`` attention of one bag: for looking at small bags only."""
+        size = q.shape[0]
+        one = Segments.from_sizes((size,), q.device)
+        pads = self._pads(one)
+        rows, q, k = _padded_segments(one, pads), _pad_front(q, one, pads), _pad_front(k, one, pads)
+        tokens = range(pads[0], pads[0] + size)
+        found = [ops.nystrom_class_token_attention(q, k, rows, token=i, **self._options)[pads[0] :] for i in tokens]
+        return torch.stack(found).permute(2, 0, 1)
+
+    def _pads(self, segments: Segments) -> tuple[int, ...]:
+        """Rows of zeros in front of each bag."""
+        return tuple(-size % self.n_landmarks if self.zero_padding else 0 for size in segments.sizes)
+
+    def _convolve(self, v: Tensor) -> Tensor:
+        """The residual of one bag from its values ``(N, H, d)``."""
+        weight = self.res_conv.weight.to(v.dtype)
+        padding = (_KERNEL // 2, 0)
+        return F.conv2d(v.transpose(0, 1)[None], weight, padding=padding, groups=self.n_heads)[0].transpose(0, 1)
+
+
+def _padded_segments(segments: Segments, pads: tuple[int, ...]) -> Segments:
+    if not any(pads):
+        return segments
+    return Segments.from_sizes([n + pad for n, pad in zip(segments.sizes, pads)], segments.offsets.device)
+
+
+def _pad_front(x: Tensor, segments: Segments, pads: tuple[int, ...]) -> Tensor:
+    """Put ``pads[b]`` rows of zeros in front of bag b."""
+    if not any(pads):
+        return x
+    bags = x.split(segments.sizes) if segments.num_bags > 1 else [x]
+    return torch.cat([part for bag, pad in zip(bags, pads) for part in (x.new_zeros(pad, *x.shape[1:]), bag)])
+
+
+def _strip_front(x: Tensor, rows: Segments, pads: tuple[int, ...]) -> Tensor:
+    """Take the first ``pads[b]`` rows of bag b away."""
+    if not any(pads):
+        return x
+    sizes = [part for size, pad in zip(rows.sizes, pads) for part in (pad, size - pad)]
+    parts = x.split(sizes)[1::2]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class NystromTransformerLayer(Layer):
+    r"""Transformer layer with Nystrom attention: :class:`Layer` around :class:`NystromAttention`.
+
+    Args:
+        in_dim: input width.
+        out_dim: output width; None: ``in_dim``.
+        att_dim: width of the attention.
+        n_heads: heads.
+        learn_weights: as in :class:`NystromAttention`, as are the next two.
+        n_landmarks: landmarks.
+        pinv_iterations: steps of the pseudo-inverse.
+        dropout: of the MLP.
+        use_mlp: whether there is an MLP.
+        zero_padding: as in :class:`NystromAttention`, as is the next.
+        conv_residual: add a convolution of the values.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int | None = None,
+        att_dim: int = 512,
+        n_heads: int = 4,
+        learn_weights: bool = True,
+        n_landmarks: int = 256,
+        pinv_iterations: int = 6,
+        dropout: float = 0.0,
+        use_mlp: bool = False,
+        zero_padding: bool = True,
+        conv_residual: bool = False,
+    ) -> None:
+        widths = (in_dim, att_dim, att_dim, n_heads, learn_weights)
+        att_module = NystromAttention(*widths, n_landmarks, pinv_iterations, zero_padding, conv_residual)
+        super().__init__(att_module, in_dim, in_dim, out_dim, att_dim, use_mlp, dropout=dropout)
+
+    def forward(self, X: Tensor, mask: Tensor | None = None, return_att: bool = False) -> Any:  # type: ignore[override]
+        """As :meth:`Layer.forward`, with ``mask`` ``(B, N)``."""
+        return super().forward(X, return_att, mask=mask)
+
+
+class NystromTransformerEncoder(Encoder):
+    r"""A stack of :class:`NystromTransformerLayer`, normalised at the end.
+
+    Args:
+        in_dim: input width.
+        out_dim: output width; None: ``in_dim``.
+        att_dim: width of the attentions, and between the layers.
+        n_heads: heads.
+        n_layers: layers.
+        n_landmarks: landmarks.
+        pinv_iterations: steps of the pseudo-inverse.
+        dropout: of the MLP.
+        use_mlp: whether the layers have an MLP.
+        add_self: add the input to the output of every layer; all widths must agree.
+        zero_padding: as in :class:`NystromAttention`, as is the next.
+        conv_residual: add a convolution of the values.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int | None = None,
+        att_dim: int = 512,
+        n_heads: int = 8,
+        n_layers: int = 4,
+        n_landmarks: int = 256,
+        pinv_iterations: int = 6,
+        dropout: float = 0.0,
+        use_mlp: bool = False,
+        add_self: bool = False,
+        zero_padding: bool = True,
+        conv_residual: bool = False,
+    ) -> None:
+        out_dim = in_dim if out_dim is None else out_dim
+        layers = [
+            NystromTransformerLayer(
+                width_in,
+                width_out,
+                att_dim,
+                n_heads,
+                n_landmarks=n_landmarks,
+                pinv_iterations=pinv_iterations,
+                dropout=dropout,
+                use_mlp=use_mlp,
+                zero_padding=zero_padding,
+                conv_residual=conv_residual,
+            )
+            for width_in, width_out in layer_widths(in_dim, att_dim, out_dim, n_layers)
+        ]
+        super().__init__(torch.nn.ModuleList(layers), add_self)
+        self.norm = torch.nn.LayerNorm(out_dim)
+
+    def forward(self, X: Tensor, mask: Tensor | None = None, return_att: bool = False) -> Any:  # type: ignore[override]
+        """As :meth:`Encoder.forward`, with ``mask`` ``(B, N)``."""
+        return super().forward(X, return_att, mask=mask)
