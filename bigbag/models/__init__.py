@@ -6,6 +6,7 @@ from bigbag.models.build import MODELS, build_model, load_model, save_model
 from bigbag.models.clam import CLAM_MB, CLAM_SB
 from bigbag.models.dsmil import DSMIL
 from bigbag.models.dtfdmil import DTFDMIL
+from bigbag.models.iibmil import IIBMIL
 from bigbag.models.pooling import MaxMIL, MeanMIL
 from bigbag.models.sm_abmil import SmABMIL
 from bigbag.models.transformer_abmil import TransformerABMIL
@@ -18,6 +19,7 @@ __all__ = [
     "CLAM_SB",
     "DSMIL",
     "DTFDMIL",
+    "IIBMIL",
     "MODELS",
     "VAEABMIL",
     "GraphMILModel",

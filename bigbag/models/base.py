@@ -14,6 +14,7 @@ from bigbag.bags import PackedBags
 from bigbag.nn import get_feat_dim
 
 _CHECKPOINT_ROWS = 16_384
+_REGRESSION = (torch.nn.MSELoss, torch.nn.L1Loss, torch.nn.SmoothL1Loss, torch.nn.HuberLoss)
 _REMEDIES = {
     "adj": "pass the adjacency of the batch, or pack the bags with a graph (data.graph in the config)",
     "coords": "pass the coordinates of the batch, or pack bags that have coordinates",
@@ -233,3 +234,15 @@ def required_feature_dim(model: Any, in_shape: tuple[int, ...] | None) -> int:
 def squeeze_single_output(logits: Tensor) -> Tensor:
     """``(B, 1)`` to ``(B,)``; other widths stay."""
     return logits.squeeze(-1) if logits.shape[-1] == 1 else logits
+
+
+def bag_classes(criterion: torch.nn.Module, Y: Tensor, num_classes: int) -> Tensor | None:
+    """``(B, num_classes)`` bool, the classes of each bag: one or, multi-label, any number.
+
+    None where the labels are no classes: those of a regression loss, or several per bag that are not multi-label.
+    """
+    if Y.dim() > 1 and Y.shape[-1] > 1:
+        return Y > 0.5 if isinstance(criterion, torch.nn.BCEWithLogitsLoss) else None
+    if isinstance(criterion, _REGRESSION):
+        return None
+    return Y.reshape(-1, 1).long() == torch.arange(num_classes, device=Y.device)

@@ -24,6 +24,7 @@ from bigbag.models.clam import CLAM_MB, CLAM_SB
 from bigbag.models.criteria import build_criterion
 from bigbag.models.dsmil import DSMIL
 from bigbag.models.dtfdmil import DTFDMIL
+from bigbag.models.iibmil import IIBMIL
 from bigbag.models.pooling import MaxMIL, MeanMIL
 from bigbag.models.sm_abmil import SmABMIL
 from bigbag.models.transformer_abmil import TransformerABMIL
@@ -40,6 +41,7 @@ MODELS: dict[str, type[MILModel]] = {
         CLAM_MB,
         DSMIL,
         DTFDMIL,
+        IIBMIL,
         SmABMIL,
         TransformerABMIL,
         TransMIL,

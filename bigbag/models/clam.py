@@ -11,10 +11,9 @@ from torch import Tensor
 
 from bigbag import ops
 from bigbag.bags import PackedBags, Segments
-from bigbag.models.base import MILModel, feature_dim, squeeze_single_output
+from bigbag.models.base import MILModel, bag_classes, feature_dim, squeeze_single_output
 from bigbag.nn import AttentionPool, LazyLinear, SmoothTop1SVM
 
-_REGRESSION = (torch.nn.MSELoss, torch.nn.L1Loss, torch.nn.SmoothL1Loss, torch.nn.HuberLoss)
 _INSTANCE_LOSSES: dict[str, Callable[[], torch.nn.Module]] = {
     "SmoothTop1SVM": partial(SmoothTop1SVM, n_classes=2),
     "BCEWithLogitsLoss": torch.nn.BCEWithLogitsLoss,
@@ -132,7 +131,7 @@ class CLAM_SB(MILModel):
         bags = self.pack(X, mask)
         Y_pred, f, x = self._attend(bags)
         losses = {type(self.criterion).__name__: self.bag_loss(Y_pred, Y)}
-        classes = self._classes(Y)
+        classes = bag_classes(self.criterion, Y, self.num_classes)
         if classes is not None:
             losses["InstLoss"] = self._instance_loss(f, x, bags.segments, classes)
             if self.bag_weight is not None:
@@ -178,14 +177,6 @@ class CLAM_SB(MILModel):
         losses = self._inst_losses(logits[:, 0], targets)[taken]
         loss = _masked_mean(losses[None], counts[None, taken])[0]
         return loss, logits[taken, 0].argmax(-1, keepdim=True), targets[taken]
-
-    def _classes(self, Y: Tensor) -> Tensor | None:
-        """(B, C) bool, the classes of each bag; None where the labels are no classes."""
-        if Y.dim() > 1 and Y.shape[-1] > 1:
-            return Y > 0.5 if isinstance(self.criterion, torch.nn.BCEWithLogitsLoss) else None
-        if isinstance(self.criterion, _REGRESSION):
-            return None
-        return Y.reshape(-1, 1).long() == torch.arange(self.num_classes, device=Y.device)
 
     def _instance_loss(self, f: Tensor, x: Tensor, segments: Segments, classes: Tensor) -> Tensor:
         """Mean over the bags of ``l_in + l_out``.

@@ -14,6 +14,7 @@ SIZES = (5, 1, 9)
 SMALL: dict = {
     "TransMIL": {"att_dim": 8, "n_heads": 2, "n_landmarks": 4},
     "TransformerABMIL": {"transf_att_dim": 6, "transf_n_heads": 2, "pool_att_dim": 4},
+    "IIBMIL": {"att_dim": 4, "n_heads": 2},
     "VAEABMIL": {"feat_ext": {"name": "VariationalAutoEncoderMIL", "layer_sizes": [8, 4]}},
 }
 """Model -> arguments that keep it small enough for these tests."""
