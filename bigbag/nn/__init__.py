@@ -5,6 +5,7 @@ from bigbag.nn.linear import MLP, LazyLinear, get_feat_dim
 from bigbag.nn.losses import SmoothTop1SVM
 from bigbag.nn.nystrom import NystromAttention, NystromTransformerEncoder, NystromTransformerLayer
 from bigbag.nn.pools import AttentionPool, MaskedSoftmax, MaxPool, MeanPool, masked_softmax
+from bigbag.nn.positions import SinusoidalPositionalEncodingND
 from bigbag.nn.sm import ApproxSm, ExactSm, Sm
 from bigbag.nn.sm_attention_pool import SmAttentionPool
 from bigbag.nn.transformers import Encoder, Layer, TransformerEncoder, TransformerLayer
@@ -26,6 +27,7 @@ __all__ = [
     "NystromAttention",
     "NystromTransformerEncoder",
     "NystromTransformerLayer",
+    "SinusoidalPositionalEncodingND",
     "Sm",
     "SmAttentionPool",
     "SmoothTop1SVM",
