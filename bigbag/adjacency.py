@@ -52,6 +52,12 @@ class Adjacency:
         nodes = torch.arange(self.num_nodes, device=self.crow.device)
         return torch.repeat_interleave(nodes, self.crow.diff(), output_size=self.num_edges)
 
+    def diagonal(self) -> Tensor:
+        """``(T,)``: the weights of the self loops, 0 where there is none."""
+        rows = self.rows()
+        own = (rows == self.col).float() if self.weight is None else torch.where(rows == self.col, self.weight, 0)
+        return own.new_zeros(self.num_nodes).index_add(0, rows, own)
+
     def to_coo(self) -> Tensor:
         """The same matrix as a torch sparse COO tensor ``(T, T)``."""
         weight = torch.ones(self.num_edges, device=self.col.device) if self.weight is None else self.weight

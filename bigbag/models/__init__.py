@@ -8,8 +8,10 @@ from bigbag.models.dsmil import DSMIL
 from bigbag.models.dtfdmil import DTFDMIL
 from bigbag.models.iibmil import IIBMIL
 from bigbag.models.pooling import MaxMIL, MeanMIL
+from bigbag.models.prob_smooth_abmil import ProbSmoothABMIL, SmoothABMIL
 from bigbag.models.sm_abmil import SmABMIL
 from bigbag.models.transformer_abmil import TransformerABMIL
+from bigbag.models.transformer_prob_smooth_abmil import TransformerProbSmoothABMIL
 from bigbag.models.transmil import TransMIL
 from bigbag.models.vaeabmil import VAEABMIL
 
@@ -27,9 +29,12 @@ __all__ = [
     "MILModelWrapper",
     "MaxMIL",
     "MeanMIL",
+    "ProbSmoothABMIL",
     "SmABMIL",
+    "SmoothABMIL",
     "TransMIL",
     "TransformerABMIL",
+    "TransformerProbSmoothABMIL",
     "build_model",
     "load_model",
     "save_model",

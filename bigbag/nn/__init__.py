@@ -6,6 +6,7 @@ from bigbag.nn.losses import SmoothTop1SVM
 from bigbag.nn.nystrom import NystromAttention, NystromTransformerEncoder, NystromTransformerLayer
 from bigbag.nn.pools import AttentionPool, MaskedSoftmax, MaxPool, MeanPool, masked_softmax
 from bigbag.nn.positions import SinusoidalPositionalEncodingND
+from bigbag.nn.prob_smooth_attention_pool import ProbSmoothAttentionPool
 from bigbag.nn.sm import ApproxSm, ExactSm, Sm
 from bigbag.nn.sm_attention_pool import SmAttentionPool
 from bigbag.nn.transformers import Encoder, Layer, TransformerEncoder, TransformerLayer
@@ -27,6 +28,7 @@ __all__ = [
     "NystromAttention",
     "NystromTransformerEncoder",
     "NystromTransformerLayer",
+    "ProbSmoothAttentionPool",
     "SinusoidalPositionalEncodingND",
     "Sm",
     "SmAttentionPool",

@@ -17,6 +17,7 @@ from bigbag.ops.attention_pool import OPERATOR as _ATTENTION_POOL
 from bigbag.ops.attention_pool import attention_pool
 from bigbag.ops.chebyshev import chebyshev, lambda_max
 from bigbag.ops.class_attention import class_token_attention, mean_attention
+from bigbag.ops.gaussian_attention import attention_draws, expected_attention, sampled_attention
 from bigbag.ops.masked_attention import masked_attention
 from bigbag.ops.neighbor_attention import neighbor_attention, neighbor_scores
 from bigbag.ops.nystrom import nystrom_attention, nystrom_class_token_attention
@@ -38,12 +39,14 @@ __all__ = [
     "AttentionBias",
     "DistanceBias",
     "RelativePositionBias",
+    "attention_draws",
     "attention_pool",
     "chebyshev",
     "chosen",
     "class_token_attention",
     "degrees",
     "dirichlet_energy",
+    "expected_attention",
     "explain",
     "lambda_max",
     "landmark_means",
@@ -56,6 +59,7 @@ __all__ = [
     "nystrom_class_token_attention",
     "nystrom_token_attention",
     "quadratic_form",
+    "sampled_attention",
     "segment_dots",
     "segment_logsumexp",
     "segment_max",

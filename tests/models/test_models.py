@@ -13,22 +13,34 @@ WIDTH = 6
 SIZES = (5, 1, 9)
 SMALL: dict = {
     "TransMIL": {"att_dim": 8, "n_heads": 2, "n_landmarks": 4},
+    "ProbSmoothABMIL": {"att_dim": 4, "n_samples_train": 50},
+    "SmoothABMIL": {"att_dim": 4},
+    "TransformerProbSmoothABMIL": {
+        "transf_att_dim": 6,
+        "transf_n_heads": 2,
+        "pool_att_dim": 4,
+        "n_samples_train": 50,
+    },
     "TransformerABMIL": {"transf_att_dim": 6, "transf_n_heads": 2, "pool_att_dim": 4},
     "IIBMIL": {"att_dim": 4, "n_heads": 2},
     "VAEABMIL": {"feat_ext": {"name": "VariationalAutoEncoderMIL", "layer_sizes": [8, 4]}},
 }
 """Model -> arguments that keep it small enough for these tests."""
-DRAWS = {"VAEABMIL"}
+DRAWS = {"VAEABMIL", "ProbSmoothABMIL", "TransformerProbSmoothABMIL"}
 """Models whose training draws numbers for every instance: no two training passes agree."""
-BOUNDED = {"VAEABMIL"}
-"""Models whose loss holds the entropy of the features, which no training removes."""
 ORDERED = {"TransMIL"}
 """Models of which the order of the instances is a part: it lays them out as a square."""
+BOUNDED = {"VAEABMIL", "ProbSmoothABMIL", "TransformerProbSmoothABMIL"}
+"""Models whose loss holds an entropy, of the features or of the attention, which no training removes."""
 VARIANTS = [(name, SMALL.get(name, {})) for name in MODELS] + [
     ("ABMIL", {"gated": True, "att_act": "relu"}),
     ("ABMIL", {"feat_ext": {"name": "MLP", "linear_sizes": [7], "activations": ["relu"]}}),
     ("DTFDMIL", {"distill_mode": "max", "n_groups": 2}),
     ("DTFDMIL", {"distill_mode": "afs", "feat_ext": {"name": "MLP", "linear_sizes": [7], "activations": ["relu"]}}),
+    (
+        "ProbSmoothABMIL",
+        {"covar_mode": "zero", "feat_ext": {"name": "MLP", "linear_sizes": [7], "activations": ["relu"]}},
+    ),
     ("SmABMIL", {"sm_where": "mid", "att_act": "gelu"}),
     ("SmABMIL", {"sm_where": "late", "sm_mode": "exact"}),
     ("SmABMIL", {"sm_mode": "exact", "feat_ext": {"name": "MLP", "linear_sizes": [7], "activations": ["relu"]}}),

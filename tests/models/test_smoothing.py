@@ -1,11 +1,12 @@
-"""The smoothing family: SmABMIL against torchmil."""
+"""The smoothing family against torchmil: exactly, or where it draws, in the mean."""
 
 import numpy as np
 import pytest
 import torch
 
+from bigbag import PackedBags
 from bigbag.graphs import build_adjacency
-from bigbag.models import SmABMIL
+from bigbag.models import MODELS, ProbSmoothABMIL, SmABMIL, SmoothABMIL
 
 WIDTH = 6
 
@@ -38,3 +39,80 @@ def test_sm_abmil_needs_a_shape_and_a_graph():
         SmABMIL(in_shape=None)
     with pytest.raises(ValueError, match="needs adj"):
         SmABMIL((WIDTH,))(torch.randn(1, 3, WIDTH))
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_smooth_abmil_equals_torchmil(sparse):
+    theirs_class = pytest.importorskip("torchmil.models").SmoothABMIL
+    theirs, ours = theirs_class((WIDTH,), 4).eval(), SmoothABMIL((WIDTH,), 4).eval()
+    ours.load_state_dict(theirs.state_dict())
+    for size in (1, 13):
+        X, Y, dense = torch.randn(1, size, WIDTH), torch.ones(1), adjacency(size)
+        adj = dense.to_sparse() if sparse else dense
+        expected, found = (m.compute_loss(Y, X, adj) for m in (theirs, ours))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours.predict(X), theirs.predict(X), rtol=1e-5, atol=1e-5)
+
+
+def random_pair(name: str, **settings):
+    """torchmil's model with weights that make its draws spread, and ours with the same."""
+    models = pytest.importorskip("torchmil.models")
+    torch.manual_seed(0)
+    theirs, ours = (cls(in_shape=(WIDTH,), **settings).eval() for cls in (getattr(models, name), MODELS[name]))
+    for parameter in theirs.pool.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+PROBABILISTIC = [
+    ("ProbSmoothABMIL", {"att_dim": 4}),
+    ("TransformerProbSmoothABMIL", {"pool_att_dim": 4, "transf_att_dim": WIDTH, "transf_n_heads": 2}),
+]
+
+
+@pytest.mark.parametrize("name, settings", PROBABILISTIC)
+def test_probabilistic_models_agree_with_torchmil_in_the_mean(name, settings):
+    """Logits, scores and losses lie within 5 standard errors of torchmil's 5,000 draws; the KL term is equal."""
+    theirs, ours = random_pair(name, **settings)
+    X, Y, adj = torch.randn(1, 13, WIDTH), torch.ones(1), adjacency(13)
+    with torch.no_grad():
+        samples, f = theirs(X, adj, return_att=True, return_samples=True)
+        logits, scores = ours(X, adj, return_att=True)
+    error = samples.std() / samples.shape[1] ** 0.5
+    assert float(error) > 1e-4 and abs(float(logits - samples.mean())) < 5 * float(error)
+    assert bool(((scores - f.mean(2)).abs() < 5 * f.std(2) / f.shape[2] ** 0.5).all())
+    torch.testing.assert_close(ours.predict(X)[0], logits, rtol=0, atol=0)
+    with torch.no_grad():
+        (_, expected), (mean, losses) = (m.compute_loss(Y, X, adj) for m in (theirs, ours))
+    assert list(losses) == list(expected) == ["BCEWithLogitsLoss", "KLDiv"]
+    torch.testing.assert_close(losses["KLDiv"], expected["KLDiv"], rtol=1e-4, atol=1e-5)
+    spread = torch.nn.functional.softplus(-samples).std() / samples.shape[1] ** 0.5
+    assert abs(float(losses["BCEWithLogitsLoss"] - expected["BCEWithLogitsLoss"])) < 7 * float(spread)
+    assert abs(float(mean - logits)) < 5 * float(error)
+    torch.testing.assert_close(ours.compute_loss(Y, X, adj)[1], losses, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name, settings", PROBABILISTIC)
+def test_samples_where_they_are_asked_for(name, settings):
+    model = MODELS[name]((WIDTH,), n_samples_train=3, n_samples_test=7, **settings)
+    X, adj, mask = torch.randn(2, 5, WIDTH), torch.cat([adjacency(5)] * 2), torch.ones(2, 5)
+    mask[1, 3:] = 0
+    logits, f, kl_div = model(X, adj, mask, return_att=True, return_samples=True, return_kl_div=True)
+    assert logits.shape == (2, 3) and f.shape == (2, 5, 3) and kl_div.shape == ()
+    assert bool((f[1, 3:] == 0).all()) and not torch.equal(logits, model(X, adj, mask, return_samples=True))
+    logits, f = model.eval().predict(X, mask, return_samples=True)
+    assert logits.shape == (2, 7) and f.shape == (2, 5, 7)
+    assert model.predict(X, mask, return_inst_pred=False).shape == (2,)
+    with pytest.raises(ValueError, match="needs adj"):
+        model.compute_loss(torch.ones(2), X, None, mask)
+
+
+def test_classifier_and_pooling_commute():
+    """The logits of the draws are the classifier's of the pooled features."""
+    model = ProbSmoothABMIL((WIDTH,), 4, n_samples_train=6, out_dim=3)
+    pack = PackedBags.from_padded(torch.randn(2, 9, WIDTH))
+    torch.manual_seed(3)
+    logits, f = model(pack, return_att=True, return_samples=True)
+    z = torch.einsum("bns,bnd->bsd", f.view(2, 9, 6).softmax(1), pack.x.view(2, 9, WIDTH))
+    torch.testing.assert_close(logits, model.classifier(z), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,109 @@
+"""Gaussian attention: draws, their gradients, and the exact mean."""
+
+import gc
+
+import pytest
+import torch
+
+from bigbag import Segments
+from bigbag.ops import attention_draws, expected_attention, gaussian_attention, sampled_attention
+
+SIZES = (4, 0, 1, 9)
+
+
+def inputs(sizes=SIZES, width=3, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    total = sum(sizes)
+    mu = torch.randn(total, generator=generator, dtype=dtype) * 2
+    log_var = torch.randn(total, generator=generator, dtype=dtype)
+    return mu, log_var, torch.randn(total, width, generator=generator, dtype=dtype), Segments.from_sizes(sizes)
+
+
+@pytest.mark.parametrize("block", [1 << 20, 30])
+def test_pooling_with_draws_is_softmax_of_the_draws(monkeypatch, block):
+    """Values and gradients, through blocks of several rows and of three; some draws are clipped."""
+    monkeypatch.setitem(gaussian_attention._BLOCK_ELEMENTS, "cpu", block)
+    mu, log_var, values, segments = inputs()
+    mu[5], mu[6] = 19.5, -19.5
+    leaves = [t.requires_grad_() for t in (mu, log_var, values)]
+    y = sampled_attention(mu, log_var, values, segments, 10, 7)
+    f = attention_draws(mu.detach(), log_var.detach(), segments, 10, 7)
+    eps = (f - mu.detach()[:, None]) / (log_var.detach() / 2).exp()[:, None]
+    assert 0 < int((f.abs() == 20).sum()) < 20 and abs(float(eps.mean())) < 0.5
+    # What clips is constant in mu and log_var.
+    free = mu[:, None] + (log_var / 2).exp()[:, None] * eps
+    drawn = torch.where(f.abs() < 20, free, f)
+    expected = [drawn[s:e].softmax(0).t() @ values[s:e] for s, e in zip(segments.starts, segments.starts[1:])]
+    torch.testing.assert_close(y, torch.stack(expected))
+    weights = torch.randn(y.shape, dtype=y.dtype)
+    grads = [torch.autograd.grad((out * weights).sum(), leaves) for out in (torch.stack(expected), y)]
+    torch.testing.assert_close(grads[1], grads[0])
+
+
+def test_draws_differ_by_seed_and_have_the_right_spread():
+    mu, log_var, _, segments = inputs((500,))
+    log_var[:] = 0.6
+    one, other = (attention_draws(mu, log_var, segments, 400, seed) for seed in (1, 2))
+    assert not torch.equal(one, other) and torch.equal(one, attention_draws(mu, log_var, segments, 400, 1))
+    # 200,000 draws: the standard error of the mean is 0.003, that of the standard deviation 0.002.
+    noise = one - mu[:, None]
+    assert abs(float(noise.mean())) < 0.02 and abs(float(noise.std()) - 1.3499) < 0.01
+
+
+def test_mean_of_two_is_the_mean_of_a_sigmoid():
+    """E[softmax(f)]_1 = E[sigmoid(f_1 - f_2)], one Gaussian integral."""
+    grid = torch.linspace(-9, 9, 20_001, dtype=torch.float64)
+    weight = torch.softmax(-grid.square() / 2, 0)
+    for mu_1, mu_2, sigma_1, sigma_2 in ((0.0, 1.0, 0.5, 1.5), (2.0, -1.0, 3.0, 0.1), (5.0, 5.0, 0.01, 2.0)):
+        mu = torch.tensor([mu_1, mu_2], dtype=torch.float64)
+        log_var = 2 * torch.tensor([sigma_1, sigma_2], dtype=torch.float64).log()
+        expected = weight @ torch.sigmoid(mu_1 - mu_2 + grid * (sigma_1**2 + sigma_2**2) ** 0.5)
+        found = expected_attention(mu, log_var, Segments.from_sizes((2,)))
+        torch.testing.assert_close(found, torch.stack([expected, 1 - expected]), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_mean_agrees_with_many_draws(dtype):
+    mu, log_var, _, segments = inputs((300, 12))
+    a = expected_attention(mu.to(dtype), log_var.to(dtype), segments)
+    draws = attention_draws(mu, log_var, segments, 20_000, 3)
+    s = torch.cat([part.softmax(0) for part in draws.split([300, 12])])
+    error = s.std(1) / 20_000**0.5
+    # Of 312 normal variables one exceeds 5 by chance once in 5,600 seeds; the seed is fixed.
+    assert a.dtype == dtype and bool(((a - s.mean(1)).abs() < 5 * error).all())
+
+
+def test_mean_without_variance_is_the_softmax_and_empty_bags_are_fine():
+    mu, _, _, segments = inputs()
+    a = expected_attention(mu, torch.full_like(mu, -60.0), segments)
+    expected = torch.cat([part.softmax(0) for part in mu.split(list(SIZES))])
+    torch.testing.assert_close(a, expected, rtol=1e-6, atol=1e-8)
+    assert expected_attention(mu[:0], mu[:0], Segments.from_sizes((0, 0))).shape == (0,)
+
+
+def test_mean_is_differentiable():
+    mu, log_var, _, segments = inputs()
+    assert torch.autograd.gradcheck(
+        lambda m, v: expected_attention(m, v, segments), (mu.requires_grad_(), log_var.requires_grad_())
+    )
+
+
+def test_memory_does_not_hold_the_draws(monkeypatch):
+    """Forward and backward: inputs, gradients and blocks, far below one (T, S) matrix."""
+    monkeypatch.setitem(gaussian_attention._BLOCK_ELEMENTS, "cpu", 1 << 14)
+    mu, log_var, values, segments = inputs((4000,), 1, torch.float32)
+    leaves = [t.requires_grad_() for t in (mu, log_var, values)]
+
+    def step():
+        torch.autograd.grad(sampled_attention(*leaves, segments, 500, 1).square().sum(), leaves)
+
+    step()
+    gc.collect()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    live = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    assert peak < 12 * 4 * (1 << 14) < 4 * 4000 * 500 / 8
