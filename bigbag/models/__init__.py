@@ -3,6 +3,7 @@
 from bigbag.models.abmil import ABMIL
 from bigbag.models.base import GraphMILModel, MILModel, MILModelWrapper
 from bigbag.models.build import MODELS, build_model, load_model, save_model
+from bigbag.models.camil import CAMIL
 from bigbag.models.clam import CLAM_MB, CLAM_SB
 from bigbag.models.dsmil import DSMIL
 from bigbag.models.dtfdmil import DTFDMIL
@@ -17,6 +18,7 @@ from bigbag.models.vaeabmil import VAEABMIL
 
 __all__ = [
     "ABMIL",
+    "CAMIL",
     "CLAM_MB",
     "CLAM_SB",
     "DSMIL",

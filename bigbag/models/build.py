@@ -20,6 +20,7 @@ from bigbag.config import ConfigError, ModelConfig, TaskConfig, check_arguments
 from bigbag.files import write_atomically, write_json
 from bigbag.models.abmil import ABMIL
 from bigbag.models.base import MILModel
+from bigbag.models.camil import CAMIL
 from bigbag.models.clam import CLAM_MB, CLAM_SB
 from bigbag.models.criteria import build_criterion
 from bigbag.models.dsmil import DSMIL
@@ -50,6 +51,7 @@ MODELS: dict[str, type[MILModel]] = {
         TransformerProbSmoothABMIL,
         TransformerABMIL,
         TransMIL,
+        CAMIL,
         VAEABMIL,
     )
 }

@@ -87,3 +87,54 @@ def test_transmil_options_change_the_result():
     assert "layers.0.att_module.res_conv.weight" in other.state_dict()
     with pytest.raises(ValueError, match="n_layers >= 2"):
         models.TransMIL((WIDTH,), n_layers=1)
+
+
+def chain(batch, size):
+    """Adjacency with self-loops of a chain with random weights, dense."""
+    weights = torch.rand(batch, size, size)
+    near = (torch.arange(size)[:, None] - torch.arange(size)).abs() <= 1
+    return weights * near
+
+
+@pytest.mark.parametrize("size", [1, 3, 12])
+@pytest.mark.parametrize("arguments", [
+    {"nystrom_att_dim": 8, "n_heads": 2, "n_landmarks": 4, "pool_att_dim": 5},
+    {"nystrom_att_dim": WIDTH, "n_heads": 3, "n_landmarks": 4, "gated_pool": True, "use_mlp": True},
+])  # fmt: skip
+def test_camil_equals_torchmil_on_one_bag(arguments, size):
+    theirs, ours = twins("CAMIL", **arguments)
+    assert_same(theirs, ours, torch.tensor([1.0]), torch.randn(1, size, WIDTH), chain(1, size))
+    X, adj = torch.randn(1, size, WIDTH), chain(1, size)
+    torch.testing.assert_close(ours(X, adj.to_sparse()), theirs(X, adj), atol=1e-4, rtol=1e-4)
+
+
+def test_camil_masks_equal_torchmil_bag_by_bag():
+    theirs, ours = twins("CAMIL", nystrom_att_dim=8, n_heads=2, n_landmarks=4)
+    keep = torch.tensor([[1] * 9, [1] * 4 + [0] * 5, [0, 1] + [0] * 7]).bool()
+    X, adj = torch.randn(3, 9, WIDTH), chain(3, 9)
+    alone = [theirs(X[b : b + 1, k], adj[b : b + 1, k][:, :, k], return_att=True) for b, k in enumerate(keep)]
+    logits, scores = ours.predict(X, adj, keep.to(torch.uint8))
+    torch.testing.assert_close(logits, torch.cat([a for a, _ in alone]), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(scores[keep], torch.cat([a[0] for _, a in alone]), atol=1e-4, rtol=1e-4)
+
+
+def test_camil_modules_equal_torchmil():
+    camil = pytest.importorskip("torchmil.models.camil")
+    from bigbag.models.camil import CAMILAttentionPool, CAMILSelfAttention
+
+    X, M, adj = torch.randn(2, 5, 6), torch.randn(2, 5, 6), chain(2, 5)
+    theirs, ours = camil.CAMILSelfAttention(6, 4), CAMILSelfAttention(6, 4)
+    ours.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(ours(X, adj), theirs(X, adj))
+    mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
+    theirs, ours = camil.CAMILAttentionPool(6, 4, gated=True), CAMILAttentionPool(6, 4, gated=True)
+    ours.load_state_dict(theirs.state_dict())
+    (z, f), (expected_z, expected_f) = (m(X, M, mask, return_att=True) for m in (ours, theirs))
+    torch.testing.assert_close(z, expected_z)
+    torch.testing.assert_close(f[mask == 1], expected_f[mask == 1])
+
+
+def test_camil_runs_with_its_defaults():
+    model = models.CAMIL((WIDTH,))
+    assert model.nystrom_transformer_layer.att_module.n_landmarks == 256
+    assert model(torch.randn(2, 5, WIDTH), chain(2, 5)).shape == (2,)

@@ -12,6 +12,7 @@ from bigbag.models import MODELS, build_model, save_model
 WIDTH = 6
 SIZES = (5, 1, 9)
 SMALL: dict = {
+    "CAMIL": {"nystrom_att_dim": 8, "n_heads": 2, "n_landmarks": 4},
     "TransMIL": {"att_dim": 8, "n_heads": 2, "n_landmarks": 4},
     "ProbSmoothABMIL": {"att_dim": 4, "n_samples_train": 50},
     "SmoothABMIL": {"att_dim": 4},
@@ -28,8 +29,8 @@ SMALL: dict = {
 """Model -> arguments that keep it small enough for these tests."""
 DRAWS = {"VAEABMIL", "ProbSmoothABMIL", "TransformerProbSmoothABMIL"}
 """Models whose training draws numbers for every instance: no two training passes agree."""
-ORDERED = {"TransMIL"}
-"""Models of which the order of the instances is a part: it lays them out as a square."""
+ORDERED = {"CAMIL", "TransMIL"}
+"""Models of which the order of the instances is a part: landmarks of neighbouring rows, bags laid out as squares."""
 BOUNDED = {"VAEABMIL", "ProbSmoothABMIL", "TransformerProbSmoothABMIL"}
 """Models whose loss holds an entropy, of the features or of the attention, which no training removes."""
 VARIANTS = [(name, SMALL.get(name, {})) for name in MODELS] + [
