@@ -7,8 +7,9 @@
 ``topk``: a job owns one bag and a block of columns and walks over the rows once; each column has a heap of its k best
 so far, whose root, the worst of them, a row must beat. That is T C comparisons, and about k log(N / k) insertions of
 O(log k) per column where rows come in no order (N in the worst order). x is read once. ``logsumexp`` reads x twice
-forward, once backward. ``pool`` is one GEMM per bag (2 T S P FLOP), in chunks of ``CHUNK_ROWS`` where rows must be
-widened, and for one or two columns one pass over x; sums are float32 (float64).
+forward, once backward. ``pool`` is one GEMM per bag (2 T S P FLOP), in chunks of about ``CHUNK_BYTES`` through one
+buffer where rows must be widened, and for one or two columns one pass over x. Sums are float32 (float64); products are
+written to given places, which autocast leaves alone.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from bigbag.kernels.cpu import segments
 from bigbag.kernels.cpu.segments import _jit, _launch, accumulation_dtype, array
 
 CHUNK_BYTES = 2 << 20  # stays in the caches between the conversion and the product
-_FEW_COLUMNS = 2
 _COLUMNS = 32
 # Up to here a product reads x once and widens it on the way; beyond, a GEMM is faster.
 _FEW_COLUMNS = 2
@@ -160,12 +160,12 @@ def _chunks(offsets: Tensor, rows: int) -> list[tuple[int, int, int]]:
 def _multiply_rows(rows: Tensor, matrices: Tensor, offsets: Tensor, out: Tensor) -> None:
     """out[t] = rows[t] @ matrices[b]^T; rows (T, K), matrices (B, M, K) in an accumulation dtype, out (T, M)."""
     acc = matrices.dtype
+    if matrices.shape[1] <= _FEW_COLUMNS:
+        out.copy_(segments.row_dots(rows, matrices, offsets))
+        return
     if rows.dtype == out.dtype == acc:
         for bag, start, end in _chunks(offsets, max(1, len(rows))):
             torch.mm(rows[start:end], matrices[bag].t(), out=out[start:end])
-        return
-    if rows.dtype.itemsize == 2 and matrices.shape[1] <= _FEW_COLUMNS:
-        out.copy_(segments.row_dots(rows, matrices, offsets))
         return
     step = _buffer_rows(rows.shape[1] + matrices.shape[1], acc)
     wide = rows.new_empty(min(step, len(rows)), rows.shape[1], dtype=acc)
@@ -183,7 +183,7 @@ def pool(weights: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     """weights (T, S), x (T, P) -> (B, S, P) in the accumulation dtype."""
     acc = accumulation_dtype(torch.promote_types(weights.dtype, x.dtype))
     weights = weights.to(acc)  # narrow beside x, mostly
-    if x.dtype.itemsize == 2 and weights.shape[1] <= _FEW_COLUMNS:
+    if weights.shape[1] <= _FEW_COLUMNS:
         return segments.weighted_sum(x, weights, offsets)
     out = torch.zeros(offsets.shape[0] - 1, weights.shape[1], x.shape[1], dtype=acc)
     if x.dtype == acc:
