@@ -1,4 +1,4 @@
-"""The command line: ``bigbag pack | train | evaluate | report | bench``.
+"""The command line: ``bigbag pack | train | evaluate | report | compare | bench``.
 
 ``launch/*.py`` call the same functions. Whatever a user can cause ends in one line on standard error and exit status 2.
 """
@@ -65,6 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = add("evaluate", _evaluate, "Evaluate the best model of a run again, and report.")
     report = add("report", _report, "Write report.html of a run from the files in its folder.")
     report.set_defaults(local_rank=0)
+    compare = add("compare", _compare, "Train several models on one packed set and make a table of them.")
+    compare.add_argument("--models", default="all", help="names with commas between them, or all")
+    compare.add_argument("--seeds", type=int, default=1, help="runs of each model, with the seeds from seed on")
     for command in (train, evaluate):
         command.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the DeepSpeed launcher appends it
     commands.add_parser("bench", help="Benchmarks: `bench ops` of the operators, `bench models` of whole models.")
@@ -130,6 +133,20 @@ def _report(options: argparse.Namespace) -> None:
     from bigbag.visualize import write_report
 
     print(f"report: {write_report(_config(options).run_dir)}")
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from bigbag.evaluation.compare import compare
+    from bigbag.models import MODELS
+
+    models = list(MODELS) if options.models == "all" else options.models.split(",")
+    config = _config(options)
+    seeds = range(config.seed, config.seed + options.seeds)
+    runs = compare(options.config, options.overrides, models, seeds)
+    print(f"\n{(config.run_dir / 'table.md').read_text()}\ntable: {config.run_dir / 'table.csv'}")
+    failed = [run for run in runs if run.error]
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(runs)} runs failed; the first, {failed[0].model}: {failed[0].error}")
 
 
 def _conclude(config: Config, results: dict[str, Any], is_main: bool) -> None:

@@ -85,6 +85,25 @@ def test_shipped_configs_load_and_say_how_to_run_them(path):
     assert all(line.startswith("#") for line in header.strip().splitlines())
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_models_build(path):
+    """For features of the width of UNI's, and the digits' own; so do all models of a comparison."""
+    from bigbag.config import ModelConfig
+    from bigbag.evaluation.compare import model_settings
+    from bigbag.models import MODELS, build_model
+
+    config = load_config(path)
+    if config.model.name not in MODELS:
+        pytest.skip(f"{config.model.name} is not among the models yet")
+    width = 1024 if path.stem.startswith("camelyon16") else 64
+    model = build_model(config.model, (width,), config.task)
+    assert type(model).__name__ == config.model.name and any(p.requires_grad for p in model.parameters())
+    assert "adj" not in model.needs or config.data.graph is not None
+    if config.compare.common:
+        for name in MODELS:
+            build_model(ModelConfig(**model_settings(config, name)), (width,), config.task)
+
+
 def test_every_setting_is_documented():
     def walk(section):
         for name, field in section.model_fields.items():

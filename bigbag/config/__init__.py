@@ -7,6 +7,7 @@ nearest name. DeepSpeed's own configuration is derived from this one and never w
 
 from bigbag.config.load import ConfigError, build_config, check_arguments, load_config
 from bigbag.config.sections import (
+    CompareConfig,
     Config,
     DataConfig,
     EngineConfig,
@@ -20,6 +21,7 @@ from bigbag.config.sections import (
 )
 
 __all__ = [
+    "CompareConfig",
     "Config",
     "ConfigError",
     "DataConfig",

@@ -308,6 +308,15 @@ class ReportConfig(_Section):
     """Positive test bags whose attention maps are saved and drawn."""
 
 
+class CompareConfig(_Section):
+    """Arguments of the models that ``bigbag compare`` trains in place of ``model``."""
+
+    common: dict[str, Any] = {}
+    """Arguments for every model that takes them, e.g. ``{att_dim: 64, feat_ext: {name: MLP, ...}}``."""
+    models: dict[str, dict[str, Any]] = {}
+    """Arguments of single models, by name, over those in common."""
+
+
 class Config(_Section):
     """One run."""
 
@@ -331,6 +340,8 @@ class Config(_Section):
     """Distribution and numerics."""
     report: ReportConfig = ReportConfig()
     """Report."""
+    compare: CompareConfig = CompareConfig()
+    """Comparison of models."""
 
     @property
     def monitor(self) -> str:
@@ -349,7 +360,7 @@ class Config(_Section):
 
     def digest(self) -> str:
         """SHA-256 of the settings that determine the result: a run resumes only under the same digest."""
-        settings = self.model_dump(mode="json", exclude={"name": True, "out": True, "report": True})
+        settings = self.model_dump(mode="json", exclude={"name", "out", "report", "compare"})
         for key in _DATA_KEYS_WITHOUT_EFFECT:
             settings["data"].pop(key)
         for key in _TRAIN_KEYS_WITHOUT_EFFECT:

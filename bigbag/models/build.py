@@ -73,9 +73,8 @@ def build_model(model: ModelConfig, in_shape: tuple[int, ...], task: TaskConfig)
     if model.name not in MODELS:
         raise ConfigError(f"model: unknown name {model.name!r}; known models: {', '.join(MODELS)}")
     cls = MODELS[model.name]
-    known = list(inspect.signature(cls).parameters)
     arguments = model.arguments
-    check_arguments(f"model {model.name}", arguments, [name for name in known if name not in _SET_BY_TASK])
+    check_arguments(f"model {model.name}", arguments, arguments_of(model.name))
     given = arguments.pop("in_shape", None)
     if given is not None and tuple(given) != tuple(in_shape):
         raise ConfigError(
@@ -88,6 +87,11 @@ def build_model(model: ModelConfig, in_shape: tuple[int, ...], task: TaskConfig)
         return cls(in_shape=in_shape, criterion=build_criterion(task), out_dim=task.num_outputs, **arguments)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"model {model.name} can't be built from {model.arguments}: {error}") from error
+
+
+def arguments_of(name: str) -> list[str]:
+    """Constructor arguments of the model ``name`` that a config may set."""
+    return [argument for argument in inspect.signature(MODELS[name]).parameters if argument not in _SET_BY_TASK]
 
 
 def _build_feature_extractor(settings: Any, in_shape: tuple[int, ...]) -> torch.nn.Module:
