@@ -140,7 +140,7 @@ def _write_tables(folder: Path, runs: Sequence[Run]) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["model", "seed", *_METRICS, "seconds", "peak_rss_bytes", "error"])
     for run in runs:
-        numbers = [f"{run.test[key]:.6g}" if key in run.test else "" for key in _METRICS]
+        numbers = [f"{run.test[key]:.9g}" if key in run.test else "" for key in _METRICS]
         writer.writerow([run.model, run.seed, *numbers, f"{run.seconds:.1f}", run.peak_rss_bytes, run.error])
     write_atomically(folder / "table.csv", text.getvalue())
     write_atomically(folder / "table.md", _markdown(runs))

@@ -18,7 +18,7 @@ name: small
 out: {folder}/runs
 data:
   shards: {folder}/shards
-  source: {{name: digits, num_train: 6, num_val: 4, num_test: 6, min_instances: 60, max_instances: 90}}
+  source: {{name: digits, num_train: 6, num_val: 4, num_test: 6, min_instances: 100, max_instances: 150}}
   num_workers: 0
 model: {{name: ABMIL}}
 train: {{epochs: 1, batch_bags: 3}}
@@ -64,7 +64,8 @@ def test_from_the_command_line_once_and_again(tmp_path: Path, monkeypatch, capsy
         results = json.loads((folder / f"{row['model']}-seed0" / "results.json").read_text())
         assert float(row["auroc"]) == pytest.approx(results["test"]["auroc"])
         assert float(row["seconds"]) > 0.5 and int(row["peak_rss_bytes"]) > 100 << 20
-    assert "| CLAM_SB |" in (folder / "table.md").read_text() == capsys.readouterr().out.split("\n\n")[-2] + "\n"
+    table = (folder / "table.md").read_text()
+    assert "| CLAM_SB |" in table and table in capsys.readouterr().out
     monkeypatch.setattr(module.subprocess, "Popen", lambda *_, **__: pytest.fail("trained again"))
     before = (folder / "table.csv").read_bytes()
     assert main(command) == 0 and (folder / "table.csv").read_bytes() == before
