@@ -50,3 +50,13 @@ def test_mlp_and_lazy_linear():
         nn.MLP(4, [6, 2], ["relu"])
     with pytest.raises(ValueError, match="'swish'"):
         nn.MLP(4, [6], ["swish"])
+
+
+def test_helpers_of_torchmil_users():
+    from bigbag.nn import utils
+
+    other = pytest.importorskip("torchmil.nn.utils")
+    torch.testing.assert_close(utils.log_sum_exp(X[0]), other.log_sum_exp(X[0]))
+    y, labels = torch.tensor([1, 0, 2]), torch.arange(3)
+    for alpha in (None, 0.5):
+        torch.testing.assert_close(utils.delta(y, labels, alpha), other.delta(y, labels, alpha))
