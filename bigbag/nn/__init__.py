@@ -1,6 +1,7 @@
 """Layers with torchmil's names, arguments and parameter names, computing on packs."""
 
 from bigbag.nn.attention import MultiheadCrossAttention, MultiheadSelfAttention
+from bigbag.nn.irpe import iRPEMultiheadSelfAttention, iRPETransformerEncoder, iRPETransformerLayer
 from bigbag.nn.linear import MLP, LazyLinear, get_feat_dim
 from bigbag.nn.losses import SmoothTop1SVM
 from bigbag.nn.nystrom import NystromAttention, NystromTransformerEncoder, NystromTransformerLayer
@@ -9,6 +10,7 @@ from bigbag.nn.positions import SinusoidalPositionalEncodingND
 from bigbag.nn.prob_smooth_attention_pool import ProbSmoothAttentionPool
 from bigbag.nn.sm import ApproxSm, ExactSm, Sm
 from bigbag.nn.sm_attention_pool import SmAttentionPool
+from bigbag.nn.t2t import T2TLayer
 from bigbag.nn.transformers import Encoder, Layer, TransformerEncoder, TransformerLayer
 from bigbag.nn.variational_autoencoder import VariationalAutoEncoder, VariationalAutoEncoderMIL
 
@@ -33,10 +35,14 @@ __all__ = [
     "Sm",
     "SmAttentionPool",
     "SmoothTop1SVM",
+    "T2TLayer",
     "TransformerEncoder",
     "TransformerLayer",
     "VariationalAutoEncoder",
     "VariationalAutoEncoderMIL",
     "get_feat_dim",
+    "iRPEMultiheadSelfAttention",
+    "iRPETransformerEncoder",
+    "iRPETransformerLayer",
     "masked_softmax",
 ]

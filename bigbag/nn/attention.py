@@ -96,9 +96,9 @@ class SelfAttention(torch.nn.Module):
         """``(T, H)``: the attention of the first row of each bag to all its rows, from instances ``(T, in_dim)``."""
         raise NotImplementedError(f"{type(self).__name__} must define first_attention(x, segments)")
 
-    def attention_matrix(self, q: Tensor, k: Tensor, **kwargs: Any) -> Tensor:
-        """The ``(H, N, N)`` attention of one bag from its ``(N, H, d)``: for looking at small bags only."""
-        raise NotImplementedError(f"{type(self).__name__} must define attention_matrix(q, k)")
+    def attention_matrices(self, q: Tensor, k: Tensor, segments: Segments, **kwargs: Any) -> list[Tensor]:
+        """The ``(H, N, N)`` attention of each bag from queries and keys ``(T, H, d)``: for small bags only."""
+        raise NotImplementedError(f"{type(self).__name__} must define attention_matrices(q, k, segments)")
 
     def forward_packed(self, x: Tensor, segments: Segments, **kwargs: Any) -> Tensor:
         """``(T, in_dim)`` instances of a pack to ``(T, out_dim)``.
@@ -111,27 +111,31 @@ class SelfAttention(torch.nn.Module):
         q, k, v = self.project(x)
         return self.out_proj(self.attend(q, k, v, segments, **kwargs))
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, return_att: bool = False) -> Any:
+    def pack(self, x: Tensor, mask: Tensor | None = None) -> tuple[PackedBags, dict[str, Any]]:
+        """A padded batch as a pack, and what :meth:`attend` takes beside its rows. Subclasses add arguments."""
+        return PackedBags.from_padded(x, mask), {}
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, return_att: bool = False, **kwargs: Any) -> Any:
         """Attention inside each bag of a padded batch.
 
         Args:
             x: ``(B, N, in_dim)``.
             mask: ``(B, N)``, zero where there is no instance.
             return_att: also return the attention weights, which costs O(B H N^2) memory: for small bags.
+            kwargs: what :meth:`pack` takes beside them.
 
         Returns:
             y: ``(B, N, out_dim)``, zeros in padded places.
             att: ``(B, H, N, N)``, zeros in padded places; only if ``return_att``.
         """
-        bags = PackedBags.from_padded(x, mask)
-        y = bags.to_padded(self.forward_packed(bags.x, bags.segments))
-        return (y, self.padded_attention(bags)) if return_att else y
+        bags, extras = self.pack(x, mask, **kwargs)
+        y = bags.to_padded(self.forward_packed(bags.x, bags.segments, **extras))
+        return (y, self.padded_attention(bags, **extras)) if return_att else y
 
-    def padded_attention(self, bags: PackedBags) -> Tensor:
-        """The attention of every bag of a pack as one ``(B, H, N, N)`` tensor."""
-        q, k, _ = self.project(bags.x)
-        starts = bags.segments.starts
-        return pad_matrices(bags, [self.attention_matrix(q[s:e], k[s:e]) for s, e in zip(starts, starts[1:])])
+    def padded_attention(self, bags: PackedBags, **kwargs: Any) -> Tensor:
+        """The attention of every bag of a pack as one ``(B, H, N, N)`` tensor: for small bags only."""
+        q, k = self.project(bags.x, "qk")
+        return pad_matrices(bags, self.attention_matrices(q, k, bags.segments, **kwargs))
 
 
 class MultiheadSelfAttention(SelfAttention):
@@ -180,13 +184,18 @@ class MultiheadSelfAttention(SelfAttention):
         queries, keys, _ = self._weights(x)
         first = x[segments.offsets[:-1]].to(queries.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            u = torch.einsum("bi,hdi,hdj->bhj", first, queries, keys) / self.head_dim**0.5
+            q = self.first_queries(torch.einsum("bi,hdi->bhd", first, queries))
+            u = torch.einsum("bhd,hdj->bhj", q, keys) / self.head_dim**0.5
             bags = x.split(segments.sizes) if segments.num_bags > 1 else [x]
             scores = [
                 by_rows(lambda rows, u_b=u_b: rows.to(u_b.dtype) @ u_b.t(), rows, shared=[u_b])
                 for rows, u_b in zip(bags, u.unbind(0))
             ]
             return ops.segment_softmax(torch.cat(scores), segments)
+
+    def first_queries(self, q: Tensor) -> Tensor:
+        """The queries ``(B, H, d)`` of the first row of each bag as they meet the keys."""
+        return q
 
     def _weights(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The weights of queries, keys and values, each ``(H, d, in_dim)``."""
@@ -196,9 +205,10 @@ class MultiheadSelfAttention(SelfAttention):
         queries, keys, values = self.qkv_nn.weight.view(3, self.n_heads, self.head_dim, -1).unbind(0)
         return queries, keys, values
 
-    def attention_matrix(self, q: Tensor, k: Tensor, **kwargs: Any) -> Tensor:
-        """The ``(H, N, N)`` attention of one bag: for looking at small bags only."""
-        return softmax_matrix(q, k)
+    def attention_matrices(self, q: Tensor, k: Tensor, segments: Segments, **kwargs: Any) -> list[Tensor]:
+        """The ``(H, N, N)`` attention of each bag: for small bags only."""
+        bags = zip(q.split(segments.sizes), k.split(segments.sizes))
+        return [(torch.einsum("ihd,jhd->hij", q_b, k_b) / self.head_dim**0.5).softmax(-1) for q_b, k_b in bags]
 
 
 class MultiheadCrossAttention(torch.nn.Module):
@@ -285,12 +295,6 @@ def attention_dropout(module: Any) -> dict[str, Any]:
     if not (module.training and module.dropout > 0):
         return {}
     return {"dropout": module.dropout, "seed": int(torch.randint(2**31 - 1, ()))}
-
-
-def softmax_matrix(q: Tensor, k: Tensor, bias: Any = 0) -> Tensor:
-    """``softmax(q k^T / sqrt(d) + bias)`` as (H, N, N), from (N, H, d)."""
-    scores = torch.einsum("ihd,jhd->hij", q, k) / q.shape[-1] ** 0.5
-    return (scores + bias).softmax(-1)
 
 
 def pad_matrices(bags: PackedBags, matrices: list[Tensor]) -> Tensor:

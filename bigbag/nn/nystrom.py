@@ -122,15 +122,18 @@ class NystromAttention(SelfAttention):
             found.append(ops.nystrom_class_token_attention(q_b, k_b, one, token=pad, **self._options)[pad:])
         return torch.cat(found)
 
-    def attention_matrix(self, q: Tensor, k: Tensor, **kwargs: Any) -> Tensor:
-        """The ``(H, N, N)`` attention of one bag: for looking at small bags only."""
-        size = q.shape[0]
-        one = Segments.from_sizes((size,), q.device)
-        pads = self._pads(one)
-        rows, q, k = _padded_segments(one, pads), _pad_front(q, one, pads), _pad_front(k, one, pads)
-        tokens = range(pads[0], pads[0] + size)
-        found = [ops.nystrom_class_token_attention(q, k, rows, token=i, **self._options)[pads[0] :] for i in tokens]
-        return torch.stack(found).permute(2, 0, 1)
+    def attention_matrices(self, q: Tensor, k: Tensor, segments: Segments, **kwargs: Any) -> list[Tensor]:
+        """The ``(H, N, N)`` attention of each bag, row by row: for small bags only."""
+        found = []
+        for q_b, k_b, size in zip(q.split(segments.sizes), k.split(segments.sizes), segments.sizes):
+            one = Segments.from_sizes((size,), q.device)
+            (pad,) = pads = self._pads(one)
+            rows, queries, keys = _padded_segments(one, pads), _pad_front(q_b, one, pads), _pad_front(k_b, one, pads)
+            found.append(q.new_zeros(self.n_heads, size, size))
+            for i in range(size):
+                row = ops.nystrom_class_token_attention(queries, keys, rows, token=pad + i, **self._options)
+                found[-1][:, i] = row[pad:].t()
+        return found
 
     def _pads(self, segments: Segments) -> tuple[int, ...]:
         """Rows of zeros in front of each bag."""

@@ -31,6 +31,11 @@ class SinusoidalPositionalEncodingND(torch.nn.Module):
         self.dtype_override = dtype_override
         self.register_buffer("inv_freq", 10000 ** (-torch.arange(0, self.channels, 2).float() / self.channels))
 
+    def encode(self, places: Tensor) -> Tensor:
+        """``(...)`` places along one dimension to ``(..., c)``."""
+        angles = places[..., None].to(self.inv_freq.dtype) * self.inv_freq
+        return torch.stack([angles.sin(), angles.cos()], -1).flatten(-2)
+
     def forward(self, tensor: Tensor) -> Tensor:
         """Encoding of the places of ``(B, l_1, ..., l_n, C)``, in that shape; the same memory for all B.
 
@@ -42,8 +47,7 @@ class SinusoidalPositionalEncodingND(torch.nn.Module):
         grid = tensor.shape[1:-1]
         parts = []
         for i, length in enumerate(grid):
-            angles = torch.arange(length, device=tensor.device, dtype=self.inv_freq.dtype)[:, None] * self.inv_freq
-            waves = torch.stack([angles.sin(), angles.cos()], -1).flatten(1)
+            waves = self.encode(torch.arange(length, device=tensor.device))
             parts.append(waves.view(*[1] * i, length, *[1] * (self.n_dim - i - 1), -1).expand(*grid, -1))
         dtype = tensor.dtype if self.dtype_override is None else self.dtype_override
         return torch.cat(parts, -1)[..., : tensor.shape[-1]].to(dtype).expand_as(tensor)

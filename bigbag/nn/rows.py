@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,45 @@ class Projection(NamedTuple):
         return F.linear(rows, self.weight, self.bias).chunk(self.parts, dim=-1)
 
 
+@dataclass(frozen=True)
+class Windows:
+    """Rows that are made when they are needed: row i is ``x[index[i, 0]], x[index[i, 1]], ...``, -1 standing for zeros.
+
+    They are laid out channel by channel, as by ``torch.nn.Unfold``.
+
+    Attributes:
+        x: ``(S, C)``.
+        index: ``(T, K)`` int64 rows of ``x``.
+    """
+
+    x: Tensor
+    index: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        return self.x.device
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.x.requires_grad
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.index.shape[0], self.index.shape[1] * self.x.shape[1]
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        index = self.index[rows]
+        found = self.x[index.clamp_min(0).flatten()].view(*index.shape, -1)
+        return found.masked_fill(index[:, :, None] < 0, 0).transpose(1, 2).flatten(1)
+
+    def add_gradient(self, total: Tensor, rows: slice, grad: Tensor) -> None:
+        """Add the gradient of ``self[rows]`` to that of ``x``."""
+        index = self.index[rows]
+        parts = grad.view(len(index), -1, index.shape[1]).transpose(1, 2)
+        parts = parts.masked_fill(index[:, :, None] < 0, 0).flatten(0, 1)
+        total.index_add_(0, index.clamp_min(0).flatten(), parts.to(total.dtype))
+
+
 class Widen(torch.nn.Module):
     """Rows in another dtype."""
 
@@ -38,7 +78,7 @@ class Widen(torch.nn.Module):
 
 def by_rows(
     function: Callable[..., Any],
-    *inputs: Tensor,
+    *inputs: Tensor | Windows,
     modules: Iterable[torch.nn.Module] = (),
     shared: Iterable[Tensor] = (),
     projection: Projection | None = None,
@@ -51,7 +91,7 @@ def by_rows(
 
     Args:
         function: takes and returns tensors (one or several) whose first dimension is the rows of a chunk.
-        inputs: tensors of T rows.
+        inputs: tensors of T rows, or :class:`Windows`.
         modules: the modules whose parameters ``function`` uses, beside ``function`` if it is one; others get no
             gradient.
         shared: tensors beside ``inputs`` and parameters that ``function`` uses and that need gradients.
@@ -65,14 +105,15 @@ def by_rows(
     parameters = list(used.values())
     weights = [] if projection is None else [t for t in projection[:2] if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *weights, *parameters)):
-        work = _Work(function, projection, len(inputs), inputs[0].device, modules)
-        outputs = _ByRows.apply(work, *inputs, *weights, *parameters)
+        work = _Work(function, projection, inputs, modules)
+        tensors = [t.x if isinstance(t, Windows) else t for t in inputs]
+        outputs = _ByRows.apply(work, *tensors, *weights, *parameters)
     else:
         outputs = _run(function, projection, inputs)
     return outputs[0] if len(outputs) == 1 else outputs
 
 
-def stream_dtype(x: Tensor, parameter: Tensor) -> torch.dtype:
+def stream_dtype(x: Tensor | Windows, parameter: Tensor) -> torch.dtype:
     """The dtype in which the rows of layers go on: autocast's where it is on, else that of the parameters."""
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and parameter.dtype != torch.float64:
@@ -80,8 +121,11 @@ def stream_dtype(x: Tensor, parameter: Tensor) -> torch.dtype:
     return parameter.dtype
 
 
-def _chunks(rows: int, device: torch.device) -> list[slice]:
-    step = _ROWS.get(device.type, _ROWS["cuda"])
+def _chunks(x: Tensor | Windows) -> list[slice]:
+    step = _ROWS.get(x.device.type, _ROWS["cuda"])
+    if isinstance(x, Windows):
+        step = max(64, 8 * step // max(x.index.shape[1], 8))
+    rows = x.shape[0]
     return [slice(start, min(start + step, rows)) for start in range(0, max(rows, 1), step)]
 
 
@@ -89,10 +133,12 @@ def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
-def _run(function: Callable[..., Any], projection: Projection | None, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _run(
+    function: Callable[..., Any], projection: Projection | None, inputs: tuple[Tensor | Windows, ...]
+) -> tuple[Tensor, ...]:
     rows = inputs[0].shape[0]
     found: list[Tensor] = []
-    for chunk in _chunks(rows, inputs[0].device):
+    for chunk in _chunks(inputs[0]):
         results = function(*(t[chunk] for t in inputs))
         parts = _as_tuple(results) if projection is None else projection(results)
         if len(parts[0]) == rows:
@@ -110,12 +156,12 @@ class _Work:
         self,
         function: Callable[..., Any],
         projection: Projection | None,
-        num_inputs: int,
-        device: torch.device,
+        inputs: tuple[Tensor | Windows, ...],
         modules: tuple[torch.nn.Module, ...],
     ) -> None:
-        self.function, self.projection, self.num_inputs = function, projection, num_inputs
-        kind = device.type
+        self.function, self.projection = function, projection
+        self.indices = [t.index if isinstance(t, Windows) else None for t in inputs]
+        device, kind = inputs[0].device, inputs[0].device.type
         # Without the cache of casted weights: one that is filled without gradient would be used with gradient.
         self.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), False)
         self.devices = [device] if kind == "cuda" else []
@@ -124,6 +170,9 @@ class _Work:
         if self.random:
             self.cpu = torch.get_rng_state()
             self.cuda = [torch.cuda.get_rng_state(device) for device in self.devices]
+
+    def inputs(self, tensors: Sequence[Tensor]) -> tuple[Tensor | Windows, ...]:
+        return tuple(t if index is None else Windows(t, index) for t, index in zip(tensors, self.indices))
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -155,31 +204,34 @@ class _Work:
 class _ByRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, work: _Work, *tensors: Tensor) -> Any:
-        ctx.work = work
+        ctx.work, num_inputs = work, len(work.indices)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors[: work.num_inputs])
+        ctx.save_for_backward(*tensors[:num_inputs])
         # Not as saved tensors: under torch.utils.checkpoint those would be copies that ``function`` doesn't use.
-        ctx.parameters = tensors[work.num_inputs :]
+        ctx.parameters = tensors[num_inputs:]
         ctx.versions = [t._version for t in ctx.parameters]
         with torch.autocast(*work.autocast):
-            return _run(work.function, work.projection, tensors[: work.num_inputs])
+            return _run(work.function, work.projection, work.inputs(tensors[:num_inputs]))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        work, inputs, parameters = ctx.work, ctx.saved_tensors, ctx.parameters
+        work, tensors, parameters = ctx.work, ctx.saved_tensors, ctx.parameters
         if ctx.versions != [t._version for t in parameters]:
             raise RuntimeError("a parameter was changed between the forward pass and its backward pass")
-        needed = ctx.needs_input_grad[1 : 1 + len(inputs)]
-        found = [torch.empty_like(t) if need else None for t, need in zip(inputs, needed)]
+        inputs = work.inputs(tensors)
+        found = [
+            None if not need else torch.zeros_like(t) if isinstance(given, Windows) else torch.empty_like(t)
+            for t, given, need in zip(tensors, inputs, ctx.needs_input_grad[1:])
+        ]
         totals = [torch.zeros_like(p) if p.requires_grad else None for p in parameters]
         if all(grad is None for grad in grads):
             return None, *[None] * (len(found) + len(totals))
         num_weights = 0 if work.projection is None else sum(t is not None for t in work.projection[:2])
         trained = list(parameters[num_weights:])
         with work.restored():
-            for chunk in _chunks(len(inputs[0]), inputs[0].device):
+            for chunk in _chunks(inputs[0]):
                 with torch.enable_grad():
-                    rows = [t[chunk].detach().requires_grad_(need) for t, need in zip(inputs, needed)]
+                    rows = [t[chunk].detach().requires_grad_(whole is not None) for t, whole in zip(inputs, found)]
                     outputs = _as_tuple(work.function(*rows))
                 upper = [None if grad is None else grad[chunk] for grad in grads]
                 if work.projection is not None:
@@ -188,14 +240,19 @@ class _ByRows(torch.autograd.Function):
                 wanted = [row for row in rows if row.requires_grad]
                 if not (reached and wanted + trained):
                     continue
-                given = torch.autograd.grad(
-                    [out for out, _ in reached],
-                    wanted + trained,
-                    [grad for _, grad in reached],
-                    materialize_grads=True,
+                results = iter(
+                    torch.autograd.grad(
+                        [out for out, _ in reached],
+                        wanted + trained,
+                        [grad for _, grad in reached],
+                        materialize_grads=True,
+                    )
                 )
-                for whole, part in zip((whole for whole in found if whole is not None), given):
-                    whole[chunk] = part
-                for total, part in zip((t for t in totals[num_weights:] if t is not None), given[len(wanted) :]):
+                for whole, given in zip(found, inputs):
+                    if whole is not None and isinstance(given, Windows):
+                        given.add_gradient(whole, chunk, next(results))
+                    elif whole is not None:
+                        whole[chunk] = next(results)
+                for total, part in zip((t for t in totals[num_weights:] if t is not None), results):
                     total += part
         return None, *found, *totals

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from bigbag.bags import PackedBags, Segments
+from bigbag.bags import Segments
 from bigbag.nn.attention import MultiheadSelfAttention, SelfAttention
 from bigbag.nn.rows import Widen, by_rows, stream_dtype
 
@@ -135,11 +135,11 @@ class Layer(torch.nn.Module):
             y, *att = found if return_att else (found,)
             Y = self._finish(self.att_proj(self.in_proj(X)) + y)
             return (Y, *att) if return_att else Y
-        bags = PackedBags.from_padded(X, kwargs.pop("mask", None))
-        Y = bags.to_padded(self.forward_packed(bags.x, bags.segments, **kwargs))
+        bags, extras = self.att_module.pack(X, **kwargs)
+        Y = bags.to_padded(self.forward_packed(bags.x, bags.segments, **extras))
         if not return_att:
             return Y
-        return Y, self.att_module.padded_attention(bags.with_x(by_rows(self.entry, bags.x)), **kwargs)
+        return Y, self.att_module.padded_attention(bags.with_x(by_rows(self.entry, bags.x)), **extras)
 
 
 class Encoder(torch.nn.Module):

@@ -162,7 +162,7 @@ def matrix(bias: AttentionBias, q: Tensor, scale: float, rows: Any = slice(None)
         distance = offset.square().sum(-1).nan_to_num().sqrt()
         return -bias.slopes.to(q.dtype)[:, None, None] * distance
     index = buckets(bias, rows, columns)
-    weights = _table(bias, q.shape[1]).to(q.dtype)
+    weights = full_table(bias, q.shape[1]).to(q.dtype)
     if bias.mode == "bias":
         return weights[:, index]
     by_query = torch.einsum("ihd,hdc->hic", q[rows], weights) * scale
@@ -176,7 +176,7 @@ def for_kernels(bias: AttentionBias | None, q: Tensor, scale: float, acc: torch.
     if isinstance(bias, DistanceBias):
         coords, keys = bias.coords.detach().float(), _keys(bias).detach().float()
         return KernelBias(coords.contiguous(), keys.contiguous(), bias.slopes.to(acc)[None, :, None], "distance")
-    weights = _table(bias, q.shape[1]).to(acc)
+    weights = full_table(bias, q.shape[1]).to(acc)
     if bias.mode == "contextual":
         weights = torch.einsum("ihd,hdc->ihc", q.to(acc), weights) * scale
     else:
@@ -229,7 +229,7 @@ def _columns(bias: RelativePositionBias) -> int:
     return (side**2 if bias.method in ("product", "cross") else side) + 1
 
 
-def _table(bias: RelativePositionBias, heads: int) -> Tensor:
+def full_table(bias: RelativePositionBias, heads: int) -> Tensor:
     """(H, C) or (H, d, C): the table for all heads, "cross" written out as "product", with the last column."""
     table = bias.table
     side = 2 * bias.steps + 1

@@ -252,3 +252,20 @@ def test_projection_is_not_computed_again(monkeypatch):
     torch.testing.assert_close(torch.cat([first, last], 1), expected[:, [0, 1, 4, 5]])
     (expected[:, :2].square().sum() + expected[:, 4:].sin().sum()).backward()
     torch.testing.assert_close(found, [t.grad for t in (x, *norm.parameters(), *linear.parameters())])
+
+
+def test_windows_are_those_of_unfold(monkeypatch):
+    """Through a transformer layer, outputs and gradients; -1 stands for the zeros around the grid."""
+    monkeypatch.setitem(rows_module._ROWS, "cpu", 3)
+    layer, x = nn.TransformerLayer(4 * 9, att_dim=8, n_heads=2), torch.randn(12, 4, requires_grad=True)
+    numbers = torch.arange(1.0, 13).view(1, 1, 3, 4)
+    index = tnn.functional.unfold(numbers, 3, padding=1)[0].t().long() - 1
+    assert (index == -1).any()
+    windows = rows_module.Windows(x, index)
+    assert windows.shape == (12, 36)
+    dense = tnn.functional.unfold(x.t().view(1, 4, 3, 4), 3, padding=1)[0].t()
+    results = []
+    for rows in (windows, dense):
+        y = layer.forward_packed(rows, Segments.from_sizes((12,)))
+        results.append((y, *torch.autograd.grad(y.sin().sum(), (x, *layer.parameters()))))
+    torch.testing.assert_close(*results)
