@@ -144,14 +144,19 @@ class DTFDMIL(MILModel):
         return Y_pred, {f"{name}_t1": self._pseudo_loss(pseudo, Y, bags), f"{name}_t2": self.bag_loss(Y_pred, Y)}
 
     def _pseudo_loss(self, pseudo: Tensor, Y: Tensor, bags: PackedBags) -> Tensor:
-        """Mean over the bags of the mean over their pseudo-bags; one call of the criterion per number of them."""
+        """Mean over the bags of the mean over their pseudo-bags: one call of the criterion per number of them.
+
+        A criterion that compares bags with each other (``spans_step``) sees all pseudo-bags in one call.
+        """
         counts = [min(size, self.n_groups) for size in bags.sizes]
+        together = getattr(self.criterion, "spans_step", False)
         loss = pseudo.sum() * 0.0
-        for count in sorted(set(counts) - {0}):
-            rows = torch.tensor([bag for bag, other in enumerate(counts) if other == count], device=Y.device)
-            of_groups = squeeze_single_output(pseudo[rows, :count].flatten(0, 1))
-            of_bags = self.bag_loss(of_groups, Y[rows].repeat_interleave(count, 0))
-            loss = loss + of_bags * (len(rows) / bags.num_bags)
+        for count in [None] if together else sorted(set(counts) - {0}):
+            chosen = [bag for bag, other in enumerate(counts) if other and count in (None, other)]
+            pairs = [(bag, slot) for bag in chosen for slot in range(counts[bag])]
+            bag, slot = torch.tensor(pairs, dtype=torch.int64, device=Y.device).view(-1, 2).unbind(1)
+            of_groups = self.bag_loss(squeeze_single_output(pseudo[bag, slot]), Y[bag])
+            loss = loss + of_groups * (1.0 if together else len(chosen) / bags.num_bags)
         return loss
 
     def predict(self, X: Tensor | PackedBags, mask: Tensor | None = None, return_inst_pred: bool = True) -> Any:

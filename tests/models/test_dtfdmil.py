@@ -8,6 +8,7 @@ from bigbag import PackedBags
 from bigbag.bags import Segments
 from bigbag.models import DTFDMIL
 from bigbag.models.dtfdmil import _Groups
+from bigbag.nn.survival import CoxLoss
 
 WIDTH = 6
 SIZES = (23, 8, 3, 1, 0)
@@ -72,6 +73,16 @@ def test_the_papers_algorithm(mode, out_dim, training):
         tier_1.append(model.bag_loss(of_bag, Y[bag].expand(len(mine))))
         tier_2.append(model.bag_loss(logits[bag : bag + 1], Y[bag : bag + 1]))
     torch.testing.assert_close(losses, [sum(tier_1) / len(SIZES), sum(tier_2) / len(SIZES)])
+
+
+def test_risk_sets_hold_all_pseudo_bags_of_a_pack():
+    model, pack = DTFDMIL((WIDTH,), 4, 4, criterion=CoxLoss()).eval(), make_pack()
+    Y = torch.tensor([[3.0, 1], [2, 0], [1, 1], [5, 1], [4, 1]])
+    _, pseudo = model(pack, return_pseudo_pred=True)
+    groups = [4, 4, 3, 1, 0]
+    risks = torch.cat([row[:count] for row, count in zip(pseudo, groups)])
+    expected = model.criterion(risks, Y.repeat_interleave(torch.tensor(groups), 0))
+    torch.testing.assert_close(model.compute_loss(Y, pack)[1]["CoxLoss_t1"], expected)
 
 
 def test_names_of_the_losses():
