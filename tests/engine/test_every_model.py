@@ -1,0 +1,73 @@
+"""Every model through the engine: packed with graphs, trained, evaluated, loaded again."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bigbag import PackedBags, load_model
+from bigbag.config import GraphConfig, build_config, load_config
+from bigbag.data import open_store, pack
+from bigbag.engine.run import train
+from bigbag.engine.world import World
+from bigbag.evaluation.compare import model_settings
+from bigbag.models import MODELS
+
+from .conftest import Blobs
+from .test_survival_training import SurvivalBlobs
+
+SIZES = {"train": [20, 31, 9, 24], "val": [20, 30, 15, 25], "test": [20, 12, 25, 40]}
+COMPARISON = load_config(Path(__file__).parents[2] / "configs" / "digits_models.yaml")
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> dict[str, str]:
+    """A set with graphs for each task."""
+    folder = tmp_path_factory.mktemp("every-model")
+    sources = {"binary": Blobs(SIZES), "survival": SurvivalBlobs(SIZES)}
+    for task, source in sources.items():
+        pack(source, folder / task, progress=False, graph=GraphConfig())
+    return {task: str(folder / task) for task in sources}
+
+
+def small_settings(name: str) -> dict[str, Any]:
+    """The arguments of ``bigbag compare``, with smaller widths."""
+    settings = model_settings(COMPARISON, name)
+    widths = {"att_dim", "pool_att_dim", "hidden_dim", "transf_att_dim", "nystrom_att_dim", "n_landmarks"}
+    settings |= dict.fromkeys(widths & settings.keys(), 8)
+    if settings.get("feat_ext", {}).get("name") == "MLP":
+        settings["feat_ext"] = settings["feat_ext"] | {"linear_sizes": [8]}
+    return settings
+
+
+@pytest.mark.parametrize("task", ["binary", "survival"])
+@pytest.mark.parametrize("name", MODELS)
+def test_trains_from_a_config(name, task, packed, tmp_path):
+    config = build_config(
+        {
+            "name": name,
+            "out": str(tmp_path),
+            "data": {"shards": packed[task], "budget_instances": 50, "num_workers": 0},
+            "model": small_settings(name),
+            "task": {"type": task},
+            "train": {"epochs": 1, "batch_bags": 4, "monitor": "loss"},
+            "report": {"num_slides": 1},
+        }
+    )
+    results = train(config, world=World())
+    first = json.loads((config.run_dir / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["loss"] == pytest.approx(sum(first["losses"].values())) and first["loss"] != 0
+    assert any(("BCE" if task == "binary" else "Cox") in loss for loss in first["losses"])
+    assert ("auroc" if task == "binary" else "c_index") in results["test"] and "instance_auroc" in results["test"]
+    model, store = load_model(config.run_dir), open_store(config.data.shards)
+    logits = {row["key"]: float(row["logit"]) for row in csv.DictReader((config.run_dir / "predictions.csv").open())}
+    for i, info in enumerate(store.infos):
+        if info.split == "test":
+            with torch.no_grad():
+                alone = model.predict(PackedBags.from_bags([store.read(i)]), return_inst_pred=False)
+            assert alone.item() == pytest.approx(logits[info.name], abs=1e-4)
