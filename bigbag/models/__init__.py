@@ -10,6 +10,7 @@ from bigbag.models.dtfdmil import DTFDMIL
 from bigbag.models.iibmil import IIBMIL
 from bigbag.models.pooling import MaxMIL, MeanMIL
 from bigbag.models.prob_smooth_abmil import ProbSmoothABMIL, SmoothABMIL
+from bigbag.models.setmil import SETMIL
 from bigbag.models.sm_abmil import SmABMIL
 from bigbag.models.transformer_abmil import TransformerABMIL
 from bigbag.models.transformer_prob_smooth_abmil import TransformerProbSmoothABMIL
@@ -25,6 +26,7 @@ __all__ = [
     "DTFDMIL",
     "IIBMIL",
     "MODELS",
+    "SETMIL",
     "VAEABMIL",
     "GraphMILModel",
     "MILModel",

@@ -53,13 +53,13 @@ class Windows:
 
     def __getitem__(self, rows: slice) -> Tensor:
         index = self.index[rows]
-        found = self.x[index.clamp_min(0).flatten()].view(*index.shape, -1)
+        found = self.x[index.clamp_min(0).flatten()].view(*index.shape, self.x.shape[1])
         return found.masked_fill(index[:, :, None] < 0, 0).transpose(1, 2).flatten(1)
 
     def add_gradient(self, total: Tensor, rows: slice, grad: Tensor) -> None:
         """Add the gradient of ``self[rows]`` to that of ``x``."""
         index = self.index[rows]
-        parts = grad.view(len(index), -1, index.shape[1]).transpose(1, 2)
+        parts = grad.view(len(index), self.x.shape[1], index.shape[1]).transpose(1, 2)
         parts = parts.masked_fill(index[:, :, None] < 0, 0).flatten(0, 1)
         total.index_add_(0, index.clamp_min(0).flatten(), parts.to(total.dtype))
 

@@ -63,7 +63,10 @@ class Layer(torch.nn.Module):
         self.norm2 = torch.nn.LayerNorm(att_out_dim).requires_grad_(use_mlp)
 
     def forward_packed(self, x: Tensor, segments: Segments, **kwargs: Any) -> Tensor:
-        """``(T, in_dim)`` instances of a pack to ``(T, out_dim)``; ``kwargs`` are for the attention."""
+        """``(T, in_dim)`` instances of a pack to ``(T, out_dim)``; ``kwargs`` are for the attention.
+
+        ``x`` may be :class:`~bigbag.nn.rows.Windows`.
+        """
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self._compute, x, segments, use_reentrant=False, **kwargs)
         return self._compute(x, segments, **kwargs)

@@ -178,7 +178,8 @@ def for_kernels(bias: AttentionBias | None, q: Tensor, scale: float, acc: torch.
         return KernelBias(coords.contiguous(), keys.contiguous(), bias.slopes.to(acc)[None, :, None], "distance")
     weights = full_table(bias, q.shape[1]).to(acc)
     if bias.mode == "contextual":
-        weights = torch.einsum("ihd,hdc->ihc", q.to(acc), weights) * scale
+        with torch.autocast(q.device.type, enabled=False):
+            weights = torch.einsum("ihd,hdc->ihc", q.to(acc), weights) * scale
     else:
         weights = weights[None]
     kind = "product" if bias.method in ("product", "cross") else "radial"
