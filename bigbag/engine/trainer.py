@@ -14,6 +14,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bigbag.bags import PackedBags
 from bigbag.config import Config
 from bigbag.data import BagStore, EpochPlan, PackPlan, StepPlan, capped_sizes, plan_epoch, stream
@@ -129,7 +131,8 @@ class Trainer:
         global_step = self._global_step(done)
         lr = learning_rate(self.config.optim, global_step, self.steps_per_epoch, self.config.train.epochs)
         self.backend.step(lr)
-        self.model.after_step()
+        with torch.no_grad():
+            self.model.after_step()
         for scheduler in self.annealing.values():
             scheduler.step()
         if global_step % self.config.train.log_every_steps == 0:

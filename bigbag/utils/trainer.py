@@ -166,7 +166,8 @@ class Trainer:
             self.optimizer.step()
             after_step = getattr(self.model.model, "after_step", None)
             if after_step is not None:
-                after_step()
+                with torch.no_grad():
+                    after_step()
             for scheduler in self.annealing_scheduler_dict.values():
                 scheduler.step()
         for metric in self.metrics_dict.values():

@@ -30,7 +30,7 @@ class TwoLosses(ABMIL):
         return Y_pred, {**losses, "Penalty": (Y_pred**2).mean() + 1.0}
 
     def after_step(self) -> None:
-        assert not torch.is_inference_mode_enabled()
+        assert not torch.is_grad_enabled()
         self.num_steps += 1
 
 
