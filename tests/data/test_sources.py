@@ -180,3 +180,14 @@ def test_memory_source_notices_other_features() -> None:
     assert MemorySource([a]).description() != MemorySource([replace(a, x=np.ones((2, 3)))]).description()
     with pytest.raises(ValueError, match="2 splits for 1 bags"):
         MemorySource([a], ["train", "val"])
+
+
+def test_a_label_of_several_numbers(folder: Path) -> None:
+    """(time, event) of a survival task, or several labels of a bag."""
+    path = folder / "patches_512/labels/tumor_001.npy"
+    np.save(path, np.array([[31.5, 1.0]]))
+    labels = {entry.name: entry.label for entry in TorchmilFolder(str(folder)).entries()}
+    assert labels == {"normal_001": 0, "tumor_001": [31.5, 1], "test.001": 0}
+    np.save(path, np.ones((2, 2)))
+    with pytest.raises(ValueError, match=r"'tumor_001'.*expected numbers in a row"):
+        TorchmilFolder(str(folder)).entries()

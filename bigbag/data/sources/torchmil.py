@@ -21,7 +21,7 @@ class TorchmilFolder:
 
         root/splits.csv                                                  columns bag_name, split
         root/patches_512/features/features_UNI/<bag>.npy                 (N, P)
-        root/patches_512/labels/<bag>.npy                                the bag's label, one number
+        root/patches_512/labels/<bag>.npy                                the bag's label, one number or (K,) of them
         root/patches_512/patch_labels/<bag>.npy                          (N,) or (N, 1), optional
         root/patches_512/coords/<bag>.npy                                (N, 2) in pixels, optional
 
@@ -133,10 +133,10 @@ class TorchmilFolder:
         value = self._read("labels", name)
         if value is None:
             raise ValueError(f"bag {name!r}: label is missing, expected it in {path}")
-        if value.size != 1 or value.dtype.kind not in "biuf":
-            raise ValueError(f"bag {name!r}: {path} holds {value.shape} of {value.dtype}, expected one number")
-        number = value.reshape(()).item()
-        return int(number) if float(number).is_integer() else float(number)
+        if value.size == 0 or value.size != max(value.shape, default=1) or value.dtype.kind not in "biuf":
+            raise ValueError(f"bag {name!r}: {path} holds {value.shape} of {value.dtype}, expected numbers in a row")
+        numbers = [int(v) if float(v).is_integer() else float(v) for v in value.reshape(-1).tolist()]
+        return numbers[0] if len(numbers) == 1 else numbers
 
 
 def read_npy(path: Path) -> np.ndarray:
