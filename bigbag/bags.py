@@ -221,8 +221,10 @@ class PackedBags:
             expected = (batch, length, length)[:rank] if name == "adj" else (batch, length)
             if value is not None and (value.dim() < rank or tuple(value.shape[: len(expected)]) != expected):
                 raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {expected} to go with X")
-        index = None if mask is None else torch.nonzero((mask != 0).reshape(-1)).squeeze(1)
         sizes = [length] * batch if mask is None else (mask != 0).sum(1).tolist()
+        # A batch without padding, as a bag alone always is, need not be copied.
+        padded = mask is not None and any(size < length for size in sizes)
+        index = torch.nonzero((mask != 0).reshape(-1)).squeeze(1) if mask is not None and padded else None
 
         def pack(value: Tensor | None) -> Tensor | None:
             if value is None:

@@ -12,6 +12,7 @@ from bigbag.models.pooling import MaxMIL, MeanMIL
 from bigbag.models.prob_smooth_abmil import ProbSmoothABMIL, SmoothABMIL
 from bigbag.models.setmil import SETMIL
 from bigbag.models.sm_abmil import SmABMIL
+from bigbag.models.sm_transformer_abmil import SmTransformerABMIL
 from bigbag.models.transformer_abmil import TransformerABMIL
 from bigbag.models.transformer_prob_smooth_abmil import TransformerProbSmoothABMIL
 from bigbag.models.transmil import TransMIL
@@ -35,6 +36,7 @@ __all__ = [
     "MeanMIL",
     "ProbSmoothABMIL",
     "SmABMIL",
+    "SmTransformerABMIL",
     "SmoothABMIL",
     "TransMIL",
     "TransformerABMIL",

@@ -30,6 +30,7 @@ from bigbag.models.pooling import MaxMIL, MeanMIL
 from bigbag.models.prob_smooth_abmil import ProbSmoothABMIL, SmoothABMIL
 from bigbag.models.setmil import SETMIL
 from bigbag.models.sm_abmil import SmABMIL
+from bigbag.models.sm_transformer_abmil import SmTransformerABMIL
 from bigbag.models.transformer_abmil import TransformerABMIL
 from bigbag.models.transformer_prob_smooth_abmil import TransformerProbSmoothABMIL
 from bigbag.models.transmil import TransMIL
@@ -47,6 +48,7 @@ MODELS: dict[str, type[MILModel]] = {
         DTFDMIL,
         IIBMIL,
         SmABMIL,
+        SmTransformerABMIL,
         SmoothABMIL,
         ProbSmoothABMIL,
         TransformerProbSmoothABMIL,

@@ -10,6 +10,7 @@ from bigbag.nn.positions import SinusoidalPositionalEncodingND
 from bigbag.nn.prob_smooth_attention_pool import ProbSmoothAttentionPool
 from bigbag.nn.sm import ApproxSm, ExactSm, Sm
 from bigbag.nn.sm_attention_pool import SmAttentionPool
+from bigbag.nn.sm_transformer import SmMultiheadSelfAttention, SmTransformerEncoder, SmTransformerLayer
 from bigbag.nn.t2t import T2TLayer
 from bigbag.nn.transformers import Encoder, Layer, TransformerEncoder, TransformerLayer
 from bigbag.nn.variational_autoencoder import VariationalAutoEncoder, VariationalAutoEncoderMIL
@@ -34,6 +35,9 @@ __all__ = [
     "SinusoidalPositionalEncodingND",
     "Sm",
     "SmAttentionPool",
+    "SmMultiheadSelfAttention",
+    "SmTransformerEncoder",
+    "SmTransformerLayer",
     "SmoothTop1SVM",
     "T2TLayer",
     "TransformerEncoder",

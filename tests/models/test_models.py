@@ -23,6 +23,7 @@ SMALL: dict = {
         "pool_att_dim": 4,
         "n_samples_train": 50,
     },
+    "SmTransformerABMIL": {"transf_att_dim": 6, "transf_n_heads": 2, "pool_att_dim": 4},
     "TransformerABMIL": {"transf_att_dim": 6, "transf_n_heads": 2, "pool_att_dim": 4},
     "IIBMIL": {"att_dim": 4, "n_heads": 2},
     "VAEABMIL": {"feat_ext": {"name": "VariationalAutoEncoderMIL", "layer_sizes": [8, 4]}},
@@ -46,6 +47,10 @@ VARIANTS = [(name, SMALL.get(name, {})) for name in MODELS] + [
         {"covar_mode": "zero", "feat_ext": {"name": "MLP", "linear_sizes": [7], "activations": ["relu"]}},
     ),
     ("SETMIL", {"att_dim": 4, "set_n_heads": 2, "set_n_layers": 2, "use_pmf": True, "rpe_method": "cross"}),
+    (
+        "SmTransformerABMIL",
+        {"transf_n_heads": 3, "transf_att_dim": 6, "transf_n_layers": 2, "transf_sm_mode": "exact", "pool_att_dim": 4},
+    ),
     ("SmABMIL", {"sm_where": "mid", "att_act": "gelu"}),
     ("SmABMIL", {"sm_where": "late", "sm_mode": "exact"}),
     ("SmABMIL", {"sm_mode": "exact", "feat_ext": {"name": "MLP", "linear_sizes": [7], "activations": ["relu"]}}),

@@ -116,3 +116,17 @@ def test_classifier_and_pooling_commute():
     logits, f = model(pack, return_att=True, return_samples=True)
     z = torch.einsum("bns,bnd->bsd", f.view(2, 9, 6).softmax(1), pack.x.view(2, 9, WIDTH))
     torch.testing.assert_close(logits, model.classifier(z), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["approx", "exact"])
+def test_sm_transformer_abmil_equals_torchmil(mode):
+    theirs_class = pytest.importorskip("torchmil.models").SmTransformerABMIL
+    settings = {"pool_att_dim": 4, "transf_att_dim": WIDTH, "transf_n_heads": 2, "transf_n_layers": 2}
+    settings |= {"transf_sm_mode": mode, "pool_sm_mode": mode}
+    theirs, ours = theirs_class((WIDTH,), **settings).eval(), MODELS["SmTransformerABMIL"]((WIDTH,), **settings).eval()
+    ours.load_state_dict(theirs.state_dict())
+    for size in (1, 13):
+        X, Y, adj = torch.randn(1, size, WIDTH), torch.ones(1), adjacency(size)
+        torch.testing.assert_close(ours.predict(X, adj), theirs.predict(X, adj), rtol=1e-4, atol=1e-5)
+        expected, losses = (m.compute_loss(Y, X, adj)[1] for m in (theirs, ours))
+        torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
