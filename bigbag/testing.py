@@ -14,9 +14,9 @@ import os
 import pkgutil
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -47,10 +47,13 @@ class Sample:
         op: name of the function in ``bigbag.ops``.
         name: what is special about it.
         sizes: instances of each bag.
-        make: generator -> named float64 tensors on the CPU, in the order of the operator's arguments; those with T
-            rows come first.
+        make: generator -> named float64 tensors on the CPU, in the order of the operator's arguments.
         options: keyword arguments of the call.
-        contiguous: False lays the first tensor out with its rows apart and its columns strided.
+        contiguous: False lays the tensors of instances out with their rows apart and their columns strided.
+        cut: what the first dimension of a tensor ("x", "output 0") counts: "rows" (instances), "bags", or what else
+            :meth:`bounds` knows. A tensor that is not named belongs to all bags together:
+            a parameter, or a sum over bags.
+        of: the pack and the bag that this sample is the only one of.
     """
 
     op: str
@@ -59,6 +62,8 @@ class Sample:
     make: Callable[[torch.Generator], dict[str, Tensor]]
     options: dict[str, Any] = field(default_factory=dict)
     contiguous: bool = True
+    cut: Mapping[str, str] = field(default_factory=lambda: {"x": "rows", "output 0": "bags"}, kw_only=True)
+    of: tuple[Any, int] | None = field(default=None, kw_only=True)
 
     def __str__(self) -> str:
         return f"{self.op}, {self.name}"
@@ -69,23 +74,44 @@ class Sample:
         out = {}
         for position, (name, value) in enumerate(made.items()):
             value = value.to(stored if stored is not None and position == 0 else dtype).to(device)
-            if position == 0 and not self.contiguous:
-                wide = value.new_zeros(value.shape[0], 2 * value.shape[1] + 3)
-                wide[:, 3::2] = value
-                value = wide[:, 3::2]
+            if self.cut.get(name) == "rows" and not self.contiguous:
+                wide = value.new_zeros(*value.shape[:-1], 2 * value.shape[-1] + 3)
+                wide[..., 3::2] = value
+                value = wide[..., 3::2]
             out[name] = value.detach().requires_grad_()
         return out
 
-    def call(self, tensors: dict[str, Tensor], impl: str | None) -> tuple[Tensor, ...]:
-        first, *rest = tensors.values()
-        segments = Segments.from_sizes(self.sizes, first.device)
-        return self._call(first, segments, rest, list(tensors)[1:], impl)
+    def structure(self, device: str) -> dict[str, Any]:
+        """The arguments that are not differentiated: how the pack is cut, graphs, masks, positions."""
+        return {"segments": Segments.from_sizes(self.sizes, device)}
 
-    def _call(
-        self, first: Tensor, segments: Segments, rest: Sequence[Tensor], names: Sequence[str], impl: str | None
-    ) -> tuple[Tensor, ...]:
-        out = getattr(ops, self.op)(first, segments, **dict(zip(names, rest)), **self.options, impl=impl)
+    def apply(self, tensors: Mapping[str, Tensor], structure: Mapping[str, Any], impl: str | None) -> Any:
+        first, *names = tensors
+        rest = {name: tensors[name] for name in names}
+        return getattr(ops, self.op)(tensors[first], structure["segments"], **rest, **self.options, impl=impl)
+
+    def call(self, tensors: Mapping[str, Tensor], impl: str | None) -> tuple[Tensor, ...]:
+        """The outputs of the operator."""
+        device = next(iter(tensors.values())).device.type
+        out = self.apply(tensors, self.structure(device), impl)
         return out if isinstance(out, tuple) else (out,)
+
+    def alone(self, bag: int) -> Sample:
+        """The same call of one bag; its tensors are the pack's, cut by :meth:`part`."""
+        return replace(self, sizes=self.sizes[bag : bag + 1], of=(self, bag))
+
+    def bounds(self, kind: str, bag: int) -> tuple[int, int]:
+        """Where the bag's part of what ``kind`` counts begins and ends."""
+        if kind == "bags":
+            return bag, bag + 1
+        assert kind == "rows", f"{self}: nothing counts {kind}"
+        start = sum(self.sizes[:bag])
+        return start, start + self.sizes[bag]
+
+    def part(self, name: str, value: Tensor, bag: int) -> Tensor:
+        """The bag's part of an input, an output or their gradient; ``value`` itself where all bags share it."""
+        kind = self.cut.get(name)
+        return value if kind is None else value[slice(*self.bounds(kind, bag))]
 
 
 def samples(op: str) -> list[Sample]:
@@ -104,16 +130,20 @@ def samples(op: str) -> list[Sample]:
     return found
 
 
-def run(sample: Sample, tensors: dict[str, Tensor], impl: str | None) -> dict[str, Tensor]:
-    """Outputs, and the gradients of a fixed random function of all of them, as float64."""
-    outputs = sample.call(tensors, impl)
+def fixed_random(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Random float64 weights of the same shapes, rounded to 16 bits: the same gradient enters in every precision."""
     generator = torch.Generator().manual_seed(1)
-    loss = torch.zeros((), dtype=torch.float64, device=outputs[0].device)
-    for out in outputs:
-        # Rounded to 16 bits, so that the gradient that enters is the same in every precision.
-        weight = torch.randn(out.shape, generator=generator).to(torch.bfloat16)
-        weight = weight.to(torch.float16).double()
-        loss = loss + (out.double() * weight.to(out.device)).sum()
+    drawn = [torch.randn(out.shape, generator=generator).to(torch.bfloat16).to(torch.float16) for out in outputs]
+    return [weight.double().to(out.device) for weight, out in zip(drawn, outputs)]
+
+
+def run(
+    sample: Sample, tensors: dict[str, Tensor], impl: str | None, weights: Sequence[Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Outputs, and the gradients of their sum weighted by ``weights`` (default: :func:`fixed_random`), as float64."""
+    outputs = sample.call(tensors, impl)
+    weights = fixed_random(outputs) if weights is None else weights
+    loss = sum(((out.double() * weight).sum() for out, weight in zip(outputs, weights)), torch.zeros(()))
     grads = torch.autograd.grad(loss, list(tensors.values()))
     found = {f"output {i}": out for i, out in enumerate(outputs)}
     found |= {f"gradient of {name}": grad for name, grad in zip(tensors, grads)}

@@ -4,16 +4,17 @@
     print(ops.explain())                                    # what would run here, and why
     with ops.use_impl({"attention_pool": "reference"}): ...
 
-To add an operator: one file here, at most one each in ``kernels/cpu`` and ``kernels/gpu``, one row below, and its
-samples in ``bigbag.testing``.
+To add an operator: one file here, at most one each in ``kernels/cpu`` and ``kernels/gpu``, its module in the list
+below, and its samples in ``bigbag.samples``.
 """
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 
 from bigbag.ops.attention_bias import AttentionBias, DistanceBias, RelativePositionBias
-from bigbag.ops.attention_pool import OPERATOR as _ATTENTION_POOL
 from bigbag.ops.attention_pool import attention_pool
 from bigbag.ops.chebyshev import chebyshev, lambda_max
 from bigbag.ops.class_attention import class_token_attention, mean_attention
@@ -26,7 +27,6 @@ from bigbag.ops.quadratic import dirichlet_energy, quadratic_form
 from bigbag.ops.registry import Operator, use_impl
 from bigbag.ops.registry import table as _table
 from bigbag.ops.rows import segment_dots, take_rows
-from bigbag.ops.segments import OPERATORS as _SEGMENTS
 from bigbag.ops.segments import segment_max, segment_mean, segment_softmax, segment_sum
 from bigbag.ops.smooth import smooth
 from bigbag.ops.smooth_directed import smooth_exact_directed
@@ -77,7 +77,24 @@ __all__ = [
     "use_impl",
 ]
 
-_OPERATORS: tuple[Operator, ...] = (_ATTENTION_POOL, *_SEGMENTS)
+_MODULES = (
+    "attention_pool",
+    "segments",
+    "topk",
+    "spmm",
+    "smooth",
+    "smooth_exact",
+    "chebyshev",
+    "neighbor_attention",
+    "quadratic",
+    "masked_attention",
+    "class_attention",
+    "nystrom",
+)
+# By the modules' names: several share theirs with a function, which is what this package exports.
+_OPERATORS: tuple[Operator, ...] = tuple(
+    row for module in _MODULES for row in importlib.import_module(f"bigbag.ops.{module}").OPERATORS
+)
 
 
 def chosen(device: torch.device | str, dtype: torch.dtype = torch.float32) -> dict[str, str]:

@@ -217,4 +217,4 @@ _FORWARD = {
     "triton": _register("triton", "bigbag.kernels.gpu.attention_pool"),
 }
 
-OPERATOR = Operator("attention_pool", attention_pool, _DTYPES)
+OPERATORS = (Operator("attention_pool", attention_pool, _DTYPES),)

@@ -251,4 +251,4 @@ _OPS: dict[tuple[str, str], Any] = {}
 _register("cpu")
 _register("triton")
 
-OPERATOR = Operator("chebyshev", chebyshev, DTYPES)
+OPERATORS = (Operator("chebyshev", chebyshev, DTYPES),)

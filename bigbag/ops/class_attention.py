@@ -12,7 +12,7 @@ from bigbag.ops import attention_bias
 from bigbag.ops.attention_bias import AttentionBias
 from bigbag.ops.masked_attention import _check as _check_attention
 from bigbag.ops.masked_attention import compute_dtype
-from bigbag.ops.registry import FLOATING, HALF, Operator
+from bigbag.ops.registry import FLOATING, HALF, Operator, choose
 from bigbag.ops.segments import segment_softmax
 
 _DTYPES = {"triton": (*HALF, torch.float32), "cpu": FLOATING, "reference": FLOATING}
@@ -50,15 +50,15 @@ def class_token_attention(
     tokens = Segments(torch.arange(segments.num_bags + 1, device=segments.offsets.device), (1,) * segments.num_bags)
     _check_attention(q_cls, k, k, tokens, segments, mask, None, 0.0)
     dtype = compute_dtype(q_cls)
+    chosen = choose("class_token_attention", _DTYPES, impl, k.device.type, dtype)
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     q_cls, k = q_cls.to(dtype), k.to(dtype)
     scale = 1 / math.sqrt(q_cls.shape[2]) if scale is None else float(scale)
-    starts = segments.starts
-    rows = [_scores(k[s:e], q_cls[bag], acc) for bag, (s, e) in enumerate(zip(starts, starts[1:]))]
+    rows = [_scores(part, q, acc) for part, q in zip(k.split(segments.sizes), q_cls)]
     scores = torch.cat(rows) * scale if rows else k.new_zeros(0, k.shape[1], dtype=acc)
     if mask is not None:
         scores = torch.where(mask[:, None], scores, torch.finfo(acc).min)
-    a = segment_softmax(scores, segments, impl=impl)
+    a = segment_softmax(scores, segments, impl=chosen)
     # In a bag that is wholly masked the softmax is uniform.
     return a if mask is None else torch.where(mask[:, None], a, 0)
 
@@ -117,4 +117,4 @@ def mean_attention(
     return out
 
 
-OPERATOR = Operator("class_token_attention", class_token_attention, _DTYPES)
+OPERATORS = (Operator("class_token_attention", class_token_attention, _DTYPES),)

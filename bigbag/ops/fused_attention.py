@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bigbag.bags import Segments
 
+IMPLS = ("varlen", "xformers")
 _MAX_FLASH_DIM = 256
 _ALIGN = 8
 
@@ -30,11 +31,7 @@ def unavailable(impl: str) -> str | None:
 
 
 def why_not(impl: str, q: Tensor, v: Tensor, has_bias: bool, dropout: float) -> str | None:
-    """Why ``impl`` can't take this call, or None if it can (its dtypes are the registry's to check)."""
-    if q.device.type != "cuda":
-        return f"it needs a CUDA device, got {q.device.type}"
-    if (missing := unavailable(impl)) is not None:
-        return missing
+    """Why ``impl`` can't take this call, or None if it can (its device and dtypes are the registry's to check)."""
     if has_bias:
         return "it takes no bias that is computed on the fly"
     if dropout:

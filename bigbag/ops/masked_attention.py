@@ -89,7 +89,7 @@ def masked_attention(
     chosen = _choose(impl, q, v, bias, dropout)
     if chosen == "reference":
         return reference(q, k, v, segments, kv_segments, mask, bias, dropout, seed, scale)
-    if chosen in ("varlen", "xformers"):
+    if chosen in fused_attention.IMPLS:
         return fused_attention.run(chosen, q, k, v, segments, kv_segments, mask, scale)
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
     ready = attention_bias.for_kernels(bias, q, scale, acc)
@@ -121,8 +121,11 @@ def reference(
             weights = weights * kept / (1 - dropout)
         weights = weights.to(q.dtype).to(acc)
         out.append(torch.einsum("hij,jhd->ihd", weights, v[columns].to(acc)).to(q.dtype))
-    # The sums of no rows keep q, k and v in the graph where no bag has keys.
-    return torch.cat([*out, v[:0]]) + q[:0].sum() + k[:0].sum()
+    # The sums of no rows keep every input in the graph where no bag has keys.
+    nothing = q[:0].sum() + k[:0].sum()
+    if bias is not None:
+        nothing = nothing + attention_bias.matrix(bias, q.to(acc), scale, slice(0), slice(0)).sum().to(q.dtype)
+    return torch.cat([*out, v[:0]]) + nothing
 
 
 def fold_seed(seed: int) -> int:
@@ -208,7 +211,7 @@ def _choose(impl: str | None, q: Tensor, v: Tensor, bias: AttentionBias | None, 
 
 def _why_not(impl: str, q: Tensor, v: Tensor, bias: AttentionBias | None, dropout: float) -> str | None:
     """Why these arguments can't go to ``impl``, or None if they can (device and dtype are the registry's to check)."""
-    if impl in ("varlen", "xformers"):
+    if impl in fused_attention.IMPLS:
         return fused_attention.why_not(impl, q, v, bias is not None, dropout)
     widest = max(q.shape[2], v.shape[2])
     if impl == "triton" and widest > _MAX_TRITON_DIM:
@@ -281,4 +284,15 @@ _FORWARD = {
     "triton": _register("triton", "bigbag.kernels.gpu.masked_attention"),
 }
 
-OPERATOR = Operator("masked_attention", masked_attention, _DTYPES)
+OPERATORS = (
+    Operator(
+        "masked_attention",
+        masked_attention,
+        _DTYPES,
+        excludes={
+            "varlen": "a bias, dropout, or head dimensions over 256",
+            "xformers": "a bias or dropout",
+            "triton": "head dimensions over 256",
+        },
+    ),
+)

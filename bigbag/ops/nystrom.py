@@ -282,4 +282,4 @@ def _register(impl: str, module: str) -> None:
 for _impl, _module in _MODULES.items():
     _register(_impl, _module)
 
-OPERATOR = Operator("nystrom_attention", nystrom_attention, _DTYPES)
+OPERATORS = (Operator("nystrom_attention", nystrom_attention, _DTYPES),)

@@ -11,10 +11,12 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from bigbag.ops import fused_attention
 
 log = logging.getLogger("bigbag.ops")
 
@@ -31,12 +33,14 @@ class Operator:
         function: that function; it takes ``impl``.
         dtypes: implementation -> dtypes of the first argument that it takes, in order of preference.
         deterministic: two runs give the same bits.
+        excludes: implementation -> the calls that it does not take, whatever their dtype; the next one gets them.
     """
 
     name: str
     function: Callable[..., Any]
     dtypes: Mapping[str, tuple[torch.dtype, ...]]
     deterministic: bool = True
+    excludes: Mapping[str, str] = field(default_factory=dict)
 
 
 def _find(module: str) -> bool:
@@ -83,6 +87,11 @@ def why_not(dtypes: Mapping[str, tuple[torch.dtype, ...]], impl: str, device: st
         return "triton is not installed"
     if impl == "triton" and device != "cuda" and not (device == "cpu" and INTERPRETED):
         return f"it needs a CUDA device, got {device} (TRITON_INTERPRET=1 at start runs it on the CPU, slowly)"
+    if impl in fused_attention.IMPLS:
+        if device != "cuda":
+            return f"it needs a CUDA device, got {device}"
+        if (missing := fused_attention.unavailable(impl)) is not None:
+            return missing
     if dtype not in dtypes[impl]:
         return f"it takes {', '.join(str(d)[6:] for d in dtypes[impl])}, got {str(dtype)[6:]}"
     return None
@@ -136,5 +145,7 @@ def table(operators: tuple[Operator, ...], device: str, dtype: torch.dtype) -> l
                 reason = "requested by use_impl" if op.name in _overrides else "first that can run"
             elif reason is None:
                 reason = "on request only" if impl not in _preference(op.dtypes, device) else f"{chosen} comes first"
+            if impl == chosen and impl in op.excludes:
+                reason += f" (not with {op.excludes[impl]})"
             rows.append({"operator": op.name, "impl": impl, "chosen": "yes" if impl == chosen else "", "why": reason})
     return rows

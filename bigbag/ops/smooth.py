@@ -174,4 +174,4 @@ _OPS: dict[tuple[str, str], Any] = {}
 _register("cpu")
 _register("triton")
 
-OPERATOR = Operator("smooth", smooth, DTYPES)
+OPERATORS = (Operator("smooth", smooth, DTYPES),)

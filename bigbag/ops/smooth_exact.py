@@ -231,4 +231,4 @@ _OPS: dict[tuple[str, str], Any] = {}
 _register("cpu")
 _register("triton")
 
-OPERATOR = Operator("smooth_exact", smooth_exact, DTYPES)
+OPERATORS = (Operator("smooth_exact", smooth_exact, DTYPES),)

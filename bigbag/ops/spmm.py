@@ -233,4 +233,4 @@ _OPS: dict[tuple[str, str], Any] = {}
 _register("cpu")
 _register("triton")
 
-OPERATOR = Operator("spmm", spmm, DTYPES)
+OPERATORS = (Operator("spmm", spmm, DTYPES),)

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from bigbag.testing import SIZES, Sample
 
+_CUT = {"x": "rows", "output 0": "bags", "output 1": "rows"}
+
 
 def _sample(
     name: str,
@@ -32,7 +34,8 @@ def _sample(
         made |= {"wg": randn(dim, width) / width**0.5} if gated else {}
         return made | ({"bg": randn(dim)} if gated and biases else {})
 
-    return Sample("attention_pool", name, SIZES[sizes], make, options | ({} if biases else {"b1": None}), contiguous)
+    options |= {} if biases else {"b1": None}
+    return Sample("attention_pool", name, SIZES[sizes], make, options, contiguous, cut=_CUT)
 
 
 SAMPLES: list[Sample] = [

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bigbag import ops
 from bigbag.adjacency import Adjacency
 from bigbag.bags import Segments
 from bigbag.testing import Sample
@@ -22,7 +22,6 @@ _SIZES = {
     "off the block": (520, 65),
     "no bag has instances": (0, 0),
 }
-_MODULES = {"neighbor_scores": "neighbor_attention", "quadratic_form": "quadratic", "dirichlet_energy": "quadratic"}
 
 
 def pattern(kind: str, sizes: tuple[int, ...]) -> Adjacency:
@@ -64,21 +63,42 @@ class GraphSample(Sample):
     per_bag: bool = False
     constant_weights: bool = False
 
-    def call(self, tensors: dict[str, Tensor], impl: str | None) -> tuple[Tensor, ...]:
-        named = dict(tensors)
-        device = next(iter(named.values())).device
-        bare, weight = pattern(self.graph, self.sizes), named.pop("weight", None)
-        if self.constant_weights:
-            weight = _edge_weights(self.graph, self.sizes, torch.Generator().manual_seed(3)).to(device)
-        adj = Adjacency(bare.crow.to(device), bare.col.to(device), weight, bare.symmetric)
-        options: dict[str, Any] = dict(self.options)
-        if self.per_bag:
-            options["segments"] = Segments.from_sizes(self.sizes, device)
-        function = getattr(importlib.import_module(f"bigbag.ops.{_MODULES.get(self.op, self.op)}"), self.op)
+    def structure(self, device: str) -> dict[str, Any]:
+        adj = self.adjacency()
+        weight = None if adj.weight is None else adj.weight.to(device)
+        found: dict[str, Any] = {"adj": Adjacency(adj.crow.to(device), adj.col.to(device), weight, adj.symmetric)}
+        return found | ({"segments": Segments.from_sizes(self.sizes, device)} if self.per_bag else {})
+
+    def adjacency(self) -> Adjacency:
+        """The graph, with its weights where they are constant; of one bag: that block of the pack's."""
+        if self.of is None:
+            adj = pattern(self.graph, self.sizes)
+            weight = _edge_weights(self.graph, self.sizes, torch.Generator().manual_seed(3))
+            return replace(adj, weight=weight) if self.constant_weights else adj
+        pack, bag = self.of
+        whole: Adjacency = pack.adjacency()
+        first, last = pack.bounds("rows", bag)
+        edges = slice(*pack.bounds("edges", bag))
+        part = None if whole.weight is None else whole.weight[edges]
+        crow, col = whole.crow[first : last + 1], whole.col[edges]
+        return Adjacency(crow - crow[0], col - first, part, whole.symmetric)
+
+    def bounds(self, kind: str, bag: int) -> tuple[int, int]:
+        if kind != "edges":
+            return super().bounds(kind, bag)
+        first, last = self.adjacency().crow[list(super().bounds("rows", bag))].tolist()
+        return first, last
+
+    def apply(self, tensors: Mapping[str, Tensor], structure: Mapping[str, Any], impl: str | None) -> Any:
+        named, options = dict(tensors), {**self.options, **structure}
+        adj = options.pop("adj")
+        adj = replace(adj, weight=named.pop("weight", adj.weight))
         if self.op == "smooth":
             options |= {"alpha": named.pop("alpha")} if "alpha" in named else {"alpha": 0.6}
         first = (*named.values(), adj) if self.op.startswith("neighbor") else (adj, *named.values())
-        return (function(*first, **options, impl=impl),)
+        out = getattr(ops, self.op)(*first, **options, impl=impl)
+        # Instances first, as everywhere else.
+        return out.transpose(0, 1) if self.op == "chebyshev" else out
 
 
 def _edge_weights(kind: str, sizes: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -131,7 +151,12 @@ def _sample(
     # A sum whose terms cancel has no error relative to itself.
     shift = 1.0 if op == "quadratic_form" else 0.0
     make = _make(names, graph, _SIZES[sizes], shape, scale, shift, weighted and not constant_weights, scalar)
-    return GraphSample(op, name, _SIZES[sizes], make, options, contiguous, graph, per_bag, constant_weights)
+    cut = dict.fromkeys(names.split(), "rows") | {"weight": "edges"}
+    if op not in ("quadratic_form", "dirichlet_energy"):
+        cut["output 0"] = "rows"
+    elif per_bag:
+        cut["output 0"] = "bags"
+    return GraphSample(op, name, _SIZES[sizes], make, options, contiguous, graph, per_bag, constant_weights, cut=cut)
 
 
 def _everywhere(op: str, **options: Any) -> Iterator[GraphSample]:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bigbag import ops
 from bigbag.bags import Segments
 from bigbag.ops.attention_bias import AttentionBias, DistanceBias, RelativePositionBias, num_buckets
-from bigbag.ops.class_attention import class_token_attention
-from bigbag.ops.masked_attention import masked_attention
 from bigbag.testing import Sample
 
 _SIZES = {
@@ -23,6 +22,13 @@ _SIZES = {
     "off the block": (257, 65),
     "no bag has instances": (0, 0),
 }
+
+
+def _mask(rows: int, first: int, device: str) -> Tensor:
+    """Every third key, and all keys of the first bag, are masked."""
+    mask = torch.arange(rows, device=device) % 3 != 1
+    mask[:first] = False
+    return mask
 
 
 @dataclass(frozen=True)
@@ -39,30 +45,53 @@ class AttentionSample(Sample):
     masked: bool = False
     bias: str = ""
 
-    def call(self, tensors: dict[str, Tensor], impl: str | None) -> tuple[Tensor, ...]:
-        q, k, v, *weights = tensors.values()
-        segments = Segments.from_sizes(self.sizes, q.device)
-        keys = Segments.from_sizes(self.kv_sizes or self.sizes, q.device)
-        options: dict[str, Any] = dict(self.options)
-        if self.masked:
-            mask = torch.arange(k.shape[0], device=k.device) % 3 != 1
-            mask[: keys.sizes[0]] = False
-            options["mask"] = mask
-        if self.bias:
-            options["bias"] = self.make_bias(q.shape[0], k.shape[0], weights[0])
-        return (masked_attention(q, k, v, segments, keys, **options, impl=impl),)
+    def alone(self, bag: int) -> Sample:
+        # A bag without keys differs from self-attention.
+        kv_sizes = self.kv_sizes or self.sizes
+        return replace(self, sizes=self.sizes[bag : bag + 1], kv_sizes=kv_sizes[bag : bag + 1], of=(self, bag))
 
-    def make_bias(self, num_queries: int, num_keys: int, weights: Tensor) -> AttentionBias:
-        """Positions on a lattice, the second query having none."""
-        generator = torch.Generator().manual_seed(2)
-        both = [torch.randint(0, 30, (n, 2), generator=generator).float() for n in (num_queries, num_keys)]
-        both[0][1:2] = float("nan")
-        coords, kv_coords = (c.to(weights.device) for c in both)
+    def bounds(self, kind: str, bag: int) -> tuple[int, int]:
+        if kind != "keys":
+            return super().bounds(kind, bag)
+        sizes = self.kv_sizes or self.sizes
+        start = sum(sizes[:bag])
+        return start, start + sizes[bag]
+
+    def structure(self, device: str) -> dict[str, Any]:
+        """Positions lie on a lattice; the second query has none."""
+        if self.of is not None:
+            pack, bag = self.of
+            whole = pack.structure(device)
+            cut = {name: Segments.from_sizes(s, device) for name, s in self._cuts().items()}
+            rows, keys = (slice(*pack.bounds(kind, bag)) for kind in ("rows", "keys"))
+            parts = {"mask": keys, "coords": rows, "kv_coords": keys}
+            return cut | {name: whole[name][part] for name, part in parts.items() if name in whole}
+        found: dict[str, Any] = {name: Segments.from_sizes(s, device) for name, s in self._cuts().items()}
+        rows, keys = (cut.num_instances for cut in found.values())
+        if self.masked:
+            found["mask"] = _mask(keys, self._cuts()["kv_segments"][0], device)
+        if self.bias:
+            generator = torch.Generator().manual_seed(2)
+            coords, kv_coords = (torch.randint(0, 30, (n, 2), generator=generator).float() for n in (rows, keys))
+            coords[1:2] = float("nan")
+            found |= {"coords": coords.to(device), "kv_coords": (kv_coords if self.kv_sizes else coords).to(device)}
+        return found
+
+    def _cuts(self) -> dict[str, tuple[int, ...]]:
+        return {"segments": self.sizes, "kv_segments": self.kv_sizes or self.sizes}
+
+    def apply(self, tensors: Mapping[str, Tensor], structure: Mapping[str, Any], impl: str | None) -> Any:
+        q, k, v, *weights = tensors.values()
+        options = dict(structure)
+        if weights:
+            options["bias"] = self.make_bias(options.pop("coords"), options.pop("kv_coords"), weights[0])
+        return ops.masked_attention(q, k, v, **options, **self.options, impl=impl)
+
+    def make_bias(self, coords: Tensor, kv_coords: Tensor, weights: Tensor) -> AttentionBias:
         if self.bias == "distance":
-            return DistanceBias(coords / 8, weights, kv_coords / 8 if self.kv_sizes else None)
+            return DistanceBias(coords / 8, weights, kv_coords / 8)
         mode, method = self.bias.split()
-        places = (coords * 256, weights, mode, method)
-        return RelativePositionBias(*places, unit=256, kv_coords=kv_coords * 256 if self.kv_sizes else None)
+        return RelativePositionBias(coords * 256, weights, mode, method, unit=256, kv_coords=kv_coords * 256)
 
 
 @dataclass(frozen=True)
@@ -71,13 +100,16 @@ class ClassTokenSample(Sample):
 
     masked: bool = False
 
-    def call(self, tensors: dict[str, Tensor], impl: str | None) -> tuple[Tensor, ...]:
-        q_cls, k = tensors.values()
-        mask = torch.arange(k.shape[0], device=k.device) % 3 != 1 if self.masked else None
-        if mask is not None:
-            mask[: self.sizes[0]] = False
-        segments = Segments.from_sizes(self.sizes, k.device)
-        return (class_token_attention(q_cls, k, segments, mask=mask, impl=impl),)
+    def structure(self, device: str) -> dict[str, Any]:
+        found = super().structure(device)
+        if self.masked:
+            pack, bag = self.of or (self, 0)
+            mask = _mask(sum(pack.sizes), pack.sizes[0], device)
+            found["mask"] = mask if self.of is None else mask[slice(*pack.bounds("rows", bag))]
+        return found
+
+    def apply(self, tensors: Mapping[str, Tensor], structure: Mapping[str, Any], impl: str | None) -> Any:
+        return ops.class_token_attention(tensors["q_cls"], tensors["k"], **structure, impl=impl)
 
 
 def _maker(shapes: dict[str, tuple[int, ...]], factor: float = 1.0) -> Callable[[torch.Generator], dict[str, Tensor]]:
@@ -107,14 +139,16 @@ def _attention(
         # "bias": one table per head; "contextual": one for all.
         before = (heads,) if mode == "bias" else (1, dim)
         shapes["table"] = (*before, *front, last + skip)
+    cuts = {"q": "rows", "k": "keys", "v": "keys", "output 0": "rows"}
     make = _maker(shapes, factor)
-    return AttentionSample("masked_attention", name, cut, make, options, True, kv_sizes, masked, bias)
+    return AttentionSample("masked_attention", name, cut, make, options, True, kv_sizes, masked, bias, cut=cuts)
 
 
 def _class_token(name: str, sizes: str, masked: bool = False, factor: float = 1.0) -> ClassTokenSample:
     cut = _SIZES[sizes]
     make = _maker({"q_cls": (len(cut), 3, 10), "k": (sum(cut), 3, 10)}, factor)
-    return ClassTokenSample("class_token_attention", name, cut, make, {}, True, masked)
+    cuts = {"q_cls": "bags", "k": "rows", "output 0": "rows"}
+    return ClassTokenSample("class_token_attention", name, cut, make, {}, True, masked, cut=cuts)
 
 
 SAMPLES: list[Sample] = [

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bigbag import ops
 from bigbag.testing import Sample
 
 
@@ -36,26 +37,12 @@ def _make_saturated(generator: torch.Generator) -> dict[str, Tensor]:
 
 
 class _NystromSample(Sample):
-    """q, k and v all have one row per instance; every second row and column of a wider tensor where not contiguous."""
+    def apply(self, tensors: Mapping[str, Tensor], structure: Mapping[str, Any], impl: str | None) -> Any:
+        q, k, v = tensors.values()
+        return ops.nystrom_attention(q, k, v, structure["segments"], **self.options, impl=impl)
 
-    def tensors(self, dtype: torch.dtype, device: str = "cpu", stored: torch.dtype | None = None) -> dict[str, Tensor]:
-        out = {}
-        for name, value in self.make(torch.Generator().manual_seed(0)).items():
-            value = value.to(dtype).to(device)
-            if not self.contiguous:
-                rows, heads, dim = value.shape
-                wide = value.new_zeros(rows, heads + 1, 2 * dim + 3)
-                wide[:, 1:, 3::2] = value
-                value = wide[:, 1:, 3::2]
-            out[name] = value.detach().requires_grad_()
-        return out
 
-    def call(self, tensors: dict[str, Tensor], impl: str | None) -> tuple[Tensor, ...]:
-        from bigbag.bags import Segments
-        from bigbag.ops.nystrom import nystrom_attention
-
-        segments = Segments.from_sizes(self.sizes, tensors["q"].device)
-        return (nystrom_attention(tensors["q"], tensors["k"], tensors["v"], segments, **self.options, impl=impl),)
+_CUT = {"q": "rows", "k": "rows", "v": "rows", "output 0": "rows"}
 
 
 def _sample(
@@ -69,7 +56,8 @@ def _sample(
     **options: Any,
 ) -> Sample:
     options = {"num_landmarks": 16, **options}
-    return _NystromSample("nystrom_attention", name, sizes, _make(sizes, heads, dim, width, scale), options, contiguous)
+    made = _make(sizes, heads, dim, width, scale)
+    return _NystromSample("nystrom_attention", name, sizes, made, options, contiguous, cut=_CUT)
 
 
 SAMPLES: list[Sample] = [
@@ -84,7 +72,12 @@ SAMPLES: list[Sample] = [
     _sample("one landmark", (37, 5), num_landmarks=1),
     _sample("fewer iterations", (50, 31), scale=2.0, num_iterations=3),
     _NystromSample(
-        "nystrom_attention", "scores at 1e4", (64, 30), _make_saturated, {"num_landmarks": 8, "num_iterations": 2}
+        "nystrom_attention",
+        "scores at 1e4",
+        (64, 30),
+        _make_saturated,
+        {"num_landmarks": 8, "num_iterations": 2},
+        cut=_CUT,
     ),
     _sample("non-contiguous", (50, 31), contiguous=False),
 ]

@@ -11,17 +11,21 @@ from bigbag.testing import SIZES, Sample
 
 
 def _samples(op: str) -> Iterator[Sample]:
+    cut = {"x": "rows", "output 0": "rows" if op == "segment_softmax" else "bags"}
+
     def make(sizes: tuple[int, ...], shape: tuple[int, ...], scale: float) -> Callable[..., dict[str, Tensor]]:
         return lambda generator: {
             "x": torch.randn(sum(sizes), *shape, generator=generator, dtype=torch.float64) * scale
         }
 
-    for name, sizes in SIZES.items():
-        yield Sample(op, name, sizes, make(sizes, (5,), 1.0))
-    yield Sample(op, "one-dimensional", SIZES["several"], make(SIZES["several"], (), 1.0))
-    yield Sample(op, "three-dimensional", SIZES["several"], make(SIZES["several"], (2, 67), 1.0))
-    yield Sample(op, "values at 1e4", SIZES["several"], make(SIZES["several"], (3,), 1e4))
-    yield Sample(op, "non-contiguous", SIZES["several"], make(SIZES["several"], (6,), 1.0), contiguous=False)
+    def sample(name: str, sizes: str, shape: tuple[int, ...], scale: float = 1.0, contiguous: bool = True) -> Sample:
+        return Sample(op, name, SIZES[sizes], make(SIZES[sizes], shape, scale), {}, contiguous, cut=cut)
+
+    yield from (sample(name, name, (5,)) for name in SIZES)
+    yield sample("one-dimensional", "several", ())
+    yield sample("three-dimensional", "several", (2, 67))
+    yield sample("values at 1e4", "several", (3,), 1e4)
+    yield sample("non-contiguous", "several", (6,), contiguous=False)
 
 
 _NAMES = ("segment_softmax", "segment_sum", "segment_mean", "segment_max")

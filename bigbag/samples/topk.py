@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bigbag import ops
 from bigbag.bags import Segments
 from bigbag.testing import Sample
 
@@ -24,30 +25,25 @@ _SIZES = {
 class _TopkSample(Sample):
     """The index is no output that can be compared by its error: it enters as the scores that it points to."""
 
-    def call(self, tensors: dict[str, Tensor], impl: str | None) -> tuple[Tensor, ...]:
-        from bigbag.ops.topk import segment_topk
-
-        x = tensors["x"]
-        values, index, count = segment_topk(x, Segments.from_sizes(self.sizes, x.device), **self.options, impl=impl)
-        return values, index.to(x.dtype if x.dtype == torch.float64 else torch.float32), count.to(torch.float32)
+    def call(self, tensors: Mapping[str, Tensor], impl: str | None) -> tuple[Tensor, ...]:
+        values, index, count = super().call(tensors, impl)
+        # Counted from the start of the bag, as the bag alone counts.
+        starts = torch.tensor(Segments.from_sizes(self.sizes).starts[:-1], device=index.device)
+        place = torch.where(index < 0, -1, index - starts.view(-1, *[1] * (index.dim() - 1)))
+        dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
+        return values, place.to(dtype), count.to(dtype)
 
 
 class _LogsumexpSample(Sample):
-    def call(self, tensors: dict[str, Tensor], impl: str | None) -> tuple[Tensor, ...]:
-        from bigbag.ops.topk import segment_logsumexp
-
-        x = tensors["x"]
-        out = segment_logsumexp(x, Segments.from_sizes(self.sizes, x.device), impl=impl)
+    def call(self, tensors: Mapping[str, Tensor], impl: str | None) -> tuple[Tensor, ...]:
+        (out,) = super().call(tensors, impl)
         # The -inf of empty bags has no error; where it stands is compared.
-        return out.masked_fill(out.isneginf(), -5.0), out.isneginf().to(x.dtype)
+        return out.masked_fill(out.isneginf(), -5.0), out.isneginf().to(out.dtype)
 
 
 class _PoolSample(Sample):
-    def call(self, tensors: dict[str, Tensor], impl: str | None) -> tuple[Tensor, ...]:
-        from bigbag.ops.topk import segment_pool
-
-        segments = Segments.from_sizes(self.sizes, tensors["x"].device)
-        return (segment_pool(tensors["weights"], tensors["x"], segments, impl=impl),)
+    def apply(self, tensors: Mapping[str, Tensor], structure: Mapping[str, Any], impl: str | None) -> Any:
+        return ops.segment_pool(tensors["weights"], tensors["x"], structure["segments"], impl=impl)
 
 
 def _randn(**shapes: tuple[int, ...]) -> Callable[[torch.Generator], dict[str, Tensor]]:
@@ -64,20 +60,23 @@ def _ties(rows: int) -> Callable[[torch.Generator], dict[str, Tensor]]:
 
 def _topk(name: str, sizes: str, k: int, make: Any = None, **options: Any) -> Sample:
     shape = (sum(_SIZES[sizes]), 3)
-    return _TopkSample("segment_topk", name, _SIZES[sizes], make or _randn(x=shape), {"k": k, **options})
+    cut = {"x": "rows", "output 0": "bags", "output 1": "bags", "output 2": "bags"}
+    return _TopkSample("segment_topk", name, _SIZES[sizes], make or _randn(x=shape), {"k": k, **options}, cut=cut)
 
 
 def _pool(name: str, sizes: str, columns: int, width: int, contiguous: bool = True) -> Sample:
     rows = sum(_SIZES[sizes])
     made = _randn(weights=(rows, columns), x=(rows, width))
-    return _PoolSample("segment_pool", name, _SIZES[sizes], made, {}, contiguous)
+    cut = {"weights": "rows", "x": "rows", "output 0": "bags"}
+    return _PoolSample("segment_pool", name, _SIZES[sizes], made, {}, contiguous, cut=cut)
 
 
 def _logsumexp(name: str, sizes: str, shape: tuple[int, ...] = (5,), scale: float = 1.0) -> Sample:
     def make(generator: torch.Generator) -> dict[str, Tensor]:
         return {"x": _randn(x=(sum(_SIZES[sizes]), *shape))(generator)["x"] * scale}
 
-    return _LogsumexpSample("segment_logsumexp", name, _SIZES[sizes], make)
+    cut = {"x": "rows", "output 0": "bags", "output 1": "bags"}
+    return _LogsumexpSample("segment_logsumexp", name, _SIZES[sizes], make, cut=cut)
 
 
 SAMPLES: list[Sample] = [

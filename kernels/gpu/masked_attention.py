@@ -364,7 +364,7 @@ class _Call:
         width = max(self.options["BLOCK_D"], self.options["BLOCK_V"])
         wide = width > 64
         if self.q.dtype == torch.float32:
-            return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
+            return {"BLOCK_M": 32, "BLOCK_N": 16 if backward else 32, "num_warps": 8, "num_stages": 1}
         extras = bool(self.kind) or self.options["DROP"]  # pairs and random bits take registers
         if (width > 128 and backward) or (extras and wide):
             return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}

@@ -230,12 +230,15 @@ def _options(rows: Tensor, width: int, landmarks: int) -> dict[str, Any]:
         "BLOCK_V": max(16, triton.next_power_of_2(width)),
     }
     exact = rows.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    unaligned = (rows.shape[2] | width) % 16 != 0  # such rows are loaded element by element, which takes registers
     tiles = {"BLOCK_T": 32, "BLOCK_M": 32, "num_warps": 4, "num_stages": 2}
     if exact:  # without tensor cores, operands stand in registers
         tiles |= {"BLOCK_T": 16, "num_stages": 1}
         if max(blocks.values()) > 64:
             tiles |= {"BLOCK_M": 16, "num_warps": 8}
-    elif (rows.shape[2] | width) % 16:  # rows that are not aligned are loaded element by element, which takes registers
+        elif unaligned:
+            tiles |= {"BLOCK_T": 32, "BLOCK_M": 16}
+    elif unaligned:
         tiles |= {"BLOCK_M": 16, "num_stages": 1, "num_warps": 8 if max(blocks.values()) > 64 else 4}
     if INTERPRETED:  # the interpreter's cost is per operation, not per element
         tiles = {"BLOCK_T": 128, "BLOCK_M": max(16, triton.next_power_of_2(landmarks))}

@@ -1,6 +1,6 @@
 """Compile what the launchers of ``kernels/gpu`` would launch, without a GPU; one JSON line per kernel.
 
-    python tests/kernels/compile_gpu.py 80|90 [dtype ...]
+    python tests/kernels/compile_gpu.py 80|90 [dtype,... [kernel file,...]]
 
 A stub driver names the target. Every ``kernel[grid](...)`` becomes ``kernel.warmup(...)``, so the launchers themselves
 supply the exact signatures, specialisations and tiles; what they return is garbage.
@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,123 @@ def usage(ptx: str, capability: int) -> dict[str, int]:
     return {name: int(match.group(1)) for name, match in found.items() if match is not None}
 
 
-def main(capability: int, dtypes: list[str]) -> None:
+def attention_pool_cases(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    from bigbag.kernels.gpu import attention_pool
+
+    offsets = torch.tensor([0, 1000, 1040])
+    # The width of common encoders, and one that is a multiple of nothing.
+    for width, dim in ((1024, 128), (1023, 100)):
+        x = torch.randn(1040, width).to(dtype)
+        for act, gated, keep in (("tanh", True, False), ("gelu", True, True), ("relu", False, False)):
+            yield {"width": width, "act": act, "gated": gated, "keep": keep}
+            total = dim * (1 + gated)
+            weight, bias, w2 = torch.randn(total, width).to(dtype), torch.zeros(total), torch.zeros(2, dim)
+            *_, a, kept = attention_pool.forward(x, offsets, weight, bias, w2, act, gated, keep)
+            grad_z = torch.zeros(2, 2, width)
+            attention_pool.backward(grad_z, None, x, offsets, weight, bias, w2, a, kept, act, gated, False)
+
+
+def segments_cases(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    from bigbag.kernels.gpu import segments
+
+    offsets = torch.tensor([0, 1000, 1040])
+    for width in (1024, 1023):
+        yield {"width": width}
+        x = torch.randn(1040, width).to(dtype)
+        segments.sum_rows(x, offsets)
+        segments.max_rows(x, offsets)
+
+
+def topk_cases(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    from bigbag.kernels.gpu import topk
+
+    offsets = torch.tensor([0, 1000, 1040])
+    yield {"columns": 3}
+    topk.topk(torch.randn(1040, 3).to(dtype), offsets, 8, True)
+    for columns, width in ((64, 1024), (1000, 5)):
+        yield {"columns": columns, "width": width}
+        weights, x = torch.randn(1040, columns).to(dtype), torch.randn(1040, width).to(dtype)
+        topk.pool(weights, x, offsets)
+        topk.pool_backward(torch.zeros(2, columns, width), weights, x, offsets, True, True)
+
+
+def spmm_cases(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    from bigbag.kernels.gpu import spmm
+
+    num_rows, num_edges = 1040, 5000
+    crow, col = torch.zeros(num_rows + 1, dtype=torch.int64), torch.zeros(num_edges, dtype=torch.int32)
+    crow[-1] = num_edges
+    scalar, per_row = torch.ones(1), torch.ones(num_rows)
+    for width in (512, 99):
+        yield {"width": width}
+        x = torch.randn(num_rows, width).to(dtype)
+        spmm.spmm(crow, col, None, x)
+        spmm.spmm(crow, col, torch.ones(num_edges, 1), x, scalar, None, x, scalar)
+        spmm.spmm(crow, col, torch.ones(num_edges, 3), x[:, :99], per_row, per_row, x[:, :99], scalar)
+        for step in (1, 2):
+            spmm.power_step(crow, col, None, x, x, torch.ones(4), step, x, x)
+        spmm.edge_dots(crow, col, x, x, 1)
+        spmm.edge_distances(crow, col, x)
+    yield {"heads": 4}
+    edges = torch.ones(num_edges, 4)
+    spmm.edge_softmax(crow, edges)
+    spmm.edge_softmax_backward(crow, edges, edges)
+
+
+def masked_attention_cases(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    from bigbag.kernels.gpu import masked_attention
+
+    rows, heads = 300, 4
+    offsets, coords = torch.tensor([0, 200, rows]), torch.zeros(rows, 2)
+    mask = torch.ones(rows, dtype=torch.bool)
+    # kind: columns of the weights, their rows, thresholds, mask, dropout
+    biases = {
+        "none": (0, 1, [], None, 0.0),
+        "distance": (1, 1, [], mask, 0.1),
+        "product": (50, rows, [0.5, 1.5, 3.6], mask, 0.1),
+        "radial": (8, 1, [0.5, 1.5, 3.6], None, 0.0),
+    }
+    half = dtype != torch.float32
+    for dim, kinds in ((64, biases if half else ("none",)), (128, ("none",) if half else ())):
+        for kind in kinds:
+            yield {"dim": dim, "kind": kind}
+            columns, weight_rows, limits, kept, dropout = biases[kind]
+            q = torch.zeros(rows, heads, dim, dtype=dtype)
+            bias = (coords, coords, torch.zeros(weight_rows, heads, columns), kind, limits)
+            args = (q, q, q, offsets, offsets, kept, *(bias if columns else (None, None, None, "", [])))
+            args += (dropout, 7, 0.125)
+            out, lse = masked_attention.forward(*args)
+            masked_attention.backward(out, out, lse, *args, columns > 0)
+
+
+def nystrom_cases(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    from bigbag.kernels.gpu import nystrom
+
+    rows, heads, landmarks = 1040, 8, 256
+    offsets = torch.tensor([0, 1000, rows])
+    # TransMIL's heads, and a width that is a multiple of nothing.
+    for dim in (64, 19):
+        yield {"dim": dim, "landmarks": landmarks}
+        q, marks = torch.zeros(rows, heads, dim, dtype=dtype), torch.zeros(2, heads, landmarks, dim)
+        out, norms = nystrom.spread(q, marks, marks, offsets)
+        nystrom.spread_backward(out, q, marks, marks, norms, offsets)
+        y, norms = nystrom.gather(marks, q, q, offsets)
+        nystrom.gather_backward(y, marks, q, q, y, norms, offsets)
+        nystrom.weigh(marks, q, norms, torch.zeros(2, heads, landmarks), offsets)
+
+
+CASES = {
+    "attention_pool": attention_pool_cases,
+    "masked_attention": masked_attention_cases,
+    "nystrom": nystrom_cases,
+    "segments": segments_cases,
+    "spmm": spmm_cases,
+    "topk": topk_cases,
+}
+"""Kernel file -> what its launchers are called with. A case says what is special about it before it launches."""
+
+
+def main(capability: int, dtypes: list[str], files: list[str]) -> None:
     driver.set_active(StubDriver(capability))
     seen = set()
     context: dict[str, Any] = {}
@@ -87,26 +204,12 @@ def main(capability: int, dtypes: list[str]) -> None:
         return run
 
     JITFunction.__getitem__ = compile_instead  # type: ignore[method-assign]
-    from bigbag.kernels.gpu import attention_pool, segments
-
-    offsets = torch.tensor([0, 1000, 1040])
-    heads = 2
-    for name in dtypes:
-        dtype = getattr(torch, name)
-        # The width of common encoders, and one that is a multiple of nothing.
-        for width, dim in ((1024, 128), (1023, 100)):
-            x = torch.randn(1040, width).to(dtype)
-            for act, gated, keep in (("tanh", True, False), ("gelu", True, True), ("relu", False, False)):
-                context = {"dtype": name, "width": width, "act": act, "gated": gated, "keep": keep}
-                total = dim * (1 + gated)
-                weight, bias, w2 = torch.randn(total, width).to(dtype), torch.zeros(total), torch.zeros(heads, dim)
-                *_, a, kept = attention_pool.forward(x, offsets, weight, bias, w2, act, gated, keep)
-                grad_z = torch.zeros(2, heads, width)
-                attention_pool.backward(grad_z, None, x, offsets, weight, bias, w2, a, kept, act, gated, False)
-            context = {"dtype": name, "width": width}
-            segments.sum_rows(x, offsets)
-            segments.max_rows(x, offsets)
+    for file in files:
+        for dtype in dtypes:
+            for special in CASES[file](getattr(torch, dtype)):
+                context = {"file": file, "dtype": dtype, **special}
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:] or ["bfloat16", "float16", "float32"])
+    names = sys.argv[2].split(",") if len(sys.argv) > 2 else ["bfloat16", "float16", "float32"]
+    main(int(sys.argv[1]), names, sys.argv[3].split(",") if len(sys.argv) > 3 else list(CASES))

@@ -1,72 +1,27 @@
-"""Operators on adjacencies: the proof of the contract, dense references, torchmil, memory."""
+"""Operators on adjacencies: dense references, torchmil. The proof of the contract is in test_proof.py."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
-from torch.library import opcheck
 
 from bigbag import Segments
 from bigbag.adjacency import Adjacency
 from bigbag.ops.chebyshev import chebyshev, lambda_max
 from bigbag.ops.neighbor_attention import neighbor_attention, neighbor_scores
 from bigbag.ops.quadratic import dirichlet_energy, quadratic_form
-from bigbag.ops.registry import INTERPRETED
 from bigbag.ops.smooth import smooth
 from bigbag.ops.smooth_exact import smooth_exact
 from bigbag.ops.spmm import degrees, graph_of, spmm
-from bigbag.samples.graphs import SAMPLES, GraphSample, pattern
-from bigbag.testing import Sample, check, poisoned_empty, run
+from bigbag.samples.graphs import SAMPLES, pattern
 
 spmm_module = importlib.import_module("bigbag.ops.spmm")  # the name in bigbag.ops is the function
-DEVICE = {"cpu": "cpu", "triton": "cpu" if INTERPRETED else "cuda", "reference": "cpu"}
-NO_GPU = not (INTERPRETED or torch.cuda.is_available())
-TRITON = pytest.param(
-    "triton",
-    marks=[
-        pytest.mark.gpu,
-        pytest.mark.skipif(NO_GPU, reason="no CUDA device (test_graphs_memory.py runs these kernels on the CPU)"),
-    ],
-)
-IMPLS = ["cpu", TRITON]
 NAMED = {str(sample): sample for sample in SAMPLES}
 OPS = sorted({sample.op for sample in SAMPLES})
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("sample", SAMPLES, ids=str)
-def test_error_is_within_twice_that_of_the_reference(sample: Sample, impl: str) -> None:
-    dtypes = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-    if impl == "triton":
-        # The interpreter truncates to bfloat16 where hardware rounds; long recursions show it.
-        dtypes = dtypes[1:2] if INTERPRETED and sample.op in ("chebyshev", "smooth_exact") else dtypes[1:]
-        dtypes = dtypes[:2] if INTERPRETED else dtypes
-    for dtype in dtypes:
-        check(sample, impl, dtype, DEVICE[impl])
-
-
-@pytest.mark.parametrize("sample", [s for s in SAMPLES if 0 < sum(s.sizes) < 100 or "lattice" in s.name], ids=str)
-def test_reference_passes_gradcheck(sample: Sample) -> None:
-    tensors = sample.tensors(torch.float64)
-
-    def call(*values: Tensor) -> tuple[Tensor, ...]:
-        return sample.call(dict(zip(tensors, values)), "reference")
-
-    # Central differences lose digits where values are large.
-    assert torch.autograd.gradcheck(call, tuple(tensors.values()), fast_mode=True, atol=1e-4)
 
 
 def dense(adj: Adjacency) -> Tensor:
@@ -94,43 +49,41 @@ def normalised_lattice(*sizes: int) -> Adjacency:
     return replace(adj, weight=scale[adj.rows()] * scale[adj.col.long()])
 
 
-@pytest.mark.parametrize("impl", ["reference", *IMPLS])
 @pytest.mark.parametrize("kind", ["random", "star", "lattice"])
-def test_linear_operators_agree_with_dense_matrices(kind: str, impl: str) -> None:
+def test_linear_operators_agree_with_dense_matrices(kind: str, any_impl: str, device: str) -> None:
     adj = pattern(kind, (23, 9))
     adj = replace(adj, weight=torch.rand(adj.num_edges)) if kind != "lattice" else adj
-    matrix, x, device = dense(adj), randn(32, 6), DEVICE[impl]
+    matrix, x, device = dense(adj), randn(32, 6), device
     there, features = on(adj, device), x.to(device)
 
     def close(found: Tensor, expected: Tensor) -> None:
         torch.testing.assert_close(found.cpu().double(), expected.double(), rtol=1e-5, atol=2e-5)
 
-    close(spmm(there, features, impl=impl), matrix @ x.double())
-    close(degrees(there, impl=impl), matrix.sum(1))
+    close(spmm(there, features, impl=any_impl), matrix @ x.double())
+    close(degrees(there, impl=any_impl), matrix.sum(1))
     steps = x.double()
     for _ in range(3):
         steps = 0.3 * x.double() + 0.7 * matrix @ steps
-    close(smooth(there, features, 0.7, 3, impl=impl), steps)
+    close(smooth(there, features, 0.7, 3, impl=any_impl), steps)
     laplacian = 2 * (matrix.sum(1).diag() - matrix) / (9 + 1e-6) - torch.eye(32)
     terms = [x.double(), laplacian @ x.double()]
     terms += [2 * laplacian @ terms[1] - terms[0]]
-    close(chebyshev(there, features, 3, 9.0, impl=impl), torch.stack(terms))
+    close(chebyshev(there, features, 3, 9.0, impl=any_impl), torch.stack(terms))
     total = torch.einsum("ij,ic,jc->", matrix, x.double(), x.double())
-    close(quadratic_form(there, features, impl=impl), total)
+    close(quadratic_form(there, features, impl=any_impl), total)
     differences = (x.double()[:, None] - x.double()[None]).square().sum(2)
     cut = Segments.from_sizes((23, 9), device)
     energies = torch.stack([(matrix * differences)[s:e, s:e].sum() / 2 for s, e in ((0, 23), (23, 32))])
-    close(dirichlet_energy(there, features, cut, impl=impl), energies)
+    close(dirichlet_energy(there, features, cut, impl=any_impl), energies)
 
 
-@pytest.mark.parametrize("impl", ["reference", *IMPLS])
-def test_attention_agrees_with_masked_dense_attention(impl: str) -> None:
+def test_attention_agrees_with_masked_dense_attention(any_impl: str, device: str) -> None:
     adj = pattern("lattice", (23, 9, 1))
     q, k, v = (randn(33, 8, seed=s) for s in range(3))
     mask = dense(adj) > 0
     scores = (q @ k.T / 8**0.5).masked_fill(~mask, -float("inf"))
     expected = scores.softmax(1).nan_to_num(0) @ v
-    found = neighbor_attention(*(t.to(DEVICE[impl]) for t in (q, k, v)), on(adj, DEVICE[impl]), impl=impl)
+    found = neighbor_attention(*(t.to(device) for t in (q, k, v)), on(adj, device), impl=any_impl)
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-5)
     assert found[32].abs().sum() == 0
 
@@ -253,61 +206,6 @@ def test_a_symmetric_graph_is_not_transposed_and_another_one_once(monkeypatch: p
     assert len(calls) == 2 and not (torch.equal(before.crow_t, after.crow_t) and torch.equal(before.col_t, after.col_t))
 
 
-@pytest.mark.parametrize("impl", ["reference", *IMPLS])
-@pytest.mark.parametrize("op", OPS)
-def test_packed_equals_each_bag_alone(op: str, impl: str) -> None:
-    if impl == "triton" and INTERPRETED and op == "smooth_exact":
-        pytest.skip("minutes in the interpreter")
-    sizes = (20, 7, 1, 33)
-    sample = NAMED[f"{op}, several"]
-    assert isinstance(sample, GraphSample)
-    # Patterns of several bags draw their edges in turn, so the bags are cut out of the pack.
-    whole = pattern("lattice", sizes)
-    width = 12
-    generator = torch.Generator().manual_seed(0)
-    rows = [torch.randn(61, width, generator=generator) for _ in range(3)]
-    weight = normalised_lattice(*sizes).weight
-
-    def call(adj: Adjacency, parts: list[Tensor], segments: Segments) -> Tensor:
-        parts, adj = [part.to(DEVICE[impl]) for part in parts], on(adj, DEVICE[impl])
-        first = parts[0]
-        table: dict[str, Callable[[], Tensor]] = {
-            "spmm": lambda: spmm(adj, first, impl=impl),
-            "smooth": lambda: smooth(adj, first, 0.6, 4, impl=impl),
-            "smooth_exact": lambda: smooth_exact(adj, first, 2.0, tolerance=1e-7, impl=impl),
-            "chebyshev": lambda: chebyshev(adj, first, 3, impl=impl).transpose(0, 1),
-            "neighbor_attention": lambda: neighbor_attention(*parts, adj, impl=impl),
-            "neighbor_scores": lambda: neighbor_scores(*parts[:2], adj, impl=impl),
-            "quadratic_form": lambda: quadratic_form(adj, first, segments, impl=impl),
-            "dirichlet_energy": lambda: dirichlet_energy(adj, first, segments, impl=impl),
-        }
-        return table[op]().cpu()
-
-    packed = call(replace(whole, weight=weight), rows, Segments.from_sizes(sizes, DEVICE[impl]))
-    starts = Segments.from_sizes(sizes).starts
-    for bag, (start, end) in enumerate(zip(starts, starts[1:])):
-        crow = whole.crow[start : end + 1]
-        edges = slice(int(crow[0]), int(crow[-1]))
-        alone = Adjacency(crow - crow[0], whole.col[edges] - start, weight[edges], True)
-        single = call(alone, [part[start:end] for part in rows], Segments.from_sizes((end - start,), DEVICE[impl]))
-        part = packed[bag : bag + 1] if packed.shape[0] == len(sizes) else packed[start:end]
-        torch.testing.assert_close(part, single, rtol=4e-6, atol=4e-6)
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("op", OPS)
-def test_nothing_is_read_before_it_is_written_and_two_runs_agree(op: str, impl: str) -> None:
-    with poisoned_empty():
-        check(NAMED[f"{op}, empty bags"], impl, torch.float32, DEVICE[impl])
-        if not (INTERPRETED and impl == "triton"):
-            check(NAMED[f"{op}, several"], impl, torch.bfloat16, DEVICE[impl])
-    sample = NAMED[f"{op}, bags of one" if INTERPRETED else f"{op}, off the block"]
-    tensors = sample.tensors(torch.float32, DEVICE[impl])
-    first, second = run(sample, tensors, impl), run(sample, tensors, impl)
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
-
-
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
     adj, x = normalised_lattice(900), randn(900, 300).requires_grad_()
     alpha, found = torch.tensor(0.6, requires_grad=True), []
@@ -321,54 +219,6 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
             assert torch.equal(one, other)
         # torch sums over all instances in the order of its own threads.
         torch.testing.assert_close(found[0][2], others[2], rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-def test_operators_pass_opcheck(impl: str) -> None:
-    device = DEVICE[impl]
-    adj = on(pattern("random", (23, 0, 9)), device)
-    adj = replace(adj, weight=torch.rand(adj.num_edges, device=device))
-    graph = graph_of(adj, impl, transposed=True)
-    x, y = (randn(32, 6, seed=s).to(device).requires_grad_() for s in range(2))
-    edges = torch.rand(adj.num_edges, 2, device=device).requires_grad_()
-    weight = adj.weight[:, None]
-    scalar = torch.tensor(0.4, device=device).requires_grad_()
-    rows = torch.rand(32, device=device)
-    calls = {
-        "spmm": (x, edges, *graph),
-        "edge_dots": (x, y, *graph, 2),
-        "csr_transpose": (adj.crow, adj.col),
-        "smooth": (x, scalar, weight, weight[graph.perm], *graph[:4], 3),
-        "chebyshev": (x, -rows, rows, weight, weight[graph.perm], *graph[:4], 3),
-        "edge_softmax": (edges, adj.crow),
-        "edge_distances": (x, *graph),
-    }
-    for name, args in calls.items():
-        opcheck(getattr(torch.ops.bigbag, f"{name}_{impl}").default, args)
-    if impl == "cpu":
-        lattice = normalised_lattice(32)
-        symmetric = lattice.weight[:, None].clone().requires_grad_()
-        args = (x, scalar, symmetric, None, lattice.crow, lattice.col, 1e-6, 100)
-        opcheck(torch.ops.bigbag.smooth_exact_cpu.default, args)
-
-
-@pytest.mark.slow
-def test_compiles_to_one_graph() -> None:
-    adj, x = pattern("random", (50,)), randn(50, 4).requires_grad_()
-    weight = torch.rand(adj.num_edges).requires_grad_()
-
-    def step(x: Tensor, weight: Tensor, crow: Tensor, col: Tensor) -> Tensor:
-        graph = Adjacency(crow, col, weight)
-        attended = neighbor_attention(x, x, x, Adjacency(crow, col))
-        terms = chebyshev(Adjacency(crow, col), attended, 3)
-        return spmm(graph, x).square().sum() + smooth(Adjacency(crow, col), attended, 0.5, 3).sum() + terms.sum()
-
-    torch._dynamo.reset()
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    losses = [f(x, weight, adj.crow, adj.col) for f in (compiled, step)]
-    torch.testing.assert_close(*losses)
-    for found, wanted in zip(*(torch.autograd.grad(loss, [x, weight]) for loss in losses)):
-        torch.testing.assert_close(found, wanted)
 
 
 def test_errors_name_what_does_not_fit() -> None:

@@ -1,13 +1,8 @@
-"""Operators on adjacencies: memory, and the Triton kernels without a GPU (interpreted, and compiled)."""
+"""Operators on adjacencies: memory."""
 
 from __future__ import annotations
 
 import gc
-import json
-import os
-import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -85,42 +80,3 @@ def test_smooth_holds_as_much_for_many_steps_as_for_few(name: str) -> None:
     # Through the gradient of every step, as with trainable edges, memory grows: the measure sees it.
     edges = replace(adj, weight=adj.weight.clone().requires_grad_())
     assert peak_bytes(lambda: smooth(edges, x, alpha, 30).sum().backward()) > peaks[1] + 20 * x.nbytes
-
-
-@pytest.mark.slow
-def test_interpreted() -> None:
-    """The Triton kernels' numerics without a GPU: this file, in a process of its own under TRITON_INTERPRET=1."""
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "tests/ops/test_graphs.py", "-q", "-p", "no:cacheprovider", "-n", "0"]
-    command += ["-k", "triton"]
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed is not None and int(passed.group(1)) > 60, done.stdout[-2000:]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90])
-def test_kernels_compile_without_spills(capability: int) -> None:
-    pytest.importorskip("triton.backends.nvidia")
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [
-        sys.executable,
-        str(Path(__file__).with_name("compile_graphs.py")),
-        str(capability),
-        "bfloat16",
-        "float32",
-    ]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
-    for row in rows:
-        assert row["spill_bytes"] == 0 and row["shared_bytes"] <= 166912, row
-    assert {row["kernel"] for row in rows} == {
-        "_spmm",
-        "_power_step",
-        "_edge_dots",
-        "_edge_softmax",
-        "_edge_softmax_backward",
-    }

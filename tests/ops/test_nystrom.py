@@ -1,64 +1,23 @@
-"""nystrom_attention: the proof of the contract, parity with torchmil, memory, the class token's row.
-
-Under TRITON_INTERPRET=1 the Triton kernels run here too; the last test starts that run.
-"""
+"""nystrom_attention: torchmil, memory, the class token's row. The proof of the contract is in test_proof.py."""
 
 from __future__ import annotations
-
-import os
-import re
-import subprocess
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from torch.library import opcheck
 
 from bigbag import Segments
 from bigbag.ops import pseudo_inverse
 from bigbag.ops.nystrom import nystrom_attention, nystrom_class_token_attention
-from bigbag.ops.registry import INTERPRETED
 from bigbag.samples.nystrom import SAMPLES
-from bigbag.testing import Sample, check, poisoned_empty, run
 
-DEVICE = {"cpu": "cpu", "triton": "cpu" if INTERPRETED else "cuda", "reference": "cpu"}
-NO_GPU = not (INTERPRETED or torch.cuda.is_available())
-TRITON = pytest.param(
-    "triton",
-    marks=[
-        pytest.mark.gpu,
-        pytest.mark.skipif(NO_GPU, reason="no CUDA device (the last test interprets these kernels)"),
-    ],
-)
-IMPLS = ["cpu", TRITON]
 NAMED = {sample.name: sample for sample in SAMPLES}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def qkv(rows: int, heads: int = 2, dim: int = 16, width: int = 5, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     widths = (dim, dim, width)
     return [torch.randn(rows, heads, w, generator=generator, dtype=torch.float64).to(dtype) for w in widths]
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.name)
-def test_error_is_within_twice_that_of_the_reference(sample: Sample, impl: str) -> None:
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    if INTERPRETED:
-        dtypes = dtypes[:2] if sample.name == "empty bags" else dtypes[:1]
-    for dtype in dtypes if impl == "triton" else (torch.float64, *dtypes):
-        check(sample, impl, dtype, DEVICE[impl])
 
 
 def test_reference_and_adjoint_pass_gradcheck() -> None:
@@ -73,28 +32,14 @@ def test_reference_and_adjoint_pass_gradcheck() -> None:
         assert torch.autograd.gradcheck(call, tuple(tensors), fast_mode=True)
 
 
-@pytest.mark.parametrize("impl", ["reference", *IMPLS])
-def test_packed_equals_each_bag_alone(impl: str) -> None:
-    sizes = (5, 40, 0, 17, 1)
-    tensors = [tensor.float().to(DEVICE[impl]) for tensor in qkv(63)]
-    together = nystrom_attention(*tensors, Segments.from_sizes(sizes, DEVICE[impl]), num_landmarks=8, impl=impl)
-    start = 0
-    for size in sizes:
-        part = [tensor[start : start + size] for tensor in tensors]
-        alone = nystrom_attention(*part, Segments.from_sizes((size,), DEVICE[impl]), num_landmarks=8, impl=impl)
-        torch.testing.assert_close(together[start : start + size], alone, rtol=2e-5, atol=2e-5)
-        start += size
-
-
-@pytest.mark.parametrize("impl", ["reference", *IMPLS])
-def test_agrees_with_torchmil_where_it_pads_nothing(impl: str) -> None:
+def test_agrees_with_torchmil_where_it_pads_nothing(any_impl: str, device: str) -> None:
     layer = pytest.importorskip("torchmil.nn.attention.nystrom_attention").NystromAttention
     torch.manual_seed(0)
     theirs = layer(in_dim=12, att_dim=32, n_heads=2, n_landmarks=8, out_dim=32)
     x = torch.randn(1, 48, 12)
     expected = theirs(x)[0]
-    packed = theirs.qkv_nn(x[0]).to(DEVICE[impl]).view(48, 3, 2, 16).unbind(1)
-    found = nystrom_attention(*packed, Segments.from_sizes((48,), DEVICE[impl]), num_landmarks=8, impl=impl)
+    packed = theirs.qkv_nn(x[0]).to(device).view(48, 3, 2, 16).unbind(1)
+    found = nystrom_attention(*packed, Segments.from_sizes((48,), device), num_landmarks=8, impl=any_impl)
     torch.testing.assert_close(found.flatten(1).cpu(), expected, rtol=1e-4, atol=1e-5)
     weight = torch.randn(48, 32)
     wanted = torch.autograd.grad((expected * weight).sum(), theirs.qkv_nn.weight, retain_graph=True)[0]
@@ -125,63 +70,29 @@ def test_as_many_landmarks_as_rows_give_exact_attention() -> None:
     torch.testing.assert_close(found, exact.transpose(0, 1), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("token", [0, -1])
-def test_class_token_row_is_that_of_the_whole_matrix(impl: str, token: int) -> None:
+def test_class_token_row_is_that_of_the_whole_matrix(impl: str, device: str, token: int) -> None:
     sizes = (9, 0, 30, 1)
     q, k, _ = qkv(40, dtype=torch.float32)
-    q, k = q.to(DEVICE[impl]), k.to(DEVICE[impl])
-    segments = Segments.from_sizes(sizes, DEVICE[impl])
+    q, k = q.to(device), k.to(device)
+    segments = Segments.from_sizes(sizes, device)
     row = nystrom_class_token_attention(q, k, segments, token=token, num_landmarks=4, impl=impl)
     for start, end in ((0, 9), (9, 39), (39, 40)):
         # Values that are the identity give back the attention matrix.
         size = end - start
         eye = torch.eye(size, device=q.device)[:, None].expand(-1, 2, -1).contiguous()
-        alone = Segments.from_sizes((size,), DEVICE[impl])
+        alone = Segments.from_sizes((size,), device)
         matrix = nystrom_attention(q[start:end], k[start:end], eye, alone, num_landmarks=4, impl=impl)
         torch.testing.assert_close(row[start:end].T, matrix[token], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_one_instance_gives_its_value_and_no_gradient_to_its_scores(impl: str) -> None:
-    q, k, v = (tensor.float().to(DEVICE[impl]).requires_grad_() for tensor in qkv(1))
-    out = nystrom_attention(q, k, v, Segments.from_sizes((1,), DEVICE[impl]), impl=impl)
+def test_one_instance_gives_its_value_and_no_gradient_to_its_scores(impl: str, device: str) -> None:
+    q, k, v = (tensor.float().to(device).requires_grad_() for tensor in qkv(1))
+    out = nystrom_attention(q, k, v, Segments.from_sizes((1,), device), impl=impl)
     torch.testing.assert_close(out, v, rtol=1e-6, atol=1e-6)
     grads = torch.autograd.grad(out.sum(), (q, k, v))
     assert float(grads[0].abs().max()) < 1e-5 and float(grads[1].abs().max()) < 1e-5
     torch.testing.assert_close(grads[2], torch.ones_like(v), rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("name", ["small", "empty bags"])
-def test_nothing_is_read_before_it_is_written(name: str, impl: str) -> None:
-    with poisoned_empty():
-        for dtype in (torch.float32,) if INTERPRETED else (torch.float32, torch.bfloat16):
-            check(NAMED[name], impl, dtype, DEVICE[impl])
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-def test_two_runs_give_the_same_bits(impl: str) -> None:
-    sample = NAMED["small" if INTERPRETED else "several"]
-    tensors = sample.tensors(torch.float32, DEVICE[impl])
-    first, second = run(sample, tensors, impl), run(sample, tensors, impl)
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-def test_parts_pass_opcheck(impl: str) -> None:
-    device = DEVICE[impl]
-    q, k, v = (tensor.float().to(device).requires_grad_() for tensor in qkv(11, dim=4))
-    offsets = Segments.from_sizes((6, 0, 5), device).offsets
-    marks = torch.randn(3, 2, 4, 4, device=device, requires_grad=True)
-    values = torch.randn(3, 2, 4, 5, device=device, requires_grad=True)
-    opcheck(getattr(torch.ops.bigbag, f"nystrom_spread_{impl}").default, (q, marks, values, offsets))
-    opcheck(getattr(torch.ops.bigbag, f"nystrom_gather_{impl}").default, (marks, k, v, offsets))
-    counts = offsets.diff().clamp_max(4)
-    opcheck(
-        torch.ops.bigbag.nystrom_inverse_times.default, (marks, marks.detach() + 1, values, counts, counts.cpu(), 2)
-    )
 
 
 def test_compiles_to_one_graph_that_does_not_depend_on_the_cut() -> None:
@@ -258,17 +169,3 @@ def test_errors_name_what_does_not_fit() -> None:
         nystrom_attention(q, k, v.float(), segments)
     with pytest.raises(ValueError, match="no row token=5"):
         nystrom_class_token_attention(q, k, segments, token=5)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="this run is the interpreted one")
-def test_triton_kernels_pass_interpreted() -> None:
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "tests/ops/test_nystrom.py", "tests/ops/test_topk.py", "-q"]
-    command += ["-p", "no:cacheprovider", "-k", "triton and not interpreted"]
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed is not None and int(passed.group(1)) > 40, done.stdout[-2000:]
-    assert "skipped" not in done.stdout.splitlines()[-1], done.stdout[-2000:]

@@ -73,6 +73,36 @@ def test_use_impl_holds_for_a_block_or_for_the_run() -> None:
     assert "requested" not in ops.explain("cpu")
 
 
+def test_fused_kernels_of_others_need_cuda_and_their_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    dtypes = {"varlen": registry.HALF, "xformers": (*registry.HALF, torch.float32), "triton": registry.HALF}
+    assert registry.why_not(dtypes, "varlen", "cpu", torch.bfloat16) == "it needs a CUDA device, got cpu"
+    missing = {"varlen": None, "xformers": "xformers is not installed"}
+    monkeypatch.setattr(registry.fused_attention, "unavailable", missing.get)
+    assert registry.why_not(dtypes, "varlen", "cuda", torch.bfloat16) is None
+    assert registry.why_not(dtypes, "varlen", "cuda", torch.float32) == "it takes float16, bfloat16, got float32"
+    assert registry.why_not(dtypes, "xformers", "cuda", torch.float32) == "xformers is not installed"
+
+
+def test_what_a_gpu_would_run_is_known_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = {"varlen": None, "xformers": "xformers is not installed"}
+    monkeypatch.setattr(registry.fused_attention, "unavailable", missing.get)
+    monkeypatch.setattr(registry, "_HAS_TRITON", True)
+    assert set(ops.chosen("cuda").values()) == {"triton"}
+    half = ops.chosen("cuda", torch.bfloat16)
+    assert half["masked_attention"] == "varlen" and set(half.values()) == {"varlen", "triton"}
+    (line,) = [line for line in ops.explain("cuda", torch.bfloat16).splitlines() if "varlen  " in line]
+    assert line.endswith("yes     first that can run (not with a bias, dropout, or head dimensions over 256)")
+
+
+def test_a_request_for_an_operator_made_of_another_is_strict() -> None:
+    q, k = torch.ones(2, 1, 2), torch.ones(3, 1, 2)
+    with (
+        pytest.raises(ValueError, match="class_token_attention: .*'nothing'"),
+        ops.use_impl({"class_token_attention": "nothing"}),
+    ):
+        ops.class_token_attention(q, k, SEGMENTS)
+
+
 def test_explain_names_every_operator_and_one_choice_for_each() -> None:
     lines = [line.split() for line in ops.explain("cpu").splitlines()[1:]]
     chosen = [line[0] for line in lines if line[2] == "yes"]

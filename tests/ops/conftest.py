@@ -1,0 +1,51 @@
+"""What the tests of operators share: implementations as fixtures, one thread."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from bigbag.ops.registry import INTERPRETED
+
+_TRITON = pytest.param(
+    "triton",
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(
+            not (INTERPRETED or torch.cuda.is_available()),
+            reason="no CUDA device here (tests/kernels/test_interpreter.py runs these kernels interpreted)",
+        ),
+    ],
+)
+
+
+@pytest.fixture(params=["cpu", _TRITON])
+def impl(request: Any) -> str:
+    """An implementation with kernels of its own."""
+    return request.param
+
+
+@pytest.fixture(params=["reference", "cpu", _TRITON])
+def any_impl(request: Any) -> str:
+    """The same, and the reference."""
+    return request.param
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> str:
+    """Where the implementation under test runs."""
+    name = "impl" if "impl" in request.fixturenames else "any_impl"
+    on_gpu = request.getfixturevalue(name) == "triton" and not INTERPRETED
+    return "cuda" if on_gpu else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The samples are small: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,136 @@
+"""attention_pool: what only it promises. The proof of the contract is in test_proof.py."""
+
+from __future__ import annotations
+
+import gc
+import os
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+from bigbag import Segments, ops
+from bigbag.testing import check, run, samples
+
+NAMED = {str(sample): sample for sample in samples("attention_pool")}
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["several", "kept", "non-contiguous"])
+def test_on_features_stored_narrower_than_the_weights(name: str, stored: torch.dtype, impl: str, device: str) -> None:
+    check(NAMED[f"attention_pool, {name}"], impl, torch.float32, device, stored=stored)
+
+
+def test_scores_that_saturate_give_an_exact_choice(impl: str, device: str) -> None:
+    """One instance scores 1e4 above the rest: z is that instance, and its scores get no gradient through z."""
+    x = torch.zeros(70, 3, device=device)
+    x[41] = torch.tensor([1.0, 2.0, 3.0])
+    w1, w2 = torch.eye(3, device=device), torch.full((1, 3), 1e4, device=device, requires_grad=True)
+    z, scores = ops.attention_pool(x, Segments.from_sizes((70,), device), w1, None, w2, act="relu", impl=impl)
+    assert torch.equal(z[0, 0], x[41]) and float(scores[41].detach()) == 6e4
+    z.sum().backward()
+    assert torch.equal(w2.grad, torch.zeros_like(w2))
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_passes_opcheck_with_features_that_need_no_gradient(impl: str, device: str, keep: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(23, 7, generator=generator).to(device)
+    weight = torch.randn(10, 7, generator=generator).to(device).requires_grad_()
+    bias = torch.randn(10, generator=generator).to(device).requires_grad_()
+    w2 = torch.randn(2, 5, generator=generator).to(device).requires_grad_()
+    offsets = Segments.from_sizes((9, 0, 14), device).offsets
+    op = getattr(torch.ops.bigbag, f"attention_pool_{impl}").default
+    opcheck(op, (x, offsets, weight, bias, w2, "tanh", True, keep))
+
+
+def test_on_worker_threads_is_right_and_repeats_itself() -> None:
+    from bigbag.kernels.cpu import attention_pool
+
+    sample = NAMED["attention_pool, long bag"]
+    exact = run(sample, sample.tensors(torch.float64), "reference")
+    tensors = sample.tensors(torch.float32)
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        first, second = run(sample, tensors, "cpu"), run(sample, tensors, "cpu")
+        assert torch.get_num_threads() == threads
+        pool = attention_pool._pool(os.getpid(), threads, 1)
+        # An operation that asks for the number of threads must not change it.
+        assert pool.submit(lambda: (torch.zeros(1 << 17).exp_(), torch.get_num_threads())[1]).result() == 1
+        for name, value in exact.items():
+            assert torch.equal(first[name], second[name]), name
+            torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-5 * float(value.abs().max()))
+        with torch.inference_mode():
+            scores = sample.call({name: t.detach() for name, t in tensors.items()}, "cpu")[1]
+        assert torch.equal(scores.double(), first["output 1"])
+
+
+@pytest.mark.slow
+def test_compiles_to_one_graph_that_does_not_depend_on_the_cut() -> None:
+    tensors = NAMED["attention_pool, three heads"].tensors(torch.float32)
+
+    def step(offsets: Tensor, sizes: tuple[int, ...], *tensors: Tensor) -> Tensor:
+        x, *weights = tensors
+        segments = Segments(offsets, sizes)
+        z, scores = ops.attention_pool(x, segments, *weights)
+        a, mean = ops.segment_softmax(scores, segments), ops.segment_mean(scores, segments)
+        return z.sum() + (a * mean.sum()).square().sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
+    first = Segments.from_sizes((100, 287))
+    for cut in (first, Segments.from_sizes((17, 370))):
+        loss = compiled(cut.offsets, first.sizes, *tensors.values())
+        expected = step(cut.offsets, cut.sizes, *tensors.values())
+        torch.testing.assert_close(loss, expected)
+        for found, wanted in zip(
+            torch.autograd.grad(loss, list(tensors.values())), torch.autograd.grad(expected, list(tensors.values()))
+        ):
+            torch.testing.assert_close(found, wanted)
+
+
+class _Peak:
+    """Most bytes of tensors that were alive at once on the CPU, counted by the profiler's allocation records."""
+
+    def __enter__(self) -> _Peak:
+        gc.collect()
+        self._profile = torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, record_shapes=False
+        )
+        self._profile.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._profile.__exit__(*error)
+        live = peak = 0
+        for event in self._profile.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                live += event.nbytes()
+                peak = max(peak, live)
+        self.bytes = peak
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_memory_is_what_it_promises(keep: bool) -> None:
+    """64 MiB beyond inputs, outputs and weight gradients, whatever the number of instances."""
+    rows, width, dim = 60_000, 64, 128
+    x = torch.zeros(rows, width, dtype=torch.float16)
+    w1, wg = (torch.zeros(dim, width, requires_grad=True) for _ in range(2))
+    w2 = torch.zeros(1, dim, requires_grad=True)
+    segments = Segments.from_sizes((40_000, 20_000))
+
+    def step() -> None:
+        z, scores = ops.attention_pool(x, segments, w1, None, w2, wg, None, keep_preactivations=keep, impl="cpu")
+        (z.sum() + scores.sum()).backward()
+
+    step()
+    with _Peak() as peak:
+        step()
+    kept = rows * 2 * dim * 4 if keep else 0
+    assert kept < peak.bytes < kept + (64 << 20)
+    # The same operations in plain PyTorch hold several (T, D) activations: the measure sees them.
+    with _Peak() as eager:
+        z, scores = ops.attention_pool(x, segments, w1, None, w2, wg, None, impl="reference")
+        (z.sum() + scores.sum()).backward()
+    assert eager.bytes > rows * 4 * (3 * dim + width)
