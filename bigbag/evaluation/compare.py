@@ -103,21 +103,29 @@ def _run(path: str | Path, overrides: Sequence[str], config: Config, data: str, 
     ]
     own = load_config(path, settings)
     if not _is_finished(own, data):
-        command = [sys.executable, "-m", "bigbag.cli", "train", "--config", str(path), *settings]
-        own.run_dir.mkdir(parents=True, exist_ok=True)
         started = time.perf_counter()
-        with open(own.run_dir / "output.txt", "wb") as output:
-            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-            _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
+        status, peak = _train(path, settings, own.run_dir / "output.txt")
+        if status:
             lines = (own.run_dir / "output.txt").read_text(errors="replace").strip().splitlines()
-            return Run(model, seed, {}, error=lines[-1] if lines else f"exit status {process.returncode}")
-        unit = 1 if sys.platform == "darwin" else 1024
-        cost = {"seconds": time.perf_counter() - started, "peak_rss_bytes": usage.ru_maxrss * unit}
-        write_json(own.run_dir / _COST, cost)
+            return Run(model, seed, {}, error=lines[-1] if lines else f"exit status {status}")
+        write_json(own.run_dir / _COST, {"seconds": time.perf_counter() - started, "peak_rss_bytes": peak})
     results = json.loads((own.run_dir / "results.json").read_text())
     return Run(model, seed, results["test"], **json.loads((own.run_dir / _COST).read_text()))
+
+
+def _train(path: str | Path, settings: Sequence[str], output: Path) -> tuple[int, int]:
+    """Run ``bigbag train`` in a process of its own; exit status and the most resident bytes it had."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "bigbag.cli", "train", "--config", str(path), *settings]
+    with open(output, "wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:
+            process.kill()
+            raise
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _is_finished(config: Config, data: str) -> bool:
