@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bigbag import ops
 from bigbag.bags import PackedBags, Segments
-from bigbag.nn.rows import Projection, Widen, by_rows, stream_dtype
+from bigbag.nn.rows import Padding, Projection, Widen, by_rows, stream_dtype
 
 
 class SelfAttention(torch.nn.Module):
@@ -56,7 +56,17 @@ class SelfAttention(torch.nn.Module):
         self.qkv_nn = torch.nn.Linear(in_dim, 3 * att_dim, bias=False) if learn_weights else None
         self.out_proj = torch.nn.Linear(att_dim, out_dim) if out_dim != att_dim else torch.nn.Identity()
 
-    def project(self, x: Tensor, which: str = "qkv", enter: torch.nn.Module | None = None) -> tuple[Tensor, ...]:
+    def padding(self, segments: Segments) -> Padding | None:
+        """Rows of zeros that :meth:`attend` wants before the queries, keys and values of each bag."""
+        return None
+
+    def project(
+        self,
+        x: Tensor,
+        which: str = "qkv",
+        enter: torch.nn.Module | None = None,
+        padding: Padding | None = None,
+    ) -> tuple[Tensor, ...]:
         """Instances to queries, keys and values, or to those that ``which`` names.
 
         Args:
@@ -64,23 +74,28 @@ class SelfAttention(torch.nn.Module):
             which: "qkv" or a part of it.
             enter: row-wise module that the instances go through first, such as a normalisation; its values are not
                 kept for the backward pass.
+            padding: rows of zeros to put between those of the results.
 
         Returns:
             As many ``(T, H, d)`` as ``which`` has letters.
         """
         if self.qkv_nn is None:
-            rows = x if enter is None else by_rows(enter, x)
+            plain = enter is None and padding is None
+            rows = x if plain else by_rows(enter or torch.nn.Identity(), x, padding=padding)
             parts = (rows,) * len(which)
         else:
             first = "qkv".index(which)
             weight = self.qkv_nn.weight[first * self.att_dim : (first + len(which)) * self.att_dim]
             entered = Widen(stream_dtype(x, weight)) if enter is None else enter
-            found = by_rows(entered, x, projection=Projection(weight, parts=len(which)))
+            found = by_rows(entered, x, projection=Projection(weight, parts=len(which)), padding=padding)
             parts = (found,) if len(which) == 1 else found
         return tuple(t.unflatten(-1, (self.n_heads, self.head_dim)) for t in parts)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, **kwargs: Any) -> Tensor:
-        """Queries, keys and values ``(T, H, d)`` of a pack to ``(T, att_dim)``, before ``out_proj``."""
+        """Queries, keys and values ``(T, H, d)`` of a pack to ``(T, att_dim)``, before ``out_proj``.
+
+        They are what :meth:`project` makes with :meth:`padding`.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define attend(q, k, v, segments)")
 
     def attend_first(
@@ -108,7 +123,7 @@ class SelfAttention(torch.nn.Module):
             segments: how they are cut into bags.
             kwargs: what :meth:`attend` takes beside them.
         """
-        q, k, v = self.project(x)
+        q, k, v = self.project(x, padding=self.padding(segments))
         return self.out_proj(self.attend(q, k, v, segments, **kwargs))
 
     def pack(self, x: Tensor, mask: Tensor | None = None) -> tuple[PackedBags, dict[str, Any]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from bigbag import ops
 from bigbag.bags import Segments
 from bigbag.nn.attention import SelfAttention
-from bigbag.nn.rows import by_rows
+from bigbag.nn.rows import Padding, by_rows
 from bigbag.nn.transformers import Encoder, Layer, layer_widths
 
 _KERNEL = 33
@@ -72,16 +72,19 @@ class NystromAttention(SelfAttention):
     def _options(self) -> dict[str, Any]:
         return {"num_landmarks": self.n_landmarks, "num_iterations": self.pinv_iterations}
 
+    def padding(self, segments: Segments) -> Padding | None:
+        """Rows of zeros before each bag, up to a multiple of M."""
+        pads = tuple(-size % self.n_landmarks if self.zero_padding else 0 for size in segments.sizes)
+        return Padding(segments.sizes, pads) if any(pads) else None
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, **kwargs: Any) -> Tensor:
-        """Queries, keys and values ``(T, H, d)`` of a pack to ``(T, att_dim)``, before ``out_proj``."""
-        pads = self._pads(segments)
-        rows = _padded_segments(segments, pads)
-        queries, keys, values = (_pad_front(t, segments, pads) for t in (q, k, v))
-        out = _strip_front(ops.nystrom_attention(queries, keys, values, rows, **self._options), rows, pads)
+        """Queries, keys and values of a pack, padded, to ``(T, att_dim)``, before ``out_proj``."""
+        padding = self.padding(segments)
+        rows = _padded_segments(segments, padding)
+        out = ops.nystrom_attention(q, k, v, rows, **self._options)
         if self.conv_residual:
-            bags = v.split(segments.sizes) if segments.num_bags > 1 else [v]
-            out = out + torch.cat([self._convolve(bag) for bag in bags])
-        return out.flatten(1)
+            out = out + torch.cat([self._convolve(bag) for bag in v.split(rows.sizes)])
+        return _strip_front(out, rows, padding).flatten(1)
 
     def attend_first(
         self, x: Tensor, segments: Segments, enter: torch.nn.Module | None = None, **kwargs: Any
@@ -90,34 +93,44 @@ class NystromAttention(SelfAttention):
 
         Landmarks commute with projections, so of the queries only their landmarks and those of the tokens are formed.
         """
-        pads = self._pads(segments)
-        rows = _padded_segments(segments, pads)
-        k, v = self.project(x, "kv", enter)
-        entered = x if enter is None else by_rows(enter, x)
-        tokens = entered[segments.offsets[:-1]]
-        means = ops.landmark_means(_pad_front(entered, segments, pads), rows, num_landmarks=self.n_landmarks)
+        padding = self.padding(segments)
+        rows = _padded_segments(segments, padding)
+        means, tokens = self._landmarks(x, rows, enter, padding)
+        k, v = self.project(x, "kv", enter, padding)
         with torch.autocast(x.device.type, enabled=False):
             # Together, since both are few.
-            (queries,) = self.project(torch.cat([means.flatten(0, 1), tokens.to(means.dtype)]), "q")
-            landmarks, tokens = queries.split([means.shape[0] * means.shape[1], len(tokens)])
+            (queries,) = self.project(torch.cat([means.flatten(0, 1), tokens]), "q")
+            landmarks, queries = queries.split([means.shape[0] * means.shape[1], len(tokens)])
             landmarks = landmarks.unflatten(0, means.shape[:2])
-            keys, values = (_pad_front(t, segments, pads) for t in (k, v))
-            out = ops.nystrom_token_attention(tokens, landmarks, keys, values, rows, **self._options)
+            out = ops.nystrom_token_attention(queries, landmarks, k, v, rows, **self._options)
         if self.conv_residual:
-            reach = [bag[: _KERNEL // 2 + 1] for bag in v.split(segments.sizes)]
+            firsts = zip(v.split(rows.sizes), padding.pads if padding is not None else [0] * len(rows.sizes))
+            # The kernel reaches from the token's row to both sides, of which one is zeros.
+            reach = [bag[pad : pad + _KERNEL // 2 + 1] for bag, pad in firsts]
             out = out + torch.stack([self._convolve(bag)[0] for bag in reach])
         return out.flatten(1)
+
+    def _landmarks(
+        self, x: Tensor, rows: Segments, enter: torch.nn.Module | None, padding: Padding | None
+    ) -> tuple[Tensor, Tensor]:
+        """Landmarks ``(B, M, in_dim)`` and first rows ``(B, in_dim)`` of what enters the attention."""
+        entered = by_rows(enter or torch.nn.Identity(), x, padding=padding)
+        means = ops.landmark_means(entered, rows, num_landmarks=self.n_landmarks)
+        first = rows.offsets[:-1]
+        if padding is not None:
+            first = first + torch.tensor(padding.pads, device=x.device)
+        return means, entered[first].to(means.dtype)
 
     @torch.no_grad()
     def first_attention(self, x: Tensor, segments: Segments, **kwargs: Any) -> Tensor:
         """``(T, H)``: the attention of the first row of each bag to all its rows, from instances ``(T, in_dim)``."""
-        q, k = self.project(x, "qk")
-        pads = self._pads(segments)
-        rows = _padded_segments(segments, pads)
-        q, k = _pad_front(q, segments, pads), _pad_front(k, segments, pads)
+        padding = self.padding(segments)
+        q, k = self.project(x, "qk", padding=padding)
+        rows = _padded_segments(segments, padding)
+        pads = padding.pads if padding is not None else (0,) * len(rows.sizes)
         # Where pads differ, bags are looked at one by one: the token stands behind the pad.
-        q_bags, k_bags, found = q.split(rows.sizes), k.split(rows.sizes), []
-        for q_b, k_b, pad, size in zip(q_bags, k_bags, pads, rows.sizes):
+        found = []
+        for q_b, k_b, pad, size in zip(q.split(rows.sizes), k.split(rows.sizes), pads, rows.sizes):
             one = Segments.from_sizes((size,), x.device)
             found.append(ops.nystrom_class_token_attention(q_b, k_b, one, token=pad, **self._options)[pad:])
         return torch.cat(found)
@@ -126,18 +139,15 @@ class NystromAttention(SelfAttention):
         """The ``(H, N, N)`` attention of each bag, row by row: for small bags only."""
         found = []
         for q_b, k_b, size in zip(q.split(segments.sizes), k.split(segments.sizes), segments.sizes):
-            one = Segments.from_sizes((size,), q.device)
-            (pad,) = pads = self._pads(one)
-            rows, queries, keys = _padded_segments(one, pads), _pad_front(q_b, one, pads), _pad_front(k_b, one, pads)
+            padding = self.padding(Segments.from_sizes((size,), q.device))
+            pad = 0 if padding is None else padding.pads[0]
+            rows = Segments.from_sizes((pad + size,), q.device)
+            queries, keys = (F.pad(t, (0, 0, 0, 0, pad, 0)) for t in (q_b, k_b))
             found.append(q.new_zeros(self.n_heads, size, size))
             for i in range(size):
                 row = ops.nystrom_class_token_attention(queries, keys, rows, token=pad + i, **self._options)
                 found[-1][:, i] = row[pad:].t()
         return found
-
-    def _pads(self, segments: Segments) -> tuple[int, ...]:
-        """Rows of zeros in front of each bag."""
-        return tuple(-size % self.n_landmarks if self.zero_padding else 0 for size in segments.sizes)
 
     def _convolve(self, v: Tensor) -> Tensor:
         """The residual of one bag from its values ``(N, H, d)``."""
@@ -146,26 +156,17 @@ class NystromAttention(SelfAttention):
         return F.conv2d(v.transpose(0, 1)[None], weight, padding=padding, groups=self.n_heads)[0].transpose(0, 1)
 
 
-def _padded_segments(segments: Segments, pads: tuple[int, ...]) -> Segments:
-    if not any(pads):
+def _padded_segments(segments: Segments, padding: Padding | None) -> Segments:
+    if padding is None:
         return segments
-    return Segments.from_sizes([n + pad for n, pad in zip(segments.sizes, pads)], segments.offsets.device)
+    return Segments.from_sizes([n + pad for n, pad in zip(*padding)], segments.offsets.device)
 
 
-def _pad_front(x: Tensor, segments: Segments, pads: tuple[int, ...]) -> Tensor:
-    """Put ``pads[b]`` rows of zeros in front of bag b."""
-    if not any(pads):
+def _strip_front(x: Tensor, rows: Segments, padding: Padding | None) -> Tensor:
+    """Take the padding of each bag away."""
+    if padding is None:
         return x
-    bags = x.split(segments.sizes) if segments.num_bags > 1 else [x]
-    return torch.cat([part for bag, pad in zip(bags, pads) for part in (x.new_zeros(pad, *x.shape[1:]), bag)])
-
-
-def _strip_front(x: Tensor, rows: Segments, pads: tuple[int, ...]) -> Tensor:
-    """Take the first ``pads[b]`` rows of bag b away."""
-    if not any(pads):
-        return x
-    sizes = [part for size, pad in zip(rows.sizes, pads) for part in (pad, size - pad)]
-    parts = x.split(sizes)[1::2]
+    parts = x.split([part for size, pad in zip(*padding) for part in (pad, size)])[1::2]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

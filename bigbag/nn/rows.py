@@ -64,6 +64,13 @@ class Windows:
         total.index_add_(0, index.clamp_min(0).flatten(), parts.to(total.dtype))
 
 
+class Padding(NamedTuple):
+    """Rows of zeros before those of each bag: ``pads[b]`` before its ``sizes[b]`` rows."""
+
+    sizes: tuple[int, ...]
+    pads: tuple[int, ...]
+
+
 class Widen(torch.nn.Module):
     """Rows in another dtype."""
 
@@ -82,6 +89,7 @@ def by_rows(
     modules: Iterable[torch.nn.Module] = (),
     shared: Iterable[Tensor] = (),
     projection: Projection | None = None,
+    padding: Padding | None = None,
 ) -> Any:
     """``function(*inputs)``, chunk by chunk, where each row of the result depends on that row of the inputs only.
 
@@ -96,20 +104,21 @@ def by_rows(
             gradient.
         shared: tensors beside ``inputs`` and parameters that ``function`` uses and that need gradients.
         projection: applied to the single result ``(rows, width)`` of ``function``.
+        padding: rows of zeros to put between those of the result.
 
     Returns:
-        What ``function`` (or ``projection``) returns, with T rows.
+        What ``function`` (or ``projection``) returns, with T rows and those of ``padding``.
     """
     modules = (*modules, function) if isinstance(function, torch.nn.Module) else tuple(modules)
     used = {id(t): t for t in (*shared, *(p for module in modules for p in module.parameters())) if t.requires_grad}
     parameters = list(used.values())
     weights = [] if projection is None else [t for t in projection[:2] if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *weights, *parameters)):
-        work = _Work(function, projection, inputs, modules)
+        work = _Work(function, projection, padding, inputs, modules)
         tensors = [t.x if isinstance(t, Windows) else t for t in inputs]
         outputs = _ByRows.apply(work, *tensors, *weights, *parameters)
     else:
-        outputs = _run(function, projection, inputs)
+        outputs = _run(function, projection, padding, inputs)
     return outputs[0] if len(outputs) == 1 else outputs
 
 
@@ -121,12 +130,28 @@ def stream_dtype(x: Tensor | Windows, parameter: Tensor) -> torch.dtype:
     return parameter.dtype
 
 
-def _chunks(x: Tensor | Windows) -> list[slice]:
+def _chunks(x: Tensor | Windows, padding: Padding | None) -> list[tuple[slice, slice]]:
+    """Rows to compute together, and where they stand in the result."""
     step = _ROWS.get(x.device.type, _ROWS["cuda"])
     if isinstance(x, Windows):
         step = max(64, 8 * step // max(x.index.shape[1], 8))
-    rows = x.shape[0]
-    return [slice(start, min(start + step, rows)) for start in range(0, max(rows, 1), step)]
+    sizes, pads = ((x.shape[0],), (0,)) if padding is None else padding
+    found, first, shift = [], 0, 0
+    for size, pad in zip(sizes, pads):
+        shift += pad
+        for start in range(first, first + size, step):
+            end = min(start + step, first + size)
+            found.append((slice(start, end), slice(start + shift, end + shift)))
+        first += size
+    return found or [(slice(0, 0), slice(0, 0))]
+
+
+def _zero_pads(found: list[Tensor], padding: Padding | None) -> None:
+    end = 0
+    for size, pad in zip(*(padding or ((), ()))):
+        for whole in found:
+            whole[end : end + pad] = 0
+        end += pad + size
 
 
 def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
@@ -134,18 +159,23 @@ def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
 
 
 def _run(
-    function: Callable[..., Any], projection: Projection | None, inputs: tuple[Tensor | Windows, ...]
+    function: Callable[..., Any],
+    projection: Projection | None,
+    padding: Padding | None,
+    inputs: tuple[Tensor | Windows, ...],
 ) -> tuple[Tensor, ...]:
-    rows = inputs[0].shape[0]
+    rows = inputs[0].shape[0] + (0 if padding is None else sum(padding.pads))
     found: list[Tensor] = []
-    for chunk in _chunks(inputs[0]):
+    for chunk, place in _chunks(inputs[0], padding):
         results = function(*(t[chunk] for t in inputs))
         parts = _as_tuple(results) if projection is None else projection(results)
         if len(parts[0]) == rows:
             return tuple(part.contiguous() for part in parts)
-        found = found or [part.new_empty(rows, *part.shape[1:]) for part in parts]
+        if not found:
+            found = [part.new_empty(rows, *part.shape[1:]) for part in parts]
+            _zero_pads(found, padding)
         for whole, part in zip(found, parts):
-            whole[chunk] = part
+            whole[place] = part
     return tuple(found)
 
 
@@ -156,10 +186,11 @@ class _Work:
         self,
         function: Callable[..., Any],
         projection: Projection | None,
+        padding: Padding | None,
         inputs: tuple[Tensor | Windows, ...],
         modules: tuple[torch.nn.Module, ...],
     ) -> None:
-        self.function, self.projection = function, projection
+        self.function, self.projection, self.padding = function, projection, padding
         self.indices = [t.index if isinstance(t, Windows) else None for t in inputs]
         device, kind = inputs[0].device, inputs[0].device.type
         # Without the cache of casted weights: one that is filled without gradient would be used with gradient.
@@ -211,7 +242,7 @@ class _ByRows(torch.autograd.Function):
         ctx.parameters = tensors[num_inputs:]
         ctx.versions = [t._version for t in ctx.parameters]
         with torch.autocast(*work.autocast):
-            return _run(work.function, work.projection, work.inputs(tensors[:num_inputs]))
+            return _run(work.function, work.projection, work.padding, work.inputs(tensors[:num_inputs]))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
@@ -229,11 +260,11 @@ class _ByRows(torch.autograd.Function):
         num_weights = 0 if work.projection is None else sum(t is not None for t in work.projection[:2])
         trained = list(parameters[num_weights:])
         with work.restored():
-            for chunk in _chunks(inputs[0]):
+            for chunk, place in _chunks(inputs[0], work.padding):
                 with torch.enable_grad():
                     rows = [t[chunk].detach().requires_grad_(whole is not None) for t, whole in zip(inputs, found)]
                     outputs = _as_tuple(work.function(*rows))
-                upper = [None if grad is None else grad[chunk] for grad in grads]
+                upper = [None if grad is None else grad[place] for grad in grads]
                 if work.projection is not None:
                     upper = work.through_projection(outputs[0], upper, totals)
                 reached = [(out, grad) for out, grad in zip(outputs, upper) if grad is not None and out.requires_grad]
