@@ -130,3 +130,26 @@ def test_sm_transformer_abmil_equals_torchmil(mode):
         torch.testing.assert_close(ours.predict(X, adj), theirs.predict(X, adj), rtol=1e-4, atol=1e-5)
         expected, losses = (m.compute_loss(Y, X, adj)[1] for m in (theirs, ours))
         torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name, settings",
+    [("SmABMIL", {"att_dim": 8}), ("SmABMIL", {"att_dim": 8, "sm_mode": "exact"}), ("SmoothABMIL", {"att_dim": 4})],
+)
+def test_a_step_holds_nothing_of_the_size_of_the_features(name, settings):
+    """Nor a copy of a batch without padding: all tensors of a step together are smaller than the bag."""
+    model = MODELS[name](in_shape=(1024,), **settings)
+    X, mask, Y, adj = torch.randn(1, 1500, 1024), torch.ones(1, 1500), torch.ones(1), adjacency(1500).to_sparse()
+
+    def step():
+        sum(model.compute_loss(Y, X, adj, mask)[1].values()).backward()
+
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    live = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    assert 0 < peak < X.nbytes / 2
