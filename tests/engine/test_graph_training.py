@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from bigbag import load_model
 from bigbag.bags import PackedBags
 from bigbag.config import ConfigError, GraphConfig, build_config
-from bigbag.data import open_store, pack
+from bigbag.data import MemoryStore, open_store, pack
 from bigbag.engine.run import train
 from bigbag.engine.world import World
 from bigbag.models import MODELS
@@ -78,3 +79,17 @@ def test_a_graph_of_other_settings_is_refused(graph_settings):
     graph_settings["data"]["graph"] = {"radius": 1}
     with pytest.raises(ConfigError, match=r"packed with .*'radius': 1\.5.*--overwrite"):
         train(build_config(graph_settings), world=World())
+
+
+def test_bags_without_coordinates_are_refused_before_training(run_settings, monkeypatch):
+    class NeedsPlaces(TinyGraph):
+        needs = ("coords",)
+
+    monkeypatch.setitem(MODELS, "NeedsPlaces", NeedsPlaces)
+    run_settings["model"] = {"name": "NeedsPlaces"}
+    source = Blobs({"train": [9, 8], "val": [7, 6], "test": [5, 4]})
+    entries = source.entries()
+    bags = [replace(source.load(entry), coords=None, key=entry.name) for entry in entries]
+    store = MemoryStore(bags, [entry.split for entry in entries])
+    with pytest.raises(ConfigError, match=r"model NeedsPlaces needs coords.*give the bags of the source coordinates"):
+        train(build_config(run_settings), store, World())
