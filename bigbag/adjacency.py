@@ -58,6 +58,17 @@ class Adjacency:
         own = (rows == self.col).float() if self.weight is None else torch.where(rows == self.col, self.weight, 0)
         return own.new_zeros(self.num_nodes).index_add(0, rows, own)
 
+    def with_self_loops(self) -> Adjacency:
+        """A + I: one more edge of weight 1 at the head of each row, whether or not there is one already."""
+        nodes = torch.arange(self.num_nodes, device=self.col.device)
+        places = torch.arange(self.num_edges, device=self.col.device) + self.rows() + 1
+        crow = self.crow + torch.arange(self.num_nodes + 1, device=self.col.device)
+        num_edges = self.num_edges + self.num_nodes
+        col = self.col.new_empty(num_edges).index_copy(0, places, self.col)
+        col[crow[:-1]] = nodes.to(col.dtype)
+        weight = None if self.weight is None else self.weight.new_ones(num_edges).index_copy(0, places, self.weight)
+        return Adjacency(crow, col, weight, self.symmetric)
+
     def to_coo(self) -> Tensor:
         """The same matrix as a torch sparse COO tensor ``(T, T)``."""
         weight = torch.ones(self.num_edges, device=self.col.device) if self.weight is None else self.weight

@@ -8,6 +8,7 @@ from bigbag.models.clam import CLAM_MB, CLAM_SB
 from bigbag.models.dsmil import DSMIL
 from bigbag.models.dtfdmil import DTFDMIL
 from bigbag.models.iibmil import IIBMIL
+from bigbag.models.patch_gcn import PatchGCN
 from bigbag.models.pooling import MaxMIL, MeanMIL
 from bigbag.models.prob_smooth_abmil import ProbSmoothABMIL, SmoothABMIL
 from bigbag.models.setmil import SETMIL
@@ -34,6 +35,7 @@ __all__ = [
     "MILModelWrapper",
     "MaxMIL",
     "MeanMIL",
+    "PatchGCN",
     "ProbSmoothABMIL",
     "SmABMIL",
     "SmTransformerABMIL",

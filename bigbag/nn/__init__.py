@@ -1,6 +1,7 @@
 """Layers with torchmil's names, arguments and parameter names, computing on packs."""
 
 from bigbag.nn.attention import MultiheadCrossAttention, MultiheadSelfAttention
+from bigbag.nn.graph import DeepGCNLayer, GCNConv, GNNIdentity
 from bigbag.nn.irpe import iRPEMultiheadSelfAttention, iRPETransformerEncoder, iRPETransformerLayer
 from bigbag.nn.linear import MLP, LazyLinear, get_feat_dim
 from bigbag.nn.losses import SmoothTop1SVM
@@ -19,8 +20,11 @@ __all__ = [
     "MLP",
     "ApproxSm",
     "AttentionPool",
+    "DeepGCNLayer",
     "Encoder",
     "ExactSm",
+    "GCNConv",
+    "GNNIdentity",
     "Layer",
     "LazyLinear",
     "MaskedSoftmax",

@@ -130,6 +130,11 @@ def stream_dtype(x: Tensor | Windows, parameter: Tensor) -> torch.dtype:
     return parameter.dtype
 
 
+def row_chunks(x: Tensor) -> list[slice]:
+    """The rows of ``x``, a chunk at a time; one empty chunk where there are none."""
+    return [rows for rows, _ in _chunks(x, None)]
+
+
 def _chunks(x: Tensor | Windows, padding: Padding | None) -> list[tuple[slice, slice]]:
     """Rows to compute together, and where they stand in the result."""
     step = _ROWS.get(x.device.type, _ROWS["cuda"])
@@ -179,20 +184,11 @@ def _run(
     return tuple(found)
 
 
-class _Work:
-    """What is to be done with a chunk, and what its result depends on beside its inputs: autocast, random numbers."""
+class State:
+    """What the result of a row-wise computation depends on beside its inputs: autocast, and random numbers."""
 
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        projection: Projection | None,
-        padding: Padding | None,
-        inputs: tuple[Tensor | Windows, ...],
-        modules: tuple[torch.nn.Module, ...],
-    ) -> None:
-        self.function, self.projection, self.padding = function, projection, padding
-        self.indices = [t.index if isinstance(t, Windows) else None for t in inputs]
-        device, kind = inputs[0].device, inputs[0].device.type
+    def __init__(self, device: torch.device, modules: Iterable[torch.nn.Module]) -> None:
+        kind = device.type
         # Without the cache of casted weights: one that is filled without gradient would be used with gradient.
         self.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), False)
         self.devices = [device] if kind == "cuda" else []
@@ -202,17 +198,34 @@ class _Work:
             self.cpu = torch.get_rng_state()
             self.cuda = [torch.cuda.get_rng_state(device) for device in self.devices]
 
-    def inputs(self, tensors: Sequence[Tensor]) -> tuple[Tensor | Windows, ...]:
-        return tuple(t if index is None else Windows(t, index) for t, index in zip(tensors, self.indices))
-
     @contextmanager
     def restored(self) -> Iterator[None]:
+        """Autocast and the random numbers as they were."""
         with torch.random.fork_rng(self.devices, enabled=self.random), torch.autocast(*self.autocast):
             if self.random:
                 torch.set_rng_state(self.cpu)
                 for device, state in zip(self.devices, self.cuda):
                     torch.cuda.set_rng_state(state, device)
             yield
+
+
+class _Work(State):
+    """What is to be done with a chunk."""
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        projection: Projection | None,
+        padding: Padding | None,
+        inputs: tuple[Tensor | Windows, ...],
+        modules: tuple[torch.nn.Module, ...],
+    ) -> None:
+        super().__init__(inputs[0].device, modules)
+        self.function, self.projection, self.padding = function, projection, padding
+        self.indices = [t.index if isinstance(t, Windows) else None for t in inputs]
+
+    def inputs(self, tensors: Sequence[Tensor]) -> tuple[Tensor | Windows, ...]:
+        return tuple(t if index is None else Windows(t, index) for t, index in zip(tensors, self.indices))
 
     def through_projection(
         self, rows: Tensor, grads: list[Tensor | None], totals: list[Tensor | None]
