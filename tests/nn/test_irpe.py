@@ -63,7 +63,7 @@ def test_blocks_are_bags_and_blocks(method, mode, on, monkeypatch):
     mask[0, 11:] = 0
     mask[1, 5] = 0
     padded = ours(X, mask)
-    monkeypatch.setattr("bigbag.nn.irpe._BLOCK_ELEMENTS", 100)
+    monkeypatch.setattr("bigbag.nn.attention.irpe_multihead_self_attention._BLOCK_ELEMENTS", 100)
     bags, extras = ours.pack(X, mask)
     assert torch.equal(extras["coords"][1], torch.tensor([0.0, 0.0])) and extras["coords"][0].isnan().all()
     packed = ours.forward_packed(bags.x, bags.segments, **extras)

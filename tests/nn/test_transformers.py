@@ -269,3 +269,27 @@ def test_windows_are_those_of_unfold(monkeypatch):
         y = layer.forward_packed(rows, Segments.from_sizes((12,)))
         results.append((y, *torch.autograd.grad(y.sin().sum(), (x, *layer.parameters()))))
     torch.testing.assert_close(*results)
+
+
+def test_classes_stand_where_torchmil_has_them():
+    import importlib
+
+    for path in (
+        "attention",
+        "attention.irpe_multihead_self_attention",
+        "attention.multihead_cross_attention",
+        "attention.multihead_self_attention",
+        "attention.nystrom_attention",
+        "transformers",
+        "transformers.conventional_transformer",
+        "transformers.encoder",
+        "transformers.irpe_transformer",
+        "transformers.layer",
+        "transformers.nystrom_transformer",
+        "transformers.sm_transformer",
+        "transformers.t2t",
+    ):
+        theirs = pytest.importorskip(f"torchmil.nn.{path}")
+        ours = importlib.import_module(f"bigbag.nn.{path}")
+        classes = {name for name, value in vars(theirs).items() if isinstance(value, type) and "torchmil" in str(value)}
+        assert classes and not {name for name in classes if not hasattr(ours, name)}

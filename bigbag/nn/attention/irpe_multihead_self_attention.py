@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from bigbag import ops
 from bigbag.bags import PackedBags, Segments
-from bigbag.nn.attention import MultiheadSelfAttention, attention_dropout
-from bigbag.nn.transformers import Encoder, Layer, layer_widths
+from bigbag.nn.attention.base import attention_dropout
+from bigbag.nn.attention.multihead_self_attention import MultiheadSelfAttention
 from bigbag.ops import RelativePositionBias, attention_bias
 
 METHODS = {"euc": "euclidean", "quant": "quant", "cross": "cross", "product": "product"}
@@ -280,89 +280,3 @@ class iRPEMultiheadSelfAttention(MultiheadSelfAttention):
                 shares = shares.scatter_add(2, index.expand_as(weights), weights)
                 out = out + torch.einsum("hic,hdc->ihd", shares, table.to(acc))
         return out.to(q.dtype)
-
-
-class iRPETransformerLayer(Layer):
-    r"""Transformer layer with relative positions: :class:`Layer` around :class:`iRPEMultiheadSelfAttention`.
-
-    Args:
-        in_dim: input width.
-        out_dim: output width; None: ``in_dim``.
-        att_dim: width of the attention.
-        n_heads: heads.
-        use_mlp: whether there is an MLP.
-        dropout: of attention weights and MLP.
-        rpe_ratio, rpe_method, rpe_mode, rpe_shared_head, rpe_skip, rpe_on, torchmil_layout: as in the attention.
-    """
-
-    def __init__(
-        self,
-        in_dim: int,
-        out_dim: int | None = None,
-        att_dim: int = 512,
-        n_heads: int = 4,
-        use_mlp: bool = True,
-        dropout: float = 0.0,
-        rpe_ratio: float = 1.9,
-        rpe_method: str = "product",
-        rpe_mode: str | None = "contextual",
-        rpe_shared_head: bool = True,
-        rpe_skip: int = 1,
-        rpe_on: str = "k",
-        torchmil_layout: bool = False,
-    ) -> None:
-        position = (rpe_ratio, rpe_method, rpe_mode, rpe_shared_head, rpe_skip, rpe_on, torchmil_layout)
-        att_module = iRPEMultiheadSelfAttention(in_dim, att_dim, att_dim, n_heads, dropout, True, *position)
-        super().__init__(att_module, in_dim, in_dim, out_dim, att_dim, use_mlp, dropout=dropout)
-
-    def forward(self, X: Tensor, return_att: bool = False, mask: Tensor | None = None) -> Any:  # type: ignore[override]
-        """As :meth:`Layer.forward`, with ``mask`` ``(B, N)``; places as in :meth:`iRPEMultiheadSelfAttention.pack`."""
-        return super().forward(X, return_att, mask=mask)
-
-
-class iRPETransformerEncoder(Encoder):
-    r"""A stack of :class:`iRPETransformerLayer`, normalised at the end.
-
-    Args:
-        in_dim: input width.
-        out_dim: output width; None: ``in_dim``.
-        att_dim: width of the attentions, and between the layers.
-        n_heads: heads.
-        n_layers: layers.
-        use_mlp: whether the layers have an MLP.
-        add_self: add the input to the output of every layer; all widths must agree.
-        dropout: of attention weights and MLP.
-        rpe_ratio, rpe_method, rpe_mode, rpe_shared_head, rpe_skip, rpe_on, torchmil_layout: as in the attention.
-    """
-
-    def __init__(
-        self,
-        in_dim: int,
-        out_dim: int | None = None,
-        att_dim: int = 512,
-        n_heads: int = 4,
-        n_layers: int = 4,
-        use_mlp: bool = True,
-        add_self: bool = False,
-        dropout: float = 0.0,
-        rpe_ratio: float = 1.9,
-        rpe_method: str = "product",
-        rpe_mode: str | None = "contextual",
-        rpe_shared_head: bool = True,
-        rpe_skip: int = 1,
-        rpe_on: str = "k",
-        torchmil_layout: bool = False,
-    ) -> None:
-        out_dim = in_dim if out_dim is None else out_dim
-        position = (rpe_ratio, rpe_method, rpe_mode, rpe_shared_head, rpe_skip, rpe_on, torchmil_layout)
-        layers = [
-            iRPETransformerLayer(width_in, width_out, att_dim, n_heads, use_mlp, dropout, *position)
-            for width_in, width_out in layer_widths(in_dim, att_dim, out_dim, n_layers)
-        ]
-        super().__init__(torch.nn.ModuleList(layers), add_self)
-        self.rpe_skip = rpe_skip
-        self.norm = torch.nn.LayerNorm(out_dim)
-
-    def forward(self, X: Tensor, return_att: bool = False, mask: Tensor | None = None) -> Any:  # type: ignore[override]
-        """As :meth:`Encoder.forward`, with ``mask`` ``(B, N)``."""
-        return super().forward(X, return_att, mask=mask)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigbag.bags import Segments
-from bigbag.nn.transformers import TransformerLayer
+from bigbag.nn.transformers.conventional_transformer import TransformerLayer
 
 
 class T2TLayer(torch.nn.Module):

@@ -1,4 +1,4 @@
-"""Nystrom attention and transformer layers on packs: attention in linear time, through landmarks."""
+"""Nystrom attention on packs: attention in linear time, through landmarks."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from torch import Tensor
 
 from bigbag import ops
 from bigbag.bags import Segments
-from bigbag.nn.attention import SelfAttention
+from bigbag.nn.attention.base import SelfAttention
 from bigbag.nn.rows import Padding, by_rows
-from bigbag.nn.transformers import Encoder, Layer, layer_widths
 
 _KERNEL = 33
 
@@ -168,100 +167,3 @@ def _strip_front(x: Tensor, rows: Segments, padding: Padding | None) -> Tensor:
         return x
     parts = x.split([part for size, pad in zip(*padding) for part in (pad, size)])[1::2]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-class NystromTransformerLayer(Layer):
-    r"""Transformer layer with Nystrom attention: :class:`Layer` around :class:`NystromAttention`.
-
-    Args:
-        in_dim: input width.
-        out_dim: output width; None: ``in_dim``.
-        att_dim: width of the attention.
-        n_heads: heads.
-        learn_weights: as in :class:`NystromAttention`, as are the next two.
-        n_landmarks: landmarks.
-        pinv_iterations: steps of the pseudo-inverse.
-        dropout: of the MLP.
-        use_mlp: whether there is an MLP.
-        zero_padding: as in :class:`NystromAttention`, as is the next.
-        conv_residual: add a convolution of the values.
-    """
-
-    def __init__(
-        self,
-        in_dim: int,
-        out_dim: int | None = None,
-        att_dim: int = 512,
-        n_heads: int = 4,
-        learn_weights: bool = True,
-        n_landmarks: int = 256,
-        pinv_iterations: int = 6,
-        dropout: float = 0.0,
-        use_mlp: bool = False,
-        zero_padding: bool = True,
-        conv_residual: bool = False,
-    ) -> None:
-        widths = (in_dim, att_dim, att_dim, n_heads, learn_weights)
-        att_module = NystromAttention(*widths, n_landmarks, pinv_iterations, zero_padding, conv_residual)
-        super().__init__(att_module, in_dim, in_dim, out_dim, att_dim, use_mlp, dropout=dropout)
-
-    def forward(self, X: Tensor, mask: Tensor | None = None, return_att: bool = False) -> Any:  # type: ignore[override]
-        """As :meth:`Layer.forward`, with ``mask`` ``(B, N)``."""
-        return super().forward(X, return_att, mask=mask)
-
-
-class NystromTransformerEncoder(Encoder):
-    r"""A stack of :class:`NystromTransformerLayer`, normalised at the end.
-
-    Args:
-        in_dim: input width.
-        out_dim: output width; None: ``in_dim``.
-        att_dim: width of the attentions, and between the layers.
-        n_heads: heads.
-        n_layers: layers.
-        n_landmarks: landmarks.
-        pinv_iterations: steps of the pseudo-inverse.
-        dropout: of the MLP.
-        use_mlp: whether the layers have an MLP.
-        add_self: add the input to the output of every layer; all widths must agree.
-        zero_padding: as in :class:`NystromAttention`, as is the next.
-        conv_residual: add a convolution of the values.
-    """
-
-    def __init__(
-        self,
-        in_dim: int,
-        out_dim: int | None = None,
-        att_dim: int = 512,
-        n_heads: int = 8,
-        n_layers: int = 4,
-        n_landmarks: int = 256,
-        pinv_iterations: int = 6,
-        dropout: float = 0.0,
-        use_mlp: bool = False,
-        add_self: bool = False,
-        zero_padding: bool = True,
-        conv_residual: bool = False,
-    ) -> None:
-        out_dim = in_dim if out_dim is None else out_dim
-        layers = [
-            NystromTransformerLayer(
-                width_in,
-                width_out,
-                att_dim,
-                n_heads,
-                n_landmarks=n_landmarks,
-                pinv_iterations=pinv_iterations,
-                dropout=dropout,
-                use_mlp=use_mlp,
-                zero_padding=zero_padding,
-                conv_residual=conv_residual,
-            )
-            for width_in, width_out in layer_widths(in_dim, att_dim, out_dim, n_layers)
-        ]
-        super().__init__(torch.nn.ModuleList(layers), add_self)
-        self.norm = torch.nn.LayerNorm(out_dim)
-
-    def forward(self, X: Tensor, mask: Tensor | None = None, return_att: bool = False) -> Any:  # type: ignore[override]
-        """As :meth:`Encoder.forward`, with ``mask`` ``(B, N)``."""
-        return super().forward(X, return_att, mask=mask)

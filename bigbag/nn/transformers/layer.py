@@ -1,4 +1,4 @@
-"""Transformer layers and encoders on packs.
+"""The generic transformer layer on packs.
 
 Row-wise parts (normalisation, projections, MLP) run in chunks that are computed again in the backward pass; kept per
 layer and row are its input, queries, keys and values, and the output of attention. With ``recompute`` only its input.
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from bigbag.bags import Segments
-from bigbag.nn.attention import MultiheadSelfAttention, SelfAttention
+from bigbag.nn.attention.base import SelfAttention
 from bigbag.nn.rows import Widen, by_rows, stream_dtype
 
 
@@ -147,169 +147,6 @@ class Layer(torch.nn.Module):
         if not return_att:
             return Y
         return Y, self.att_module.padded_attention(bags.with_x(by_rows(self.entry, bags.x)), **extras)
-
-
-class Encoder(torch.nn.Module):
-    r"""A stack of transformer layers.
-
-    ``X_l = Layer_l(X_{l-1})`` or, with ``add_self``, ``X_l = Layer_l(X_{l-1}) + X_0``.
-
-    Args:
-        layers: the layers.
-        add_self: add the input of the stack to the output of every layer; widths must agree.
-    """
-
-    recompute: bool = False
-    """Keep only the inputs of the layers for the backward pass, and compute the rest again."""
-
-    def __init__(self, layers: torch.nn.ModuleList, add_self: bool = False) -> None:
-        super().__init__()
-        self.add_self = add_self
-        self.layers = layers
-        self.norm: torch.nn.Module = torch.nn.Identity()
-
-    def forward_packed(self, x: Tensor, segments: Segments, **kwargs: Any) -> Tensor:
-        """``(T, in_dim)`` instances of a pack to ``(T, out_dim)``; ``kwargs`` are for the attentions."""
-        return self._norm(self._through(x, segments, len(self.layers), **kwargs))
-
-    def forward_first(self, x: Tensor, segments: Segments, return_att: bool = False, **kwargs: Any) -> Any:
-        """The rows of :meth:`forward_packed` that stand first in their bag, such as class tokens.
-
-        The last layer computes no other row. Every bag must have one.
-
-        Args:
-            x: ``(T, in_dim)``.
-            segments: how the rows are cut into B bags.
-            return_att: also return the attention of those rows in the last layer.
-            kwargs: for the attentions.
-
-        Returns:
-            ``(B, out_dim)`` and, if ``return_att``, ``(T, H)``.
-        """
-        y = self._through(x, segments, len(self.layers) - 1, **kwargs)
-        last = self._layers[-1]
-        first = last.forward_first(y, segments, **kwargs)
-        if self.add_self:
-            first = first + x[segments.offsets[:-1]]
-        first = self._norm(first)
-        return (first, last.first_attention(y, segments, **kwargs)) if return_att else first
-
-    def _through(self, x: Tensor, segments: Segments, num_layers: int, **kwargs: Any) -> Tensor:
-        y = x
-        for layer in self._layers[:num_layers]:
-            y = layer.forward_packed(y, segments, **kwargs)
-            y = (y + x).to(y.dtype) if self.add_self else y
-        return y
-
-    @property
-    def _layers(self) -> list[Any]:
-        """The layers, told whether to recompute."""
-        layers: list[Any] = list(self.layers)
-        for layer in layers:
-            layer.recompute = self.recompute
-        return layers
-
-    def _norm(self, y: Tensor) -> Tensor:
-        norm = self.norm
-        if isinstance(norm, torch.nn.Identity):
-            return y
-        dtype = next(norm.parameters()).dtype
-        return by_rows(lambda rows: norm(rows.to(dtype)).to(y.dtype), y, modules=[norm])
-
-    def forward(self, X: Tensor, return_att: bool = False, **kwargs: Any) -> Any:
-        """Padded form.
-
-        Args:
-            X: ``(B, N, in_dim)``.
-            return_att: also return the attention weights, which costs O(B H N^2) memory per layer: for small bags.
-            kwargs: ``mask``, ``(B, N)``, and what the layers take beside it.
-
-        Returns:
-            Y: ``(B, N, out_dim)``.
-            att: ``(num_layers, B, H, N, N)``, only if ``return_att``.
-        """
-        Y, atts = X, []
-        for layer in self._layers:
-            Y = layer(Y, return_att=return_att, **kwargs)
-            if return_att:
-                Y, att = Y
-                atts.append(att)
-            Y = Y + X if self.add_self else Y
-        Y = self._norm(Y)
-        return (Y, torch.stack(atts)) if return_att else Y
-
-
-class TransformerLayer(Layer):
-    r"""Transformer layer with exact softmax attention: :class:`Layer` around :class:`MultiheadSelfAttention`.
-
-    Args:
-        in_dim: input width.
-        out_dim: output width; None: ``in_dim``.
-        att_dim: width of the attention.
-        n_heads: heads.
-        use_mlp: whether there is an MLP.
-        dropout: of attention weights and MLP.
-    """
-
-    def __init__(
-        self,
-        in_dim: int,
-        out_dim: int | None = None,
-        att_dim: int = 512,
-        n_heads: int = 4,
-        use_mlp: bool = True,
-        dropout: float = 0.0,
-    ) -> None:
-        att_module = MultiheadSelfAttention(in_dim, att_dim, att_dim, n_heads, dropout)
-        super().__init__(att_module, in_dim, in_dim, out_dim, att_dim, use_mlp, dropout=dropout)
-
-    def forward(self, X: Tensor, mask: Tensor | None = None, return_att: bool = False) -> Any:  # type: ignore[override]
-        """As :meth:`Layer.forward`, with ``mask`` ``(B, N)``."""
-        return super().forward(X, return_att, mask=mask)
-
-
-class TransformerEncoder(Encoder):
-    r"""A stack of :class:`TransformerLayer`, normalised at the end.
-
-    Args:
-        in_dim: input width.
-        out_dim: output width; None: ``in_dim``.
-        att_dim: width of the attentions, and between the layers.
-        n_heads: heads.
-        n_layers: layers.
-        use_mlp: whether the layers have an MLP.
-        add_self: add the input to the output of every layer; all widths must agree.
-        dropout: of attention weights and MLP.
-    """
-
-    def __init__(
-        self,
-        in_dim: int,
-        out_dim: int | None = None,
-        att_dim: int = 512,
-        n_heads: int = 4,
-        n_layers: int = 4,
-        use_mlp: bool = True,
-        add_self: bool = False,
-        dropout: float = 0.0,
-    ) -> None:
-        out_dim = in_dim if out_dim is None else out_dim
-        layers = [
-            TransformerLayer(width_in, width_out, att_dim, n_heads, use_mlp, dropout)
-            for width_in, width_out in layer_widths(in_dim, att_dim, out_dim, n_layers)
-        ]
-        super().__init__(torch.nn.ModuleList(layers), add_self)
-        self.norm = torch.nn.LayerNorm(out_dim)
-
-    def forward(self, X: Tensor, mask: Tensor | None = None, return_att: bool = False) -> Any:  # type: ignore[override]
-        """As :meth:`Encoder.forward`, with ``mask`` ``(B, N)``."""
-        return super().forward(X, return_att, mask=mask)
-
-
-def layer_widths(in_dim: int, att_dim: int, out_dim: int, n_layers: int) -> list[tuple[int, int]]:
-    """Input and output width of each layer of a stack that is ``att_dim`` wide inside."""
-    widths = [in_dim, *[att_dim] * (n_layers - 1), out_dim]
-    return list(zip(widths, widths[1:]))
 
 
 def _linear(in_dim: int, out_dim: int) -> torch.nn.Module:

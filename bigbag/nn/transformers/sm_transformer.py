@@ -9,9 +9,10 @@ from torch import Tensor
 
 from bigbag.adjacency import Adjacency
 from bigbag.bags import PackedBags, Segments
-from bigbag.nn.attention import MultiheadSelfAttention
+from bigbag.nn.attention.multihead_self_attention import MultiheadSelfAttention
 from bigbag.nn.sm import Sm
-from bigbag.nn.transformers import Encoder, Layer, layer_widths
+from bigbag.nn.transformers.encoder import Encoder, layer_widths
+from bigbag.nn.transformers.layer import Layer
 
 
 class SmMultiheadSelfAttention(MultiheadSelfAttention):

@@ -1,0 +1,177 @@
+"""What self-attention layers on packs share.
+
+A self-attention layer is three steps, so that a transformer layer can run what is row-wise in chunks:
+
+    project(x, ...)             row-wise   instances to queries, keys and values
+    attend(q, k, v, segments)   across the rows of a bag
+    out_proj                    row-wise
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigbag.bags import PackedBags, Segments
+from bigbag.nn.rows import Padding, Projection, Widen, by_rows, stream_dtype
+
+
+class SelfAttention(torch.nn.Module):
+    """What self-attention layers share: projections and the padded form. A subclass defines :meth:`attend`.
+
+    Args:
+        in_dim: instance width.
+        out_dim: output width; None: ``in_dim``.
+        att_dim: width of queries, keys and values, all heads together.
+        n_heads: heads.
+        dropout: share of the attention weights set to zero in training.
+        learn_weights: False: queries, keys and values are the instances themselves, and ``att_dim`` is ``in_dim``.
+
+    Raises:
+        ValueError: a width that the heads do not divide.
+    """
+
+    qkv_nn: torch.nn.Linear | None
+    out_proj: torch.nn.Module
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int | None = None,
+        att_dim: int = 512,
+        n_heads: int = 4,
+        dropout: float = 0.0,
+        learn_weights: bool = True,
+    ) -> None:
+        super().__init__()
+        att_dim = att_dim if learn_weights else in_dim
+        out_dim = in_dim if out_dim is None else out_dim
+        self.head_dim = head_width(type(self).__name__, att_dim, n_heads, learn_weights)
+        self.n_heads, self.att_dim = n_heads, att_dim
+        self.dropout = dropout
+        self.learn_weights = learn_weights
+        self.qkv_nn = torch.nn.Linear(in_dim, 3 * att_dim, bias=False) if learn_weights else None
+        self.out_proj = torch.nn.Linear(att_dim, out_dim) if out_dim != att_dim else torch.nn.Identity()
+
+    def padding(self, segments: Segments) -> Padding | None:
+        """Rows of zeros that :meth:`attend` wants before the queries, keys and values of each bag."""
+        return None
+
+    def project(
+        self,
+        x: Tensor,
+        which: str = "qkv",
+        enter: torch.nn.Module | None = None,
+        padding: Padding | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Instances to queries, keys and values, or to those that ``which`` names.
+
+        Args:
+            x: ``(T, in_dim)``.
+            which: "qkv" or a part of it.
+            enter: row-wise module that the instances go through first, such as a normalisation; its values are not
+                kept for the backward pass.
+            padding: rows of zeros to put between those of the results.
+
+        Returns:
+            As many ``(T, H, d)`` as ``which`` has letters.
+        """
+        if self.qkv_nn is None:
+            plain = enter is None and padding is None
+            rows = x if plain else by_rows(enter or torch.nn.Identity(), x, padding=padding)
+            parts = (rows,) * len(which)
+        else:
+            first = "qkv".index(which)
+            weight = self.qkv_nn.weight[first * self.att_dim : (first + len(which)) * self.att_dim]
+            entered = Widen(stream_dtype(x, weight)) if enter is None else enter
+            found = by_rows(entered, x, projection=Projection(weight, parts=len(which)), padding=padding)
+            parts = (found,) if len(which) == 1 else found
+        return tuple(t.unflatten(-1, (self.n_heads, self.head_dim)) for t in parts)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, **kwargs: Any) -> Tensor:
+        """Queries, keys and values ``(T, H, d)`` of a pack to ``(T, att_dim)``, before ``out_proj``.
+
+        They are what :meth:`project` makes with :meth:`padding`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define attend(q, k, v, segments)")
+
+    def attend_first(
+        self, x: Tensor, segments: Segments, enter: torch.nn.Module | None = None, **kwargs: Any
+    ) -> Tensor:
+        """The rows of :meth:`attend` that stand first in their bag: ``(T, in_dim)`` to ``(B, att_dim)``.
+
+        ``enter`` as in :meth:`project`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define attend_first(x, segments)")
+
+    def first_attention(self, x: Tensor, segments: Segments, **kwargs: Any) -> Tensor:
+        """``(T, H)``: the attention of the first row of each bag to all its rows, from instances ``(T, in_dim)``."""
+        raise NotImplementedError(f"{type(self).__name__} must define first_attention(x, segments)")
+
+    def attention_matrices(self, q: Tensor, k: Tensor, segments: Segments, **kwargs: Any) -> list[Tensor]:
+        """The ``(H, N, N)`` attention of each bag from queries and keys ``(T, H, d)``: for small bags only."""
+        raise NotImplementedError(f"{type(self).__name__} must define attention_matrices(q, k, segments)")
+
+    def forward_packed(self, x: Tensor, segments: Segments, **kwargs: Any) -> Tensor:
+        """``(T, in_dim)`` instances of a pack to ``(T, out_dim)``.
+
+        Args:
+            x: the instances.
+            segments: how they are cut into bags.
+            kwargs: what :meth:`attend` takes beside them.
+        """
+        q, k, v = self.project(x, padding=self.padding(segments))
+        return self.out_proj(self.attend(q, k, v, segments, **kwargs))
+
+    def pack(self, x: Tensor, mask: Tensor | None = None) -> tuple[PackedBags, dict[str, Any]]:
+        """A padded batch as a pack, and what :meth:`attend` takes beside its rows. Subclasses add arguments."""
+        return PackedBags.from_padded(x, mask), {}
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, return_att: bool = False, **kwargs: Any) -> Any:
+        """Attention inside each bag of a padded batch.
+
+        Args:
+            x: ``(B, N, in_dim)``.
+            mask: ``(B, N)``, zero where there is no instance.
+            return_att: also return the attention weights, which costs O(B H N^2) memory: for small bags.
+            kwargs: what :meth:`pack` takes beside them.
+
+        Returns:
+            y: ``(B, N, out_dim)``, zeros in padded places.
+            att: ``(B, H, N, N)``, zeros in padded places; only if ``return_att``.
+        """
+        bags, extras = self.pack(x, mask, **kwargs)
+        y = bags.to_padded(self.forward_packed(bags.x, bags.segments, **extras))
+        return (y, self.padded_attention(bags, **extras)) if return_att else y
+
+    def padded_attention(self, bags: PackedBags, **kwargs: Any) -> Tensor:
+        """The attention of every bag of a pack as one ``(B, H, N, N)`` tensor: for small bags only."""
+        q, k = self.project(bags.x, "qk")
+        return pad_matrices(bags, self.attention_matrices(q, k, bags.segments, **kwargs))
+
+
+def attention_dropout(module: Any) -> dict[str, Any]:
+    """Arguments ``dropout`` and ``seed`` of :func:`bigbag.ops.masked_attention`: none outside of training."""
+    if not (module.training and module.dropout > 0):
+        return {}
+    return {"dropout": module.dropout, "seed": int(torch.randint(2**31 - 1, ()))}
+
+
+def pad_matrices(bags: PackedBags, matrices: list[Tensor]) -> Tensor:
+    """One (H, n, n) matrix per bag to (B, H, N, N), zeros in padded places."""
+    mask = bags.mask()
+    heads, length = matrices[0].shape[0], mask.shape[1]
+    out = matrices[0].new_zeros(len(matrices), heads, length, length)
+    for bag, matrix in enumerate(matrices):
+        places = torch.nonzero(mask[bag]).squeeze(1)
+        out[bag][:, places[:, None], places] = matrix
+    return out
+
+
+def head_width(name: str, att_dim: int, n_heads: int, learn_weights: bool) -> int:
+    if att_dim % n_heads:
+        width = "att_dim" if learn_weights else "in_dim"
+        raise ValueError(f"{name}: {width} = {att_dim} is not divisible by n_heads = {n_heads}")
+    return att_dim // n_heads

@@ -1,0 +1,90 @@
+"""Exact attention of the rows of one bag to those of another, in linear memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bigbag import ops
+from bigbag.bags import PackedBags, Segments
+from bigbag.nn.attention.base import attention_dropout, head_width
+from bigbag.nn.rows import Projection, Widen, by_rows, stream_dtype
+
+
+class MultiheadCrossAttention(torch.nn.Module):
+    r"""Multi-head attention of the rows of one bag to those of another (Vaswani et al. 2017, arXiv 1706.03762).
+
+    ``Q = X W_Q``; ``K, V = Y W_K, Y W_V``; per head ``Z = softmax(Q K^T / sqrt(d)) V``; then, where
+    ``out_dim != att_dim``, a linear layer. Exact, in O(N + M) memory.
+
+    Differs from torchmil, which lays the mask of the N rows of X over the M rows of Y (and so fails unless N = M):
+    here ``mask`` says which rows of X exist, whose outputs are zeros, and the new ``y_mask`` which rows of Y take part.
+    Dropout acts in training only.
+
+    Args:
+        in_dim: width of both.
+        out_dim: output width; None: ``in_dim``.
+        att_dim: width of queries, keys and values, all heads together.
+        n_heads: heads.
+        dropout: share of the attention weights set to zero in training.
+        learn_weights: False: queries, keys and values are the rows themselves, and ``att_dim`` is ``in_dim``.
+
+    Raises:
+        ValueError: a width that the heads do not divide.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int | None = None,
+        att_dim: int = 512,
+        n_heads: int = 4,
+        dropout: float = 0.0,
+        learn_weights: bool = True,
+    ) -> None:
+        super().__init__()
+        att_dim = att_dim if learn_weights else in_dim
+        out_dim = in_dim if out_dim is None else out_dim
+        self.head_dim = head_width(type(self).__name__, att_dim, n_heads, learn_weights)
+        self.in_dim, self.att_dim, self.n_heads = in_dim, att_dim, n_heads
+        self.dropout = dropout
+        self.learn_weights = learn_weights
+        self.q_nn = torch.nn.Linear(in_dim, att_dim, bias=False) if learn_weights else None
+        self.kv_nn = torch.nn.Linear(in_dim, 2 * att_dim, bias=False) if learn_weights else None
+        self.out_proj = torch.nn.Linear(att_dim, out_dim) if out_dim != att_dim else torch.nn.Identity()
+
+    def forward_packed(self, x: Tensor, segments: Segments, y: Tensor, y_segments: Segments) -> Tensor:
+        """Rows ``(T, in_dim)`` that ask and rows ``(S, in_dim)`` that answer, bag by bag, to ``(T, out_dim)``.
+
+        Args:
+            x: the rows that ask.
+            segments: how they are cut into B bags.
+            y: the rows that answer.
+            y_segments: how those are cut into the same B bags. A bag without any gives zeros before ``out_proj``.
+        """
+        (q,), (k, v) = self._project(x, self.q_nn, 1), self._project(y, self.kv_nn, 2)
+        out = ops.masked_attention(q, k, v, segments, y_segments, **attention_dropout(self))
+        return self.out_proj(out.flatten(1))
+
+    def _project(self, rows: Tensor, linear: torch.nn.Linear | None, parts: int) -> tuple[Tensor, ...]:
+        found = (rows,) * parts
+        if linear is not None:
+            widen = Widen(stream_dtype(rows, linear.weight))
+            results = by_rows(widen, rows, projection=Projection(linear.weight, parts=parts))
+            found = (results,) if parts == 1 else results
+        return tuple(t.unflatten(-1, (self.n_heads, self.head_dim)) for t in found)
+
+    def forward(self, x: Tensor, y: Tensor, mask: Tensor | None = None, y_mask: Tensor | None = None) -> Tensor:
+        """Padded form.
+
+        Args:
+            x: ``(B, N, in_dim)``.
+            y: ``(B, M, in_dim)``.
+            mask: ``(B, N)``, zero where x has no row.
+            y_mask: ``(B, M)``, zero where y has no row.
+
+        Returns:
+            ``(B, N, out_dim)``, zeros in padded places.
+        """
+        asking, answering = PackedBags.from_padded(x, mask), PackedBags.from_padded(y, y_mask)
+        return asking.to_padded(self.forward_packed(asking.x, asking.segments, answering.x, answering.segments))
