@@ -1,13 +1,14 @@
 """Models of bags, one per file, with torchmil's names, arguments and parameter names."""
 
 from bigbag.models.abmil import ABMIL
-from bigbag.models.base import GraphMILModel, MILModel, MILModelWrapper
+from bigbag.models.base import CoordsMILModel, GraphMILModel, MILModel, MILModelWrapper
 from bigbag.models.build import MODELS, build_model, load_model, save_model
 from bigbag.models.camil import CAMIL
 from bigbag.models.clam import CLAM_MB, CLAM_SB
 from bigbag.models.dsmil import DSMIL
 from bigbag.models.dtfdmil import DTFDMIL
 from bigbag.models.iibmil import IIBMIL
+from bigbag.models.longnet import LongNetMIL
 from bigbag.models.patch_gcn import PatchGCN
 from bigbag.models.pooling import MaxMIL, MeanMIL
 from bigbag.models.prob_smooth_abmil import ProbSmoothABMIL, SmoothABMIL
@@ -30,7 +31,9 @@ __all__ = [
     "MODELS",
     "SETMIL",
     "VAEABMIL",
+    "CoordsMILModel",
     "GraphMILModel",
+    "LongNetMIL",
     "MILModel",
     "MILModelWrapper",
     "MaxMIL",

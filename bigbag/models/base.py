@@ -184,6 +184,38 @@ class GraphMILModel(MILModel):
         return self.forward(X, adj, mask, return_att=return_inst_pred)
 
 
+class CoordsMILModel(MILModel):
+    """A model that computes with positions; arguments as torchmil's X, coords, and last the mask, which it lacks."""
+
+    needs = ("coords",)
+
+    def forward(  # type: ignore[override]
+        self,
+        X: Tensor | PackedBags,
+        coords: Tensor | None = None,
+        return_att: bool = False,
+        mask: Tensor | None = None,
+    ) -> Any:
+        """As :meth:`MILModel.forward`, with ``coords`` ``(B, N, 2)``; a pack brings its own."""
+        return self.run(X, mask, coords=coords, return_att=return_att)
+
+    def compute_loss(
+        self, Y: Tensor, X: Tensor | PackedBags, coords: Tensor | None = None, mask: Tensor | None = None
+    ) -> Any:
+        """As :meth:`MILModel.compute_loss`."""
+        return super().compute_loss(Y, X, coords, mask=mask)
+
+    def predict(  # type: ignore[override]
+        self,
+        X: Tensor | PackedBags,
+        coords: Tensor | None = None,
+        return_inst_pred: bool = True,
+        mask: Tensor | None = None,
+    ) -> Any:
+        """As :meth:`MILModel.predict`."""
+        return self.forward(X, coords, return_inst_pred, mask)
+
+
 class MILModelWrapper(MILModel):
     """Calls a model with those entries of a bag that it takes, so that all models have one interface.
 

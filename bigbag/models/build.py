@@ -26,6 +26,7 @@ from bigbag.models.criteria import build_criterion
 from bigbag.models.dsmil import DSMIL
 from bigbag.models.dtfdmil import DTFDMIL
 from bigbag.models.iibmil import IIBMIL
+from bigbag.models.longnet import LongNetMIL
 from bigbag.models.patch_gcn import PatchGCN
 from bigbag.models.pooling import MaxMIL, MeanMIL
 from bigbag.models.prob_smooth_abmil import ProbSmoothABMIL, SmoothABMIL
@@ -59,6 +60,7 @@ MODELS: dict[str, type[MILModel]] = {
         CAMIL,
         SETMIL,
         VAEABMIL,
+        LongNetMIL,
     )
 }
 _SET_BY_TASK = ("criterion", "out_dim")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bigbag.bags import PackedBags, Segments
-from bigbag.models.base import MILModel, feature_dim, squeeze_single_output
+from bigbag.models.base import CoordsMILModel, feature_dim, squeeze_single_output
 from bigbag.nn import SinusoidalPositionalEncodingND, TransformerLayer, iRPETransformerEncoder
 from bigbag.nn.lattice import Lattice, Window
 from bigbag.nn.rows import Projection, Widen, Windows, by_rows, stream_dtype
@@ -126,7 +126,7 @@ class PMF(torch.nn.Module):
         return self.forward_packed(rows, lattice, tokens).unflatten(0, (len(X), -1))
 
 
-class SETMIL(MILModel):
+class SETMIL(CoordsMILModel):
     r"""Spatial encoding transformer MIL (Zhao et al. 2022, MICCAI, doi 10.1007/978-3-031-16434-7_7).
 
     ``X = proj(feat_ext(X))``. With ``use_pmf``, :class:`PMF` over the bag's lattice: a token for each cell with an
@@ -159,8 +159,6 @@ class SETMIL(MILModel):
         torchmil_layout: torchmil's numbers for a batch of one, for its checkpoints: mixed axes, empty cells and all.
             The memory grows with the area of the bag.
     """
-
-    needs = ("coords",)
 
     def __init__(
         self,
@@ -284,32 +282,6 @@ class SETMIL(MILModel):
 
     def _place(self, x: Tensor, numbers: Tensor) -> Tensor:
         return x + self.pos_embed.encode(numbers)[:, : self.att_dim].to(x.dtype)
-
-    def forward(  # type: ignore[override]
-        self,
-        X: Tensor | PackedBags,
-        coords: Tensor | None = None,
-        return_att: bool = False,
-        mask: Tensor | None = None,
-    ) -> Any:
-        """As :meth:`MILModel.forward`, with ``coords`` ``(B, N, 2)``; a pack brings its own."""
-        return self.run(X, mask, coords=coords, return_att=return_att)
-
-    def compute_loss(
-        self, Y: Tensor, X: Tensor | PackedBags, coords: Tensor | None = None, mask: Tensor | None = None
-    ) -> Any:
-        """As :meth:`MILModel.compute_loss`."""
-        return super().compute_loss(Y, X, coords, mask=mask)
-
-    def predict(  # type: ignore[override]
-        self,
-        X: Tensor | PackedBags,
-        coords: Tensor | None = None,
-        return_inst_pred: bool = True,
-        mask: Tensor | None = None,
-    ) -> Any:
-        """As :meth:`MILModel.predict`."""
-        return self.forward(X, coords, return_inst_pred, mask)
 
 
 def _projection(linear: Any) -> Projection:

@@ -18,6 +18,7 @@ from bigbag.ops.attention_bias import AttentionBias, DistanceBias, RelativePosit
 from bigbag.ops.attention_pool import attention_pool
 from bigbag.ops.chebyshev import chebyshev, lambda_max
 from bigbag.ops.class_attention import class_token_attention, mean_attention
+from bigbag.ops.dilated_attention import Branch, dilated_attention, dilated_branches
 from bigbag.ops.gaussian_attention import attention_draws, expected_attention, sampled_attention
 from bigbag.ops.masked_attention import masked_attention
 from bigbag.ops.neighbor_attention import neighbor_attention, neighbor_scores
@@ -37,6 +38,7 @@ from bigbag.ops.transpose import marked_symmetric, transpose
 
 __all__ = [
     "AttentionBias",
+    "Branch",
     "DistanceBias",
     "RelativePositionBias",
     "attention_draws",
@@ -45,6 +47,8 @@ __all__ = [
     "chosen",
     "class_token_attention",
     "degrees",
+    "dilated_attention",
+    "dilated_branches",
     "dirichlet_energy",
     "expected_attention",
     "explain",

@@ -13,6 +13,7 @@ WIDTH = 6
 SIZES = (5, 1, 9)
 SMALL: dict = {
     "CAMIL": {"nystrom_att_dim": 8, "n_heads": 2, "n_landmarks": 4},
+    "LongNetMIL": {"att_dim": 8, "n_heads": 2, "segment_lengths": [4, 8], "dilations": [1, 2], "pool_att_dim": 4},
     "SETMIL": {"att_dim": 8, "set_n_heads": 2, "set_n_layers": 2},
     "TransMIL": {"att_dim": 8, "n_heads": 2, "n_landmarks": 4},
     "ProbSmoothABMIL": {"att_dim": 4, "n_samples_train": 50},
@@ -46,6 +47,7 @@ VARIANTS = [(name, SMALL.get(name, {})) for name in MODELS] + [
         "ProbSmoothABMIL",
         {"covar_mode": "zero", "feat_ext": {"name": "MLP", "linear_sizes": [7], "activations": ["relu"]}},
     ),
+    ("LongNetMIL", {"att_dim": 4, "n_heads": 1, "segment_lengths": [4], "dilations": [1], "pool": "mean"}),
     ("SETMIL", {"att_dim": 4, "set_n_heads": 2, "set_n_layers": 2, "use_pmf": True, "rpe_method": "cross"}),
     (
         "SmTransformerABMIL",

@@ -1,0 +1,104 @@
+"""Dilated attention against the paper's formula: an attention per branch, weighed by the softmax denominators."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+from bigbag import Segments, ops
+from bigbag.samples.dilated_attention import SAMPLES
+from bigbag.testing import Sample, check, poisoned_empty, run
+
+NAMED = {sample.name: sample for sample in SAMPLES}
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def paper(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], dilations: tuple[int, ...]) -> Tensor:
+    """One bag, position by position, head by head."""
+    rows, heads, dim = q.shape
+    out = torch.zeros_like(v)
+    for h in range(heads):
+        outputs, denominators = [], []
+        for length, dilation in zip(lengths, dilations):
+            of_branch, sums = torch.zeros(rows, v.shape[2], dtype=v.dtype), torch.zeros(rows, dtype=v.dtype)
+            for start in range(0, rows, length):
+                kept = torch.arange(start + h % dilation, min(start + length, rows), dilation)
+                weights = (q[kept, h] @ k[kept, h].T / dim**0.5).exp()
+                sums[kept] = weights.sum(1)
+                of_branch[kept] = weights @ v[kept, h] / weights.sum(1, keepdim=True)
+            outputs.append(of_branch)
+            denominators.append(sums)
+        share = torch.stack(denominators) / torch.stack(denominators).sum(0)
+        out[:, h] = (share.nan_to_num(0.0)[:, :, None] * torch.stack(outputs)).sum(0)
+    return out
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize(
+    ("heads", "lengths", "dilations"),
+    [(4, (8, 20, 64), (1, 2, 4)), (2, (10, 33), (1, 5)), (3, (7,), (3,)), (2, (100,), (1,))],
+)
+def test_is_the_paper_s(heads: int, lengths: tuple[int, ...], dilations: tuple[int, ...], impl: str) -> None:
+    sizes = (41, 0, 9)
+    segments = Segments.from_sizes(sizes)
+    q, k, v = randn(50, heads, 6), randn(50, heads, 6, seed=1), randn(50, heads, 5, seed=2)
+    branches = ops.dilated_branches(segments, heads, lengths, dilations)
+    found = ops.dilated_attention(q, k, v, segments, branches, impl=impl)
+    expected = torch.cat([paper(*(t[s:e] for t in (q, k, v)), lengths, dilations) for s, e in ((0, 41), (41, 50))])
+    torch.testing.assert_close(found, expected)
+
+
+def test_one_branch_over_everything_is_masked_attention() -> None:
+    segments = Segments.from_sizes((30, 12))
+    q, k, v = (randn(42, 2, 8, seed=seed).float() for seed in range(3))
+    branches = ops.dilated_branches(segments, 2, (30,), (1,))
+    torch.testing.assert_close(
+        ops.dilated_attention(q, k, v, segments, branches), ops.masked_attention(q, k, v, segments)
+    )
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=str)
+def test_error_is_within_twice_that_of_the_reference(sample: Sample) -> None:
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        check(sample, "cpu", dtype)
+
+
+def test_reference_passes_gradcheck() -> None:
+    sample = NAMED["empty bags"]
+    tensors = sample.tensors(torch.float64)
+
+    def call(*values: Tensor) -> tuple[Tensor, ...]:
+        return sample.call(dict(zip(tensors, values)), "reference")
+
+    assert torch.autograd.gradcheck(call, tuple(tensors.values()), fast_mode=True)
+
+
+def test_nothing_is_read_before_it_is_written_and_two_runs_agree() -> None:
+    with poisoned_empty():
+        check(NAMED["two thinned branches"], "cpu", torch.float32)
+    tensors = NAMED["off the block"].tensors(torch.float32)
+    first, second = (run(NAMED["off the block"], tensors, "cpu") for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_passes_opcheck() -> None:
+    branches = ops.dilated_branches(Segments.from_sizes((9, 0, 14)), 2, (6, 14), (1, 2))
+    q, k, v = (randn(23, 2, 8, seed=seed).float().requires_grad_() for seed in range(3))
+    rows, group = [branches[1].rows], [branches[1].group]
+    arguments = (q, k, v, rows, group, [branch.offsets for branch in branches], [1, 2], 0.3, "cpu")
+    opcheck(torch.ops.bigbag.dilated_attention.default, arguments)
+
+
+def test_errors_name_what_does_not_fit() -> None:
+    segments = Segments.from_sizes((5,))
+    with pytest.raises(ValueError, match="as many segment_lengths as dilations"):
+        ops.dilated_branches(segments, 2, (4, 8), (1,))
+    with pytest.raises(ValueError, match="divides the 4 heads"):
+        ops.dilated_branches(segments, 4, (4,), (3,))
+    with pytest.raises(ValueError, match=r"expected q, k \(T, H, d\)"):
+        ops.dilated_attention(*(randn(4, 2, 3),) * 3, segments, ops.dilated_branches(segments, 2, (4,), (1,)))
