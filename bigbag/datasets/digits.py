@@ -68,7 +68,7 @@ class Digits:
         num_test: int = 100,
         min_instances: int = 5000,
         max_instances: int = 12000,
-        witness_rate: tuple[float, float] = (0.0005, 0.00075),
+        witness_rate: tuple[float, float] = (0.0005, 0.0006),
         large_witness_rate: tuple[float, float] = (0.015, 0.02),
         large_fraction: float = 0.4,
         positive_fraction: float = 0.5,

