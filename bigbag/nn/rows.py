@@ -122,6 +122,25 @@ def by_rows(
     return outputs[0] if len(outputs) == 1 else outputs
 
 
+def take(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """``x`` to go on with, and ``x[rows]``: their gradients are added when both are known.
+
+    (Indexing alone would make a gradient of the size of ``x``, of zeros but for those rows, and keep it until then.)
+    """
+    return _Take.apply(x, rows)
+
+
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(rows)
+        return x.view_as(x), x[rows]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_rows: Tensor) -> tuple[Tensor, None]:
+        return grad.index_add(0, ctx.saved_tensors[0], grad_rows), None
+
+
 def stream_dtype(x: Tensor | Windows, parameter: Tensor) -> torch.dtype:
     """The dtype in which the rows of layers go on: autocast's where it is on, else that of the parameters."""
     kind = x.device.type

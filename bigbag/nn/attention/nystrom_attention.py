@@ -11,7 +11,7 @@ from torch import Tensor
 from bigbag import ops
 from bigbag.bags import Segments
 from bigbag.nn.attention.base import SelfAttention
-from bigbag.nn.rows import Padding, by_rows
+from bigbag.nn.rows import Padding, by_rows, take
 
 _KERNEL = 33
 
@@ -114,11 +114,12 @@ class NystromAttention(SelfAttention):
     ) -> tuple[Tensor, Tensor]:
         """Landmarks ``(B, M, in_dim)`` and first rows ``(B, in_dim)`` of what enters the attention."""
         entered = by_rows(enter or torch.nn.Identity(), x, padding=padding)
-        means = ops.landmark_means(entered, rows, num_landmarks=self.n_landmarks)
         first = rows.offsets[:-1]
         if padding is not None:
             first = first + torch.tensor(padding.pads, device=x.device)
-        return means, entered[first].to(means.dtype)
+        entered, tokens = take(entered, first)
+        means = ops.landmark_means(entered, rows, num_landmarks=self.n_landmarks)
+        return means, tokens.to(means.dtype)
 
     @torch.no_grad()
     def first_attention(self, x: Tensor, segments: Segments, **kwargs: Any) -> Tensor:

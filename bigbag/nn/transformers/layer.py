@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bigbag.bags import Segments
 from bigbag.nn.attention.base import SelfAttention
-from bigbag.nn.rows import Widen, by_rows, stream_dtype
+from bigbag.nn.rows import Widen, by_rows, stream_dtype, take
 
 
 class Layer(torch.nn.Module):
@@ -100,8 +100,8 @@ class Layer(torch.nn.Module):
         return self._leave(x, self._attention.attend(q, k, v, segments, **kwargs))
 
     def _compute_first(self, x: Tensor, segments: Segments, **kwargs: Any) -> Tensor:
-        attended = self._attention.attend_first(x, segments, self.entry, **kwargs)
-        return self._leave(x[segments.offsets[:-1]], attended)
+        x, first = take(x, segments.offsets[:-1])
+        return self._leave(first, self._attention.attend_first(x, segments, self.entry, **kwargs))
 
     def _leave(self, x: Tensor, attended: Tensor) -> Tensor:
         linear = (self.in_proj, self.att_proj, self._attention.out_proj, self.out_proj)
