@@ -85,6 +85,7 @@ _MODULES = (
     "attention_pool",
     "segments",
     "topk",
+    "rows",
     "spmm",
     "smooth",
     "smooth_exact",

@@ -6,6 +6,7 @@ Scores such as ``x w`` or ``(x Wq^T) q = x (Wq^T q)`` need one pass over the sto
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -37,7 +38,9 @@ def segment_dots(x: Tensor, y: Tensor, segments: Segments, *, impl: str | None =
     Raises:
         ValueError: shapes that do not fit, an ``impl`` that can't run.
     """
-    rows, bags = segments.num_instances, segments.num_bags
+    # The number of rows is not checked while tracing: a compiled graph must not depend on how a pack is cut.
+    rows = x.shape[0] if torch.compiler.is_compiling() else segments.num_instances
+    bags = segments.offsets.shape[0] - 1
     if x.dim() != 2 or x.shape[0] != rows or y.dim() != 3 or y.shape[0] != bags or y.shape[2] != x.shape[1]:
         raise ValueError(
             f"segment_dots: expected x (T, P) and y (B, S, P) with T = {rows} and B = {bags} as in segments, "
@@ -50,33 +53,51 @@ def segment_dots(x: Tensor, y: Tensor, segments: Segments, *, impl: str | None =
         starts = segments.starts
         parts = [x[s:e].to(acc) @ y[bag].to(acc).t() for bag, (s, e) in enumerate(zip(starts, starts[1:]))]
         return torch.cat(parts) if parts else x.new_zeros(0, y.shape[1], dtype=acc)
-    return _Dots.apply(x, y.to(acc), segments.offsets, chosen)
+    return _DOTS[chosen](x, y.to(acc), segments.offsets)
 
 
-class _Dots(torch.autograd.Function):
-    """The operators of ``segment_pool`` the other way round: its gradient forward, itself backward."""
+def _register(impl: str, module: str) -> Any:
+    """Custom operators ``bigbag::segment_dots_{impl}`` and ``..._backward``: ``segment_pool`` the other way round."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, offsets: Tensor, impl: str) -> Tensor:
-        ctx.save_for_backward(x, y, offsets)
-        ctx.impl = impl
+    def run_dots(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
         like = y.new_empty(()).expand(x.shape[0], y.shape[1])
-        return _operator("segment_pool_backward", impl)(y, like, x, offsets, True, False)[0]
+        return importlib.import_module(module).pool_backward(y, like, x, offsets, True, False)[0]
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, y, offsets = ctx.saved_tensors
-        (grad,) = grads
-        grad_x = grad_y = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _operator("segment_pool_backward", ctx.impl)(y, grad, x, offsets, False, True)[1]
-        if ctx.needs_input_grad[1]:
-            grad_y = _operator("segment_pool", ctx.impl)(grad, x, offsets)
-        return grad_x, grad_y, None, None
+    def run_backward(
+        grad: Tensor, x: Tensor, y: Tensor, offsets: Tensor, need_x: bool, need_y: bool
+    ) -> tuple[Tensor, Tensor]:
+        kernels = importlib.import_module(module)
+        grad_x = kernels.pool_backward(y, grad, x, offsets, False, True)[1] if need_x else x.new_empty(0)
+        return grad_x, kernels.pool(grad, x, offsets) if need_y else y.new_empty(0)
+
+    def define(name: str, function: Any, schema: str) -> Any:
+        return torch.library.custom_op(f"bigbag::{name}_{impl}", function, mutates_args=(), schema=schema)
+
+    dots = define("segment_dots", run_dots, "(Tensor x, Tensor y, Tensor offsets) -> Tensor")
+    schema = "(Tensor grad, Tensor x, Tensor y, Tensor offsets, bool need_x, bool need_y) -> (Tensor, Tensor)"
+    dots_backward = define("segment_dots_backward", run_backward, schema)
+    dots.register_fake(lambda x, y, offsets: y.new_empty(x.shape[0], y.shape[1]))
+
+    @dots_backward.register_fake
+    def _(grad: Tensor, x: Tensor, y: Tensor, offsets: Tensor, need_x: bool, need_y: bool) -> Any:
+        return x.new_empty(x.shape if need_x else (0,)), y.new_empty(y.shape if need_y else (0,))
+
+    def setup(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    def differentiate(ctx: Any, grad: Tensor) -> Any:
+        need_x, need_y = ctx.needs_input_grad[:2]
+        grad_x, grad_y = dots_backward(grad, *ctx.saved_tensors, need_x, need_y)
+        return grad_x if need_x else None, grad_y if need_y else None, None
+
+    dots.register_autograd(differentiate, setup_context=setup)
+    return dots
 
 
-def _operator(name: str, impl: str) -> Any:
-    return getattr(torch.ops.bigbag, f"{name}_{impl}")
+_DOTS = {
+    "cpu": _register("cpu", "bigbag.kernels.cpu.topk"),
+    "triton": _register("triton", "bigbag.kernels.gpu.topk"),
+}
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
@@ -95,4 +116,4 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
     return torch.where(index[..., None] < 0, 0, rows)
 
 
-OPERATOR = Operator("segment_dots", segment_dots, _DTYPES)
+OPERATORS = (Operator("segment_dots", segment_dots, _DTYPES),)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +32,7 @@ class DilatedSample(Sample):
     lengths: tuple[int, ...] = (16, 64)
     dilations: tuple[int, ...] = (1, 2)
 
-    def call(self, tensors: dict[str, Tensor], impl: str | None) -> tuple[Tensor, ...]:
+    def call(self, tensors: Mapping[str, Tensor], impl: str | None) -> tuple[Tensor, ...]:
         q, k, v = tensors.values()
         segments = Segments.from_sizes(self.sizes, q.device)
         branches = dilated_branches(segments, q.shape[1], self.lengths, self.dilations)

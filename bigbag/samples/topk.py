@@ -1,4 +1,4 @@
-"""Calls on which ``segment_topk``, ``segment_logsumexp`` and ``segment_pool`` are proved."""
+"""Calls on which ``segment_topk``, ``segment_logsumexp``, ``segment_pool`` and ``segment_dots`` are proved."""
 
 from __future__ import annotations
 
@@ -46,6 +46,11 @@ class _PoolSample(Sample):
         return ops.segment_pool(tensors["weights"], tensors["x"], structure["segments"], impl=impl)
 
 
+class _DotsSample(Sample):
+    def apply(self, tensors: Mapping[str, Tensor], structure: Mapping[str, Any], impl: str | None) -> Any:
+        return ops.segment_dots(tensors["x"], tensors["y"], structure["segments"], impl=impl)
+
+
 def _randn(**shapes: tuple[int, ...]) -> Callable[[torch.Generator], dict[str, Tensor]]:
     def make(generator: torch.Generator) -> dict[str, Tensor]:
         return {n: torch.randn(*shape, generator=generator, dtype=torch.float64) for n, shape in shapes.items()}
@@ -71,6 +76,12 @@ def _pool(name: str, sizes: str, columns: int, width: int, contiguous: bool = Tr
     return _PoolSample("segment_pool", name, _SIZES[sizes], made, {}, contiguous, cut=cut)
 
 
+def _dots(name: str, sizes: str, columns: int, width: int, contiguous: bool = True) -> Sample:
+    made = _randn(x=(sum(_SIZES[sizes]), width), y=(len(_SIZES[sizes]), columns, width))
+    cut = {"x": "rows", "y": "bags", "output 0": "rows"}
+    return _DotsSample("segment_dots", name, _SIZES[sizes], made, {}, contiguous, cut=cut)
+
+
 def _logsumexp(name: str, sizes: str, shape: tuple[int, ...] = (5,), scale: float = 1.0) -> Sample:
     def make(generator: torch.Generator) -> dict[str, Tensor]:
         return {"x": _randn(x=(sum(_SIZES[sizes]), *shape))(generator)["x"] * scale}
@@ -94,4 +105,7 @@ SAMPLES: list[Sample] = [
     _pool("many columns", "several", 130, 20),
     _pool("one column", "several", 1, 1),
     _pool("non-contiguous", "several", 6, 17, contiguous=False),
+    *(_dots(name, name, 7, 33) for name in _SIZES),
+    _dots("one column", "several", 1, 20),
+    _dots("non-contiguous", "several", 3, 17, contiguous=False),
 ]
