@@ -94,6 +94,7 @@ _MODULES = (
     "quadratic",
     "masked_attention",
     "class_attention",
+    "dilated_attention",
     "nystrom",
 )
 # By the modules' names: several share theirs with a function, which is what this package exports.

@@ -288,4 +288,4 @@ def _differentiate(ctx: Any, grad: Any, _: Any) -> Any:
 
 _dilated.register_autograd(_differentiate, setup_context=_setup)
 
-OPERATOR = Operator("dilated_attention", dilated_attention, _DTYPES)
+OPERATORS = (Operator("dilated_attention", dilated_attention, _DTYPES),)

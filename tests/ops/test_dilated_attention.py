@@ -5,13 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from torch.library import opcheck
 
 from bigbag import Segments, ops
-from bigbag.samples.dilated_attention import SAMPLES
-from bigbag.testing import Sample, check, poisoned_empty, run
-
-NAMED = {sample.name: sample for sample in SAMPLES}
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -60,38 +55,6 @@ def test_one_branch_over_everything_is_masked_attention() -> None:
     torch.testing.assert_close(
         ops.dilated_attention(q, k, v, segments, branches), ops.masked_attention(q, k, v, segments)
     )
-
-
-@pytest.mark.parametrize("sample", SAMPLES, ids=str)
-def test_error_is_within_twice_that_of_the_reference(sample: Sample) -> None:
-    for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        check(sample, "cpu", dtype)
-
-
-def test_reference_passes_gradcheck() -> None:
-    sample = NAMED["empty bags"]
-    tensors = sample.tensors(torch.float64)
-
-    def call(*values: Tensor) -> tuple[Tensor, ...]:
-        return sample.call(dict(zip(tensors, values)), "reference")
-
-    assert torch.autograd.gradcheck(call, tuple(tensors.values()), fast_mode=True)
-
-
-def test_nothing_is_read_before_it_is_written_and_two_runs_agree() -> None:
-    with poisoned_empty():
-        check(NAMED["two thinned branches"], "cpu", torch.float32)
-    tensors = NAMED["off the block"].tensors(torch.float32)
-    first, second = (run(NAMED["off the block"], tensors, "cpu") for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def test_passes_opcheck() -> None:
-    branches = ops.dilated_branches(Segments.from_sizes((9, 0, 14)), 2, (6, 14), (1, 2))
-    q, k, v = (randn(23, 2, 8, seed=seed).float().requires_grad_() for seed in range(3))
-    rows, group = [branches[1].rows], [branches[1].group]
-    arguments = (q, k, v, rows, group, [branch.offsets for branch in branches], [1, 2], 0.3, "cpu")
-    opcheck(torch.ops.bigbag.dilated_attention.default, arguments)
 
 
 def test_errors_name_what_does_not_fit() -> None:
