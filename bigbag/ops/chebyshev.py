@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bigbag.adjacency import Adjacency
 from bigbag.bags import Segments
+from bigbag.kernels.cpu.memory import huge_pages
 from bigbag.ops import segments as _segments
 from bigbag.ops.registry import Operator
 from bigbag.ops.spmm import (
@@ -175,7 +176,7 @@ def _reference(
 def _forward(
     impl: str, x: Tensor, scale: Tensor, diagonal: Tensor, weight: Any, crow: Tensor, col: Tensor, num_terms: int
 ) -> Tensor:
-    out = x.new_empty(num_terms, *x.shape)
+    out = huge_pages(x.new_empty(num_terms, *x.shape))
     out[0] = x
     multiply, minus_one = kernels(impl).spmm, scale.new_full((1,), -1)
     for k in range(1, num_terms):
@@ -198,7 +199,7 @@ def _adjoint(
     for k in range(len(grad) - 2, -1, -1):
         # Into the buffer of b_{k+2}, unless that is a part of grad.
         if before is None:
-            added, out = grad[k], torch.empty_like(grad[k])
+            added, out = grad[k], huge_pages(torch.empty_like(grad[k]))
         elif before.data_ptr() == grad[-1].data_ptr():
             added = out = grad[k] - before
         else:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bigbag.adjacency import Adjacency
+from bigbag.kernels.cpu.memory import huge_pages
 from bigbag.ops.registry import Operator
 from bigbag.ops.spmm import (
     DTYPES,
@@ -118,12 +119,12 @@ def _moments(
     """sum_k p_k w_k (T, D), and <w_k, f> for k = 0 .. T, where w_k = (A^T)^k grad."""
     grad, f = grad.contiguous(), f.contiguous()
     coefficients = _coefficients(a, num_steps)
-    total, w, spare = torch.empty_like(grad), grad, torch.empty_like(grad)
+    total, w, spare = huge_pages(torch.empty_like(grad)), grad, huge_pages(torch.empty_like(grad))
     moments = []
     for step in range(1, num_steps + 1):
         dots = kernels(impl).power_step(crow_t, col_t, weight_t, w, f, coefficients, step, spare, total)
         moments += [dots[0], dots[1]] if step == 1 else [dots[1]]
-        w, spare = spare, (torch.empty_like(grad) if w is grad and step < num_steps else w)
+        w, spare = spare, (huge_pages(torch.empty_like(grad)) if w is grad and step < num_steps else w)
     return total, torch.stack(moments)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bigbag.adjacency import Adjacency
+from bigbag.kernels.cpu.memory import huge_pages
 from bigbag.ops.registry import Operator
 from bigbag.ops.smooth import _scalar
 from bigbag.ops.spmm import DTYPES, accumulation_dtype, degrees, graph_of, kernels, prepare, reference_spmm
@@ -121,7 +122,7 @@ def _solve(
 ) -> Tensor:
     system = _System(impl, gamma, weight, degree, crow, col)
     # In the precision of the sums: the gradient to gamma takes small differences of it.
-    out = torch.empty(f.shape, dtype=gamma.dtype, device=f.device)
+    out = huge_pages(torch.empty(f.shape, dtype=gamma.dtype, device=f.device))
     width = _columns(f.shape[1])
     if f.shape[0] == 0:
         return out

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from bigbag.kernels.cpu import segments
+from bigbag.kernels.cpu.memory import huge_pages
 from bigbag.kernels.cpu.segments import accumulation_dtype
 
 # Small enough for the caches, large enough that Python's share of the time stays small.
@@ -166,7 +167,7 @@ def forward(
     num_rows = x.shape[0]
     chunk_rows = _chunk_rows(num_rows, x.shape[1], weight.shape[0])
     scores = torch.empty(num_rows, w2.shape[0], dtype=bias.dtype)
-    kept = torch.empty((num_rows, weight.shape[0]) if keep else (0,), dtype=weight.dtype)
+    kept = huge_pages(torch.empty((num_rows, weight.shape[0]) if keep else (0,), dtype=weight.dtype))
 
     def part(first: int, last: int) -> None:
         chunks = _Chunks(x, weight.dtype, chunk_rows)
@@ -207,7 +208,7 @@ def backward(
     if grad_scores is not None:
         ds += grad_scores
     chunk_rows = _chunk_rows(num_rows, x.shape[1], weight.shape[0])
-    grad_x = torch.empty(x.shape if need_x else (0,), dtype=x.dtype)
+    grad_x = huge_pages(torch.empty(x.shape if need_x else (0,), dtype=x.dtype))
     bags = torch.repeat_interleave(offsets.diff(), output_size=num_rows) if need_x else None
 
     def part(first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:

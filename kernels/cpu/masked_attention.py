@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigbag.kernels.cpu.attention_pool import _share
+from bigbag.kernels.cpu.memory import huge_pages
 from bigbag.kernels.cpu.segments import _jit, accumulation_dtype
 
 BLOCK_ROWS = 256
@@ -263,7 +264,8 @@ def forward(*arguments) -> tuple[Tensor, Tensor]:
     With a bias, out is in the accumulation dtype too: its gradients would suffer from a rounded out in backward.
     """
     args = _Arguments(*arguments)
-    out = args.q.new_zeros(*args.q.shape[:2], args.v.shape[2], dtype=args.dtype if args.kind else args.q.dtype)
+    shape, dtype = (*args.q.shape[:2], args.v.shape[2]), args.dtype if args.kind else args.q.dtype
+    out = huge_pages(args.q.new_empty(shape, dtype=dtype)).zero_()
     lse = args.q.new_full(args.q.shape[:2], -float("inf"), dtype=args.dtype)
     for bag in args.bags():
         if args.fast:
@@ -319,7 +321,7 @@ def backward(grad: Tensor, out: Tensor, lse: Tensor, *arguments) -> tuple[Tensor
     """Gradients of q, k, v, and of weights or (0,)."""
     args = _Arguments(*arguments[:-1])
     args.need_weights = arguments[-1]
-    grad_q, grad_k, grad_v = (t.new_zeros(t.shape) for t in (args.q, args.k, args.v))
+    grad_q, grad_k, grad_v = (huge_pages(t.new_empty(t.shape)).zero_() for t in (args.q, args.k, args.v))
     grad_weights = torch.zeros_like(args.weights) if args.need_weights and args.weights is not None else None
     by_row = grad_weights if grad_weights is not None and len(grad_weights) > 1 else None
     for bag in args.bags():

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bigbag.kernels.cpu.memory import huge_pages
 from bigbag.kernels.cpu.segments import _pool, accumulation_dtype
 
 # Three such matrices stay in the cache of a core; below it, operations on a chunk cost less than starting them.
@@ -144,7 +145,7 @@ def spread(q: Tensor, keys: Tensor, values: Tensor, offsets: Tensor) -> tuple[Te
     """q (T, H, d); keys (B, H, M, d), values (B, H, M, dv) in the accumulation dtype
     -> out (T, H, dv) in the dtype of q, and maxima and sums of exponentials (2, T, H) in the accumulation dtype."""
     num_rows, heads, _ = q.shape
-    out = torch.empty(num_rows, heads, values.shape[3], dtype=q.dtype)
+    out = huge_pages(torch.empty(num_rows, heads, values.shape[3], dtype=q.dtype))
     norms = torch.empty(2, num_rows, heads, dtype=keys.dtype)
     pieces = _pieces(offsets, heads, keys.shape[2])
 
@@ -172,7 +173,7 @@ def spread_backward(
     """Gradients of q (T, H, d), keys (B, H, M, d), values (B, H, M, dv)."""
     heads = q.shape[1]
     pieces = _pieces(offsets, heads, keys.shape[2])
-    grad_q = torch.empty_like(q)
+    grad_q = huge_pages(torch.empty_like(q))
     key_parts = keys.new_zeros(len(pieces), *keys.shape[1:])
     value_parts = values.new_zeros(len(pieces), *values.shape[1:])
 
@@ -249,7 +250,7 @@ def gather_backward(
     """Gradients of queries (B, H, M, d), k (T, H, d), v (T, H, dv)."""
     heads = k.shape[1]
     pieces = _pieces(offsets, heads, queries.shape[2])
-    grad_k, grad_v = torch.empty_like(k), torch.empty_like(v)
+    grad_k, grad_v = huge_pages(torch.empty_like(k)), huge_pages(torch.empty_like(v))
     parts = queries.new_zeros(len(pieces), *queries.shape[1:])
     delta = (grad * y).sum(3, keepdim=True)
 

@@ -24,6 +24,8 @@ import torch
 from numba.extending import overload
 from torch import Tensor
 
+from bigbag.kernels.cpu.memory import huge_pages
+
 PIECE_ROWS = 2048
 # Below this many elements, handing work to a thread costs more than the work.
 _SERIAL_ELEMENTS = 1 << 18
@@ -251,7 +253,7 @@ def max_rows(x: Tensor, offsets: Tensor, pieces: Pieces | None = None) -> tuple[
 def softmax(x: Tensor, offsets: Tensor) -> Tensor:
     """(T, C) -> (T, C) in the accumulation dtype."""
     pieces = Pieces(offsets)
-    out = torch.empty(x.shape, dtype=accumulation_dtype(x.dtype))
+    out = huge_pages(torch.empty(x.shape, dtype=accumulation_dtype(x.dtype)))
     where = (pieces.bags, pieces.starts, pieces.ends)
     top, _ = max_rows(x, offsets, pieces)
     _launch(_subtract, len(pieces), x.numel(), array(x), top.numpy(), *where, out.numpy())
@@ -268,7 +270,7 @@ def softmax_backward(a: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
     a_array, grad_array = array(a), array(grad)
     _launch(_product_sum, len(pieces), a.numel(), a_array, grad_array, pieces.starts, pieces.ends, parts.numpy())
     delta = pieces.add(parts).numpy()
-    out = torch.empty(a.shape, dtype=a.dtype)
+    out = huge_pages(torch.empty(a.shape, dtype=a.dtype))
     where = (pieces.bags, pieces.starts, pieces.ends)
     _launch(_softmax_backward, len(pieces), a.numel(), a_array, grad_array, delta, *where, out.numpy())
     return out

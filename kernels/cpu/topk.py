@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bigbag.kernels.cpu import segments
+from bigbag.kernels.cpu.memory import huge_pages
 from bigbag.kernels.cpu.segments import _jit, _launch, accumulation_dtype, array
 
 CHUNK_BYTES = 2 << 20  # stays in the caches between the conversion and the product
@@ -127,7 +128,7 @@ def topk(x: Tensor, offsets: Tensor, k: int, largest: bool) -> Tensor:
 
 
 def _shifted_exp(x: Tensor, shift: Tensor, pieces: segments.Pieces) -> Tensor:
-    out = torch.empty(x.shape, dtype=accumulation_dtype(x.dtype))
+    out = huge_pages(torch.empty(x.shape, dtype=accumulation_dtype(x.dtype)))
     where = (pieces.bags, pieces.starts, pieces.ends)
     _launch(segments._subtract, len(pieces), x.numel(), array(x), array(shift), *where, out.numpy())
     return out.exp_()
@@ -201,8 +202,8 @@ def pool_backward(
     grad: Tensor, weights: Tensor, x: Tensor, offsets: Tensor, need_weights: bool, need_x: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of weights (T, S) and x (T, P), each (0,) where it is not needed."""
-    grad_weights = torch.empty(weights.shape if need_weights else (0,), dtype=weights.dtype)
-    grad_x = torch.empty(x.shape if need_x else (0,), dtype=x.dtype)
+    grad_weights = huge_pages(torch.empty(weights.shape if need_weights else (0,), dtype=weights.dtype))
+    grad_x = huge_pages(torch.empty(x.shape if need_x else (0,), dtype=x.dtype))
     if need_weights:
         _multiply_rows(x, grad, offsets, grad_weights)
     if need_x:

@@ -8,23 +8,44 @@ from pathlib import Path
 import pytest
 import torch
 
-from bigbag import bench
+from bigbag import bench, ops
+from bigbag.bench.cases import make_case
+from bigbag.bench.measure import peak_extra_bytes
 from bigbag.ops import segments
 
 
 def test_writes_a_row_for_every_contender(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "out.csv"
-    arguments = ["ops", "--op", "segment_sum", "--sizes", "50,800", "--rounds", "2", "--device", "cpu"]
-    arguments += ["--csv", str(path)]
-    assert bench.main(arguments) == 0
+    path, picture = tmp_path / "out.csv", tmp_path / "out.png"
+    arguments = [
+        "ops",
+        "--op",
+        "segment_sum",
+        "--sizes",
+        "50,800",
+        "--widths",
+        "64",
+        "--rounds",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    assert bench.main([*arguments, "--csv", str(path), "--plot", str(picture)]) == 0
     with path.open() as file:
         rows = list(csv.DictReader(file))
-    found = [(row["contender"], row["instances"]) for row in rows]
-    assert found == [("eager", "50"), ("cpu", "50"), ("eager", "800"), ("cpu", "800")]
-    assert rows[0]["ratio_to_eager"] == "1.00" and all(float(row["median_ms"]) > 0 for row in rows)
+    found = [(row["contender"], row["dtype"], row["instances"]) for row in rows]
+    ours = ("index_add, scatter_reduce", "float32"), ("cpu", "float32"), ("cpu", "bfloat16")
+    assert found == [(*contender, size) for size in ("50", "800") for contender in ours]
+    assert rows[0]["ratio"] == "1.00" and all(float(row["median_ms"]) > 0 for row in rows)
     # Forward and backward hold at least the gradient of x.
-    assert float(rows[3]["extra_mib"]) * 2**20 >= 800 * bench.SEGMENT_WIDTH * 4 * 0.8
+    assert float(rows[4]["extra_mib"]) * 2**20 >= 800 * 64 * 4 * 0.8
     assert "segment_sum" in capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_leaves_out_what_takes_quadratic_time(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["ops", "--op", "masked_attention", "--sizes", "1000000", "--rounds", "1", "--device", "cpu"]
+    assert bench.main(arguments) == 0
+    assert "left out" in capsys.readouterr().err
 
 
 def test_gives_no_ratio_for_an_implementation_that_fails_its_proof(
@@ -43,18 +64,20 @@ def test_peak_extra_bytes_counts_what_lives_at_once() -> None:
         for _ in range(3):
             torch.empty(1 << 18)
 
-    assert bench.peak_extra_bytes(step, "cpu") == 4 << 18
+    assert peak_extra_bytes(step, "cpu") == 4 << 18
 
 
-def test_eager_baselines_compute_the_same_thing() -> None:
-    from bigbag import Segments, ops
-
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(60, 7, generator=generator)
-    cut = Segments.from_sizes((20, 40))
-    for op in ("segment_sum", "segment_mean", "segment_max", "segment_softmax"):
-        torch.testing.assert_close(bench._eager_segments(op, x, cut), getattr(ops, op)(x, cut, impl="reference"))
-    w1, wg = torch.randn(5, 7, generator=generator), torch.randn(5, 7, generator=generator)
-    b1, bg, w2 = torch.randn(5, generator=generator), torch.randn(5, generator=generator), torch.ones(1, 5)
-    z, _ = ops.attention_pool(x, Segments.from_sizes((60,)), w1, b1, w2, wg, bg, impl="reference")
-    torch.testing.assert_close(bench._eager_pool(x[None], w1, b1, w2, wg, bg), z[:, 0])
+@pytest.mark.parametrize("op", [op.name for op in ops._OPERATORS])
+def test_baselines_compute_the_same_thing(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.cases, "LANDMARKS", 8)
+    case = make_case(op, 64, 16, "cpu")
+    leaves = {name: value.clone().requires_grad_() for name, value in case.leaves.items()}
+    expected = case.baseline[1](leaves)
+    incoming = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    wanted = torch.autograd.grad(expected, list(leaves.values()), incoming)
+    for function in case.ours.values():
+        found = function(leaves, "reference")
+        torch.testing.assert_close(found.view(expected.shape), expected, rtol=1e-4, atol=1e-4)
+        grads = torch.autograd.grad(found, list(leaves.values()), incoming.view(found.shape))
+        for grad, other in zip(grads, wanted, strict=True):
+            torch.testing.assert_close(grad, other, rtol=1e-3, atol=1e-3 * max(1.0, float(other.abs().max())))

@@ -1,0 +1,131 @@
+"""What one writes without bigbag, operator by operator: padded torch like torchmil, loops over bags, torch.sparse.
+
+Every function computes what the operator computes (``tests/ops/test_bench.py`` checks it), in plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, scaled_dot_product_attention
+
+from bigbag.bags import Segments
+
+
+def attention_pool(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, wg: Tensor, bg: Tensor) -> Tensor:
+    """Gated attention pooling of one padded bag as torchmil and the papers' code write it."""
+    x = x[None]
+    hidden = torch.tanh(linear(x, w1, b1)) * torch.sigmoid(linear(x, wg, bg))
+    return torch.bmm(x.transpose(1, 2), linear(hidden, w2).softmax(1)).squeeze(2)
+
+
+def segment(op: str, x: Tensor, segments: Segments) -> Tensor:
+    """``segment_{sum,mean,max,softmax}`` by index_add and scatter_reduce over the bag of each instance."""
+    bag = segments.bag_of_instance
+    index, shape = bag[:, None].expand_as(x), (segments.num_bags, x.shape[1])
+    total = x.new_zeros(shape)
+    if op == "segment_sum":
+        return total.index_add(0, bag, x)
+    if op == "segment_mean":
+        return total.index_add(0, bag, x) / segments.offsets.diff()[:, None]
+    top = total.scatter_reduce(0, index, x, "amax", include_self=False)
+    if op == "segment_max":
+        return top
+    e = (x - top.detach()[bag]).exp()
+    return e / total.index_add(0, bag, e)[bag]
+
+
+def topk(x: Tensor, segments: Segments, k: int) -> Tensor:
+    """``torch.topk`` bag by bag."""
+    return torch.stack([part.topk(k, dim=0).values for part in x.split(segments.sizes)])
+
+
+def logsumexp(x: Tensor, segments: Segments) -> Tensor:
+    return torch.stack([part.logsumexp(0) for part in x.split(segments.sizes)])
+
+
+def segment_pool(weights: Tensor, x: Tensor, segments: Segments) -> Tensor:
+    parts = zip(weights.split(segments.sizes), x.split(segments.sizes))
+    return torch.stack([weight.t() @ part for weight, part in parts])
+
+
+def spmm(coo: Tensor, x: Tensor) -> Tensor:
+    """torchmil's product with a batch of one COO matrix."""
+    return torch.bmm(coo[None], x[None])[0]
+
+
+def smooth(coo: Tensor, f: Tensor, alpha: float, num_steps: int) -> Tensor:
+    """The steps of torchmil's ApproxSm."""
+    g = f
+    for _ in range(num_steps):
+        g = (1 - alpha) * f + alpha * spmm(coo, g)
+    return g
+
+
+def smooth_exact(coo: Tensor, f: Tensor, gamma: float) -> Tensor:
+    """torchmil's ExactSm: a dense N x N matrix, solved."""
+    eye = torch.eye(f.shape[0], device=f.device)
+    return torch.linalg.solve((1 + gamma) * eye - gamma * coo.to_dense(), f)
+
+
+def chebyshev(coo: Tensor, x: Tensor, num_terms: int, lambda_max: float) -> Tensor:
+    """The recursion over a COO matrix of the scaled Laplacian 2 L / lambda_max - 1."""
+    degree = torch.sparse.sum(coo, 1).to_dense()[:, None]
+
+    def scaled(v: Tensor) -> Tensor:
+        return 2 / (lambda_max + 1e-6) * (degree * v - spmm(coo, v)) - v
+
+    terms = [x, scaled(x)]
+    while len(terms) < num_terms:
+        terms.append(2 * scaled(terms[-1]) - terms[-2])
+    return torch.stack(terms[:num_terms])
+
+
+def neighbor_attention(q: Tensor, k: Tensor, v: Tensor, row: Tensor, col: Tensor) -> Tensor:
+    """Gathered rows of every edge, softmax by scatter_reduce and index_add, as graph libraries do it."""
+    scores = (q[row] * k[col]).sum(1) / q.shape[1] ** 0.5
+    top = scores.new_zeros(len(q)).scatter_reduce(0, row, scores.detach(), "amax", include_self=False)
+    e = (scores - top[row]).exp()
+    a = e / e.new_zeros(len(q)).index_add(0, row, e)[row]
+    return torch.zeros_like(v).index_add(0, row, a[:, None] * v[col])
+
+
+def neighbor_scores(q: Tensor, k: Tensor, weight: Tensor, row: Tensor, col: Tensor) -> Tensor:
+    scores = weight * (q[row] * k[col]).sum(1) / q.shape[1] ** 0.5
+    return q.new_zeros(len(q)).index_add(0, row, scores)
+
+
+def quadratic_form(coo: Tensor, x: Tensor) -> Tensor:
+    """trace(x^T A x)."""
+    return (x * spmm(coo, x)).sum()
+
+
+def dirichlet_energy(coo: Tensor, x: Tensor) -> Tensor:
+    """trace(x^T (D - A) x)."""
+    degree = torch.sparse.sum(coo, 1).to_dense()[:, None]
+    return (x * (degree * x - spmm(coo, x))).sum()
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """torch's own fused attention of one bag."""
+    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+    return scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
+
+
+def class_token_attention(q_cls: Tensor, k: Tensor) -> Tensor:
+    return (torch.einsum("hd,thd->th", q_cls[0], k) / k.shape[2] ** 0.5).softmax(0)
+
+
+def nystrom_attention(q: Tensor, k: Tensor, v: Tensor, num_landmarks: int, num_iterations: int = 6) -> Tensor:
+    """One bag, its length a multiple of the landmarks, by torchmil's operations: three softmaxes, kept for backward."""
+    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+    q = q * q.shape[-1] ** -0.5
+    ql, kl = (t.unflatten(2, (num_landmarks, -1)).mean(3) for t in (q, k))
+    first, middle, last = (left @ right.mT for left, right in ((q, kl), (ql, kl), (ql, k)))
+    first, middle, last = (scores.softmax(-1) for scores in (first, middle, last))
+    z = middle.mT / (middle.abs().sum(-1).max() * middle.abs().sum(-2).max())
+    eye = torch.eye(num_landmarks, device=q.device)
+    for _ in range(num_iterations):
+        az = middle @ z
+        z = 0.25 * z @ (13 * eye - az @ (15 * eye - az @ (7 * eye - az)))
+    return ((first @ z) @ (last @ v))[0].transpose(0, 1)

@@ -1,0 +1,225 @@
+"""Per operator: inputs of a given size, what bigbag runs, what one would write without it, and the work they share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigbag import ops
+from bigbag.adjacency import Adjacency
+from bigbag.bags import Segments
+from bigbag.bench import baselines
+from bigbag.graphs import build_adjacency
+
+ATTENTION_DIM = 128
+HEADS, LANDMARKS, STEPS, TERMS, TOPK, DRAWS = 8, 256, 10, 4, 8, 16
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operator at one size.
+
+    Attributes:
+        leaves: named float32 inputs; bfloat16 contenders get them rounded (``stored`` alone where that is given).
+        ours: variant ("" where there is one only) -> function of leaves and implementation.
+        baseline: function of the leaves, and its name.
+        num_bytes: what a forward pass can't avoid to read and write in float32, and the same of a backward pass.
+        num_flops: the arithmetic of a forward and of a backward pass.
+        baseline_fits: False where the baseline's memory or time would be out of reach.
+        stored: the leaves that bfloat16 is about, the rest computing under autocast.
+    """
+
+    leaves: Mapping[str, Tensor]
+    ours: Mapping[str, Callable[[Mapping[str, Tensor], str], Tensor]]
+    baseline: tuple[str, Callable[[Mapping[str, Tensor]], Tensor]]
+    num_bytes: tuple[float, float]
+    num_flops: tuple[float, float]
+    baseline_fits: bool = True
+    stored: tuple[str, ...] = field(default=())
+
+
+def _randn(*shape: int, scale: float = 1.0, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def _segments(rows: int, device: str) -> Segments:
+    """Four bags."""
+    return Segments.from_sizes([rows // 4] * 3 + [rows - 3 * (rows // 4)], device)
+
+
+def _lattice(rows: int, device: str) -> Adjacency:
+    """Eight neighbours on a square, symmetrically normalised."""
+    side = max(1, round(rows**0.5))
+    index = torch.arange(rows)
+    coords = torch.stack([index // side, index % side], 1)
+    adj = build_adjacency(coords.float(), radius=1.5, normalize="symmetric")
+    weight = None if adj.weight is None else adj.weight.to(device)
+    return Adjacency(adj.crow.to(device), adj.col.to(device), weight, adj.symmetric)
+
+
+def _attention_pool(op: str, rows: int, width: int, device: str) -> Case:
+    def parameter(seed: int, *shape: int) -> Tensor:
+        return _randn(*shape, scale=shape[-1] ** -0.5, seed=seed).to(device)
+
+    dim, segments = ATTENTION_DIM, Segments.from_sizes((rows,), device)
+    leaves = {"x": _randn(rows, width).to(device), "w1": parameter(1, dim, width), "b1": parameter(2, dim)}
+    leaves |= {"w2": parameter(3, 1, dim), "wg": parameter(4, dim, width), "bg": parameter(5, dim)}
+
+    def ours(keep: bool) -> Callable[[Mapping[str, Tensor], str], Tensor]:
+        def run(t: Mapping[str, Tensor], impl: str) -> Tensor:
+            x, *weights = t.values()
+            return ops.attention_pool(x, segments, *weights, keep_preactivations=keep, impl=impl)[0]
+
+        return run
+
+    variants = {"recompute": ours(False), "keep": ours(True)}
+    baseline = ("torchmil's operations", lambda t: baselines.attention_pool(**t))
+    size, flops = 4.0 * rows * width, 4.0 * rows * width * dim
+    return Case(leaves, variants, baseline, (size, size), (flops, flops), True, ("x",))
+
+
+def _segment(op: str, rows: int, width: int, device: str) -> Case:
+    segments, leaves = _segments(rows, device), {"x": _randn(rows, width).to(device)}
+    function = getattr(ops, op)
+    known: dict[str, tuple[str, Callable[[Mapping[str, Tensor]], Tensor]]] = {
+        "segment_topk": ("torch.topk per bag", lambda t: baselines.topk(t["x"], segments, TOPK)),
+        "segment_logsumexp": ("logsumexp per bag", lambda t: baselines.logsumexp(t["x"], segments)),
+    }
+    baseline = known.get(op, ("index_add, scatter_reduce", lambda t: baselines.segment(op, t["x"], segments)))
+
+    def ours(t: Mapping[str, Tensor], impl: str) -> Tensor:
+        if op == "segment_topk":
+            return function(t["x"], segments, TOPK, impl=impl)[0]
+        return function(t["x"], segments, impl=impl)
+
+    size = 4.0 * rows * width
+    moved = (2 * size, 3 * size) if op == "segment_softmax" else (size, size)
+    return Case(leaves, {"": ours}, baseline, moved, (size / 4, size / 4))
+
+
+def _segment_pool(op: str, rows: int, width: int, device: str) -> Case:
+    segments = _segments(rows, device)
+    leaves = {"weights": _randn(rows, DRAWS, seed=1).to(device), "x": _randn(rows, width).to(device)}
+    flops, size = 2.0 * rows * width * DRAWS, 4.0 * rows * (width + DRAWS)
+    baseline = ("matmul per bag", lambda t: baselines.segment_pool(t["weights"], t["x"], segments))
+    run = lambda t, impl: ops.segment_pool(t["weights"], t["x"], segments, impl=impl)  # noqa: E731
+    return Case(leaves, {"": run}, baseline, (size, 2 * size), (flops, 2 * flops))
+
+
+def _graph(op: str, rows: int, width: int, device: str) -> Case:
+    adj = _lattice(rows, device)
+    coo, edges = adj.to_coo(), adj.num_edges
+    leaves = {"x": _randn(rows, width).to(device)}
+    if op in ("neighbor_attention", "neighbor_scores"):
+        leaves = {"q": leaves["x"], "k": _randn(rows, width, seed=1).to(device)}
+        leaves |= {"v": _randn(rows, width, seed=2).to(device)} if op == "neighbor_attention" else {}
+    row, col, weight = adj.rows(), adj.col.long(), adj.weight
+    assert weight is not None
+    size, product = 4.0 * rows * width, 2.0 * edges * width
+    # Name -> ours, baseline and its name, reads and writes of (T, D) forward and backward, products along edges.
+    table: dict[str, Any] = {
+        "spmm": (lambda t, i: ops.spmm(adj, t["x"], impl=i), lambda t: baselines.spmm(coo, t["x"]), (2, 2), (1, 1)),
+        "smooth": (
+            lambda t, i: ops.smooth(adj, t["x"], 0.5, STEPS, impl=i),
+            lambda t: baselines.smooth(coo, t["x"], 0.5, STEPS),
+            (3 * STEPS, 3 * STEPS), (STEPS, STEPS),
+        ),
+        "smooth_exact": (
+            lambda t, i: ops.smooth_exact(adj, t["x"], 1.0, impl=i),
+            lambda t: baselines.smooth_exact(coo, t["x"], 1.0),
+            (2, 2), (1, 1),
+        ),
+        "chebyshev": (
+            lambda t, i: ops.chebyshev(adj, t["x"], TERMS, 2.0, impl=i),
+            lambda t: baselines.chebyshev(coo, t["x"], TERMS, 2.0),
+            (2 * TERMS, 2 * TERMS), (TERMS - 1, TERMS - 1),
+        ),
+        "neighbor_attention": (
+            lambda t, i: ops.neighbor_attention(t["q"], t["k"], t["v"], adj, impl=i),
+            lambda t: baselines.neighbor_attention(t["q"], t["k"], t["v"], row, col),
+            (4, 7), (2, 4),
+        ),
+        "neighbor_scores": (
+            lambda t, i: ops.neighbor_scores(t["q"], t["k"], adj, impl=i),
+            lambda t: baselines.neighbor_scores(t["q"], t["k"], weight, row, col),
+            (2, 4), (1, 2),
+        ),
+        "quadratic_form": (
+            lambda t, i: ops.quadratic_form(adj, t["x"], impl=i),
+            lambda t: baselines.quadratic_form(coo, t["x"]), (1, 2), (1, 2),
+        ),
+        "dirichlet_energy": (
+            lambda t, i: ops.dirichlet_energy(adj, t["x"], impl=i),
+            lambda t: baselines.dirichlet_energy(coo, t["x"]), (1, 2), (1.5, 1.5),
+        ),
+    }  # fmt: skip
+    ours, theirs, moved, products = table[op]
+    name = {"smooth_exact": "dense solve"}.get(op, "gather" if op.startswith("neighbor") else "COO bmm")
+    num_bytes, num_flops = (moved[0] * size, moved[1] * size), (products[0] * product, products[1] * product)
+    fits = op != "smooth_exact" or rows <= 5000
+    return Case(leaves, {"": ours}, (name, theirs), num_bytes, num_flops, fits)
+
+
+def _attention(op: str, rows: int, width: int, device: str) -> Case:
+    shape, segments = (rows, HEADS, max(1, width // HEADS)), Segments.from_sizes((rows,), device)
+    q, k, v = (_randn(*shape, seed=seed).to(device) for seed in range(3))
+    size = 4.0 * rows * width
+    if op == "class_token_attention":
+        baseline = ("einsum and softmax", lambda t: baselines.class_token_attention(t["q_cls"], t["k"]))
+        run = lambda t, impl: ops.class_token_attention(t["q_cls"], t["k"], segments, impl=impl)  # noqa: E731
+        return Case({"q_cls": q[:1], "k": k}, {"": run}, baseline, (size, 2 * size), (size / 2, size))
+    leaves = {"q": q, "k": k, "v": v}
+    if op == "masked_attention":
+        flops = 4.0 * rows * rows * width
+        run = lambda t, impl: ops.masked_attention(t["q"], t["k"], t["v"], segments, impl=impl)  # noqa: E731
+        baseline = ("SDPA", lambda t: baselines.masked_attention(**t))
+        return Case(leaves, {"": run}, baseline, (4 * size, 8 * size), (flops, 2.5 * flops))
+
+    def nystrom(t: Mapping[str, Tensor], impl: str) -> Tensor:
+        return ops.nystrom_attention(t["q"], t["k"], t["v"], segments, num_landmarks=LANDMARKS, impl=impl)
+
+    # Two products with the landmarks' keys or queries and two with values, per instance.
+    flops = 8.0 * rows * width * LANDMARKS
+    baseline = ("torchmil's operations", lambda t: baselines.nystrom_attention(**t, num_landmarks=LANDMARKS))
+    return Case(leaves, {"": nystrom}, baseline, (4 * size, 8 * size), (flops, 2.5 * flops), rows % LANDMARKS == 0)
+
+
+_MAKERS: dict[str, tuple[Callable[[str, int, int, str], Case], int, int]] = {
+    "attention_pool": (_attention_pool, 1024, 1 << 62),
+    "segment_pool": (_segment_pool, 512, 1 << 62),
+    **{f"segment_{name}": (_segment, 128, 1 << 62) for name in ("softmax", "sum", "mean", "max", "topk", "logsumexp")},
+    **dict.fromkeys(("spmm", "smooth", "smooth_exact", "chebyshev"), (_graph, 512, 1 << 62)),
+    **dict.fromkeys(("neighbor_attention", "neighbor_scores"), (_graph, 512, 1 << 62)),
+    **dict.fromkeys(("quadratic_form", "dirichlet_energy"), (_graph, 512, 1 << 62)),
+    # Quadratic in the size of a bag.
+    "masked_attention": (_attention, 512, 1 << 15),
+    "class_token_attention": (_attention, 512, 1 << 62),
+    "nystrom_attention": (_attention, 512, 1 << 62),
+}
+"""Operator -> maker of its case, its usual width, and the largest bag that is measured on a CPU."""
+
+
+def usual_width(op: str) -> int:
+    return _MAKERS[op][1]
+
+
+def too_large(op: str, rows: int, device: str) -> bool:
+    return device == "cpu" and rows > _MAKERS[op][2]
+
+
+def make_case(op: str, rows: int, width: int, device: str) -> Case:
+    """The case of ``op`` with ``rows`` instances (``nystrom_attention``: rounded up to a multiple of the landmarks, as
+    its baseline pads with instances that are none).
+
+    Raises:
+        ValueError: an operator without a case.
+    """
+    if op not in _MAKERS:
+        raise ValueError(f"no benchmark for operator {op!r}: add a case to bigbag/bench/cases.py")
+    if op == "nystrom_attention":
+        rows = -(-rows // LANDMARKS) * LANDMARKS
+    return _MAKERS[op][0](op, rows, width, device)

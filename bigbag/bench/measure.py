@@ -1,0 +1,73 @@
+"""What every benchmark measures with: time, memory, and the machine's own limits."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(step: Callable[[], object], device: str) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    step()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def copy_bandwidth(device: str) -> float:
+    """GB/s (read + write) of copying 256 MB into memory that is there already."""
+    source = torch.zeros(1 << 26, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / min(seconds(lambda: target.copy_(source), device) for _ in range(5)) / 1e9
+
+
+def gemm_rate(device: str, dtype: torch.dtype) -> float:
+    """GFLOP/s of (8192, 1024) @ (1024, 256), the shape of attention pooling's projection."""
+    left = torch.randn(8192, 1024, device=device).to(dtype)
+    right = torch.randn(1024, 256, device=device).to(dtype)
+    best = min(seconds(lambda: left @ right, device) for _ in range(5))
+    return 2 * left.numel() * right.shape[1] / best / 1e9
+
+
+def peak_extra_bytes(step: Callable[[], object], device: str) -> int:
+    """Most bytes of tensors alive at once during ``step``, beyond those alive before it."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    # The profiler sees the allocations of the thread that started it alone.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        step()
+    torch.set_num_threads(threads)
+    live = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
+
+
+def machine(device: str) -> str:
+    """The name of the device, on CPU with the number of threads."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return f"{names[0] if names else platform.processor()} x {torch.get_num_threads()} threads"
