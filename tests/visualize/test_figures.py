@@ -133,6 +133,12 @@ def test_colour_range_is_not_set_by_one_instance() -> None:
     assert colour_range(values) == pytest.approx((0.5, 1.0), abs=1e-2)
 
 
+def test_colour_range_lets_a_small_lesion_stand_out() -> None:
+    values = np.append(np.linspace(-4.0, -1.0, 8_000), [0.5, 1.5, 2.5, 3.0])
+    low, high = colour_range(values)
+    assert low == pytest.approx(-2.5, abs=0.01) and high == 1.5
+
+
 def test_outline_of_an_l_shape() -> None:
     coords = np.stack(np.meshgrid(np.arange(5), np.arange(5)), -1).reshape(-1, 2)
     inside = np.array([(tuple(c - 1) in set(map(tuple, L_SHAPE.tolist()))) for c in coords])
