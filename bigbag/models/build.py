@@ -23,6 +23,7 @@ from bigbag.models.base import MILModel
 from bigbag.models.camil import CAMIL
 from bigbag.models.clam import CLAM_MB, CLAM_SB
 from bigbag.models.criteria import build_criterion
+from bigbag.models.deep_graph_surv import DeepGraphSurv
 from bigbag.models.dsmil import DSMIL
 from bigbag.models.dtfdmil import DTFDMIL
 from bigbag.models.iibmil import IIBMIL
@@ -57,6 +58,7 @@ MODELS: dict[str, type[MILModel]] = {
         TransformerABMIL,
         TransMIL,
         PatchGCN,
+        DeepGraphSurv,
         CAMIL,
         SETMIL,
         VAEABMIL,

@@ -6,6 +6,7 @@ from bigbag.nn.attention import (
     NystromAttention,
     iRPEMultiheadSelfAttention,
 )
+from bigbag.nn.chebyshev import ChebConv
 from bigbag.nn.graph import DeepGCNLayer, GCNConv, GNNIdentity
 from bigbag.nn.linear import MLP, LazyLinear, get_feat_dim
 from bigbag.nn.losses import SmoothTop1SVM
@@ -34,6 +35,7 @@ __all__ = [
     "MLP",
     "ApproxSm",
     "AttentionPool",
+    "ChebConv",
     "DeepGCNLayer",
     "Encoder",
     "ExactSm",

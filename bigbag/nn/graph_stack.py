@@ -13,6 +13,7 @@ from bigbag.adjacency import Adjacency
 from bigbag.nn.rows import State, row_chunks, stream_dtype
 
 RowFunction = Callable[[Tensor], Tensor]
+_COLUMNS = 256
 
 
 def graph_stack(
@@ -33,7 +34,8 @@ def graph_stack(
     of rows at a time. The gradient is exact.
 
     Cost: the products as they stand, forward and backward, and one with W_l more for each layer that is not kept.
-    Bytes: T D for each layer kept, and at most three times T D more alive at a time beside ``out`` and its gradient.
+    Bytes: T D for each layer kept, and beside ``out`` or its gradient at most 1.5 times T D more (at widths from 1024),
+    and backward the layers between two that are kept. Products with A are in place, 256 columns at a time.
 
     Args:
         x: (T, P) instances; may be stored narrower than the weights.
@@ -91,7 +93,7 @@ class _Stack:
                 out[rows].addmm_(u, self.readouts[layer].t(), beta=1 if layer else 0)
             if y is not None and weight is not None:
                 torch.mm(u, weight, out=y[rows])
-        return None if y is None else ops.spmm(self.adj, y)
+        return None if y is None else _multiply_(self.adj, y)
 
     def restore(self, layer: int, z: dict[int, Tensor]) -> None:
         """Compute ``z[layer]`` and all between it and the last one kept before it."""
@@ -102,10 +104,12 @@ class _Stack:
             z[last + 1] = found
 
     def differentiate(
-        self, layer: int, z: Tensor, linear: Sequence[_Linear], own: Sequence[_Gradient], wanted: bool
-    ) -> Tensor | None:
-        """The gradient of ``z_l`` if ``wanted``; those of the matrices that read u_l, and of f_l, are added up."""
-        grad_z = torch.empty_like(z) if wanted else None
+        self, layer: int, z: Tensor, linear: Sequence[_Linear], own: Sequence[_Gradient], grad_z: Tensor | None
+    ) -> None:
+        """Write the gradient of ``z_l``, if wanted; add to those of the matrices that read u_l, and of f_l.
+
+        ``grad_z`` may be ``z``, or the gradient of what a matrix made.
+        """
         through = layer > 0
         with self.states[layer].restored():
             for rows in row_chunks(z):
@@ -123,10 +127,17 @@ class _Stack:
                 if not through:
                     grad_z[rows] = grad_u
                     continue
-                grad_z[rows], *found = torch.autograd.grad(u, [part, *(p for p, _ in own)], grad_u)
-                for (_, total), value in zip(own, found):
+                found = torch.autograd.grad(u, [part, *(p for p, _ in own)], grad_u)
+                grad_z[rows] = found[0]
+                for (_, total), value in zip(own, found[1:]):
                     total += value
-        return grad_z
+
+
+def _multiply_(adj: Adjacency, y: Tensor) -> Tensor:
+    """``A y`` in the memory of y, some columns at a time."""
+    for columns in y.split(_COLUMNS, dim=1):
+        columns.copy_(ops.spmm(adj, columns.contiguous()))
+    return y
 
 
 _Gradient = tuple[Tensor, Tensor]
@@ -168,15 +179,19 @@ class _GraphStack(torch.autograd.Function):
         of_functions = [[], *([next(own) for _ in range(count)] for count in ctx.counts)]
         of_functions = [[pair for pair in pairs if pair[0].requires_grad] for pairs in of_functions]
         adj_t = ops.transpose(stack.adj)
-        grad_y = None
+        grad_y = grad_x = None
         for layer in range(num_layers, -1, -1):
             stack.restore(layer, z)
+            z_l = z.pop(layer)
             linear = [(grad, stack.readouts[layer], of_readouts[layer])]
             if grad_y is not None:
                 linear.append((grad_y, stack.weights[layer], of_weights[layer]))
-            wanted = layer > 0 or ctx.needs_input_grad[3]
-            grad_z = stack.differentiate(layer, z.pop(layer), linear, of_functions[layer], wanted)
-            if layer:
-                grad_y = ops.spmm(adj_t, grad_z)
-                del grad_z
-        return None, None, None, grad_z, *(total.to(t.dtype) for total, t in zip(sums, tensors))
+            if layer == 0:
+                grad_x = torch.empty_like(z_l) if ctx.needs_input_grad[3] else None
+                stack.differentiate(layer, z_l, linear, [], grad_x)
+                continue
+            if grad_y is None:
+                grad_y = torch.empty_like(z_l) if layer in ctx.kept else z_l
+            stack.differentiate(layer, z_l, linear, of_functions[layer], grad_y)
+            grad_y = _multiply_(adj_t, grad_y)
+        return None, None, None, grad_x, *(total.to(t.dtype) for total, t in zip(sums, tensors))

@@ -17,6 +17,7 @@ import torch
 from bigbag.ops.attention_bias import AttentionBias, DistanceBias, RelativePositionBias
 from bigbag.ops.attention_pool import attention_pool
 from bigbag.ops.chebyshev import chebyshev, lambda_max
+from bigbag.ops.chebyshev_conv import chebyshev_conv
 from bigbag.ops.class_attention import class_token_attention, mean_attention
 from bigbag.ops.dilated_attention import Branch, dilated_attention, dilated_branches
 from bigbag.ops.gaussian_attention import attention_draws, expected_attention, sampled_attention
@@ -44,6 +45,7 @@ __all__ = [
     "attention_draws",
     "attention_pool",
     "chebyshev",
+    "chebyshev_conv",
     "chosen",
     "class_token_attention",
     "degrees",

@@ -35,23 +35,26 @@ def chebyshev(
     lambda_max: float | Tensor = 2.0,
     segments: Segments | None = None,
     *,
+    degree: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """The first K Chebyshev polynomials of the scaled Laplacian, applied to x.
 
         L~ = 2 (D - A) / lambda_max - I,   Z_0 = x,   Z_1 = L~ x,   Z_k = 2 L~ Z_{k-1} - Z_{k-2}
 
-    A graph convolution is ``sum_k Z[k] @ W_k``. The gradient is the recursion backwards with A^T (Clenshaw's), so
-    nothing is stored. No gradient flows to ``adj.weight`` or ``lambda_max``.
+    A graph convolution is ``sum_k Z[k] @ W_k``: see :func:`chebyshev_conv`, which keeps no (K, T, ...). The gradient is
+    the recursion backwards with A^T (Clenshaw's), so nothing is stored. No gradient flows to ``adj.weight``,
+    ``lambda_max`` or ``degree``.
 
     Cost: 2 (K - 1) E D FLOP forward and backward. Bytes per term: the last two terms read, one written.
 
     Args:
-        adj: (T, T) adjacency; D are its row sums.
+        adj: (T, T) adjacency.
         x: (T, ...) floating.
         num_terms: K, 1 or more.
         lambda_max: largest eigenvalue of D - A: a number or a tensor of one element, or (B,) with ``segments``.
         segments: how the T rows are cut into B bags.
+        degree: (T,) the diagonal matrix D; None: the row sums of A.
         impl: "reference", "cpu" or "triton"; None chooses by device.
 
     Returns:
@@ -69,9 +72,9 @@ def chebyshev(
     if needs_grad(adj.weight):
         raise ValueError("chebyshev: adj.weight requires grad, which it does not give; compose ops.spmm instead")
     acc = accumulation_dtype(x.dtype)
-    ratio = _ratio(lambda_max, segments, adj, acc)
+    ratio = scaling(lambda_max, segments, adj, acc)
     weight = None if adj.weight is None else adj.weight.detach().to(acc)[:, None]
-    degree = degrees(_with_weight(adj, weight), impl=chosen).to(acc)
+    degree = (degrees(_with_weight(adj, weight), impl=chosen) if degree is None else degree).to(acc)
     shape = (num_terms, *x.shape)
     if chosen == "reference":
         return _reference(adj, weight, rows, ratio, ratio * degree - 1, num_terms).view(shape)
@@ -84,7 +87,7 @@ def _with_weight(adj: Adjacency, weight: Tensor | None) -> Adjacency:
     return adj if weight is None else Adjacency(adj.crow, adj.col, weight[:, 0], adj.symmetric)
 
 
-def _ratio(lambda_max: float | Tensor, segments: Segments | None, adj: Adjacency, acc: torch.dtype) -> Tensor:
+def scaling(lambda_max: float | Tensor, segments: Segments | None, adj: Adjacency, acc: torch.dtype) -> Tensor:
     """2 / lambda_max, (T,) or (1,)."""
     device = adj.crow.device
     if not isinstance(lambda_max, Tensor):

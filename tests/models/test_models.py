@@ -48,6 +48,11 @@ VARIANTS = [(name, SMALL.get(name, {})) for name in MODELS] + [
         {"covar_mode": "zero", "feat_ext": {"name": "MLP", "linear_sizes": [7], "activations": ["relu"]}},
     ),
     ("LongNetMIL", {"att_dim": 4, "n_heads": 1, "segment_lengths": [4], "dilations": [1], "pool": "mean"}),
+    (
+        "DeepGraphSurv",
+        {"n_layers_rep": 2, "n_layers_att": 2, "hidden_dim": 8, "att_dim": 4, "compute_lambda_max": True},
+    ),
+    ("PatchGCN", {"n_gcn_layers": 5, "mlp_depth": 2, "hidden_dim": 4}),
     ("SETMIL", {"att_dim": 4, "set_n_heads": 2, "set_n_layers": 2, "use_pmf": True, "rpe_method": "cross"}),
     (
         "SmTransformerABMIL",

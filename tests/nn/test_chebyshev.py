@@ -1,0 +1,127 @@
+"""Chebyshev convolution against the dense formula in double precision, and against torchmil's."""
+
+import pytest
+import torch
+
+from bigbag import ops
+from bigbag.adjacency import Adjacency
+from bigbag.bags import Segments
+from bigbag.nn import ChebConv
+from bigbag.samples.graphs import pattern
+
+SIZES = (6, 1, 0, 9)
+
+
+def graph(symmetric: bool, sizes=SIZES) -> Adjacency:
+    """A lattice with weights of its distances from 0, or directed edges with weights of both signs."""
+    adj = pattern("lattice" if symmetric else "random", sizes)
+    if symmetric:
+        u = torch.rand(adj.num_nodes, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        return Adjacency(adj.crow, adj.col, u[adj.rows()] * u[adj.col.long()], True)
+    weight = torch.randn(adj.num_edges, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return Adjacency(adj.crow, adj.col, weight)
+
+
+def dense_convolution(adj, x, weight, scale):
+    """The formula: scale (T,) is the lambda_max of each instance's bag."""
+    a = adj.to_coo().to_dense()
+    laplacian = 2 / (scale[:, None] + 1e-6) * (torch.diag(a.sum(0)) - a) - torch.eye(len(a), dtype=a.dtype)
+    terms = [torch.eye(len(a), dtype=a.dtype), laplacian]
+    while len(terms) * x.shape[1] < weight.shape[1]:
+        terms.append(2 * laplacian @ terms[-1] - terms[-2])
+    blocks = weight.split(x.shape[1], 1)
+    return sum(term @ x @ block.T for term, block in zip(terms, blocks))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("width, out, terms", [(4, 3, 5), (3, 5, 4), (3, 3, 1), (2, 4, 1), (4, 2, 2), (2, 4, 2)])
+@pytest.mark.parametrize("impl", [None, "reference"])
+def test_convolution_and_its_gradients_equal_the_formula(symmetric, width, out, terms, impl):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(16, width, generator=generator, dtype=torch.float64).requires_grad_()
+    weight = torch.randn(out, terms * width, generator=generator, dtype=torch.float64).requires_grad_()
+    adj, segments = graph(symmetric), Segments.from_sizes(SIZES)
+    scale = torch.tensor([2.0, 1.5, 1.0, 3.0], dtype=torch.float64)
+    found = ops.chebyshev_conv(adj, x, weight, scale, segments, impl=impl)
+    expected = dense_convolution(adj, x, weight, scale[segments.bag_of_instance])
+    torch.testing.assert_close(found, expected)
+    upstream = torch.randn(16, out, generator=generator, dtype=torch.float64)
+    gradients = [torch.autograd.grad((y * upstream).sum(), [x, weight]) for y in (found, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("width, out", [(6, 4), (4, 6)])
+def test_stored_narrow_and_under_autocast(width, out):
+    x, weight = torch.randn(16, width).half(), torch.randn(out, 3 * width)
+    adj = graph(True)
+    exact = ops.chebyshev_conv(adj, x.double(), weight.double())
+    wide = ops.chebyshev_conv(adj, x, weight)
+    assert wide.dtype == torch.float32
+    torch.testing.assert_close(wide.double(), exact, rtol=1e-4, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = ops.chebyshev_conv(adj, x, weight)
+    assert low.dtype == torch.bfloat16
+    # Five roundings to 8 bits of terms that are larger than the result by the sum of their coefficients.
+    assert (low.double() - exact).abs().max() < 0.04 * exact.abs().max()
+
+
+def test_polynomials_are_never_kept():
+    adj, x = pattern("lattice", (2000,)), torch.randn(2000, 64)
+    weight = torch.randn(64, 5 * 64, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        ops.chebyshev_conv(adj, x, weight).sum()
+    big = [t for t in kept if t.numel() >= x.numel()]
+    assert len(big) == 1 and big[0].data_ptr() == x.data_ptr()
+
+
+def test_errors():
+    adj, x = graph(False), torch.randn(16, 4, dtype=torch.float64)
+    with pytest.raises(ValueError, match="K P"):
+        ops.chebyshev_conv(adj, x, torch.randn(3, 7))
+    learned = Adjacency(adj.crow, adj.col, adj.weight.clone().requires_grad_())
+    with pytest.raises(ValueError, match="detach"):
+        ops.chebyshev_conv(learned, x, torch.randn(3, 8))
+    with pytest.raises(ValueError, match="expected 5"):
+        ChebConv(5, 3)(torch.randn(1, 2, 4), torch.eye(2)[None])
+    with pytest.raises(ValueError, match="K is 0"):
+        ChebConv(5, 3, K=0)
+
+
+def padded_graph(batch=2, size=7):
+    edges = torch.rand(batch, size, size)
+    return torch.randn(batch, size, 4), (edges + edges.mT) * (edges * edges.mT > 0.3)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("given", [None, 3.0, torch.tensor([2.5, 4.0])[:, None, None]])
+def test_layer_equals_the_formula(sparse, given):
+    x, adj = padded_graph()
+    layer = ChebConv(4, 3, K=4)
+    found = layer(x, adj.to_sparse() if sparse else adj, given)
+    for i in range(2):
+        laplacian = (torch.diag(adj[i].sum(0)) - adj[i]).double()
+        scale = torch.linalg.eigvalsh(laplacian)[-1] if given is None else torch.as_tensor(given).flatten().expand(2)[i]
+        packed = Adjacency.from_padded(adj[i : i + 1].double(), None, 7)
+        weight = layer.fc.weight.double()
+        expected = dense_convolution(packed, x[i].double(), weight, scale.double().expand(7))
+        torch.testing.assert_close(found[i].double(), expected, rtol=1e-3, atol=1e-3 if given is None else 1e-5)
+
+
+@pytest.mark.parametrize("directed", [False, True])
+@pytest.mark.parametrize("computed", [False, True])
+def test_torchmil_layout_equals_torchmil(computed, directed):
+    theirs_class = pytest.importorskip("torchmil.nn").ChebConv
+    x, adj = padded_graph()
+    adj = adj * (torch.rand_like(adj) < 0.8) if directed else adj
+    theirs, ours = theirs_class(4, 3, 4, computed), ChebConv(4, 3, 4, computed, torchmil_layout=True)
+    ours.load_state_dict(theirs.state_dict())
+    # By power iteration, to the digits that 50 steps give.
+    tolerance = 1e-3 if computed else 1e-5
+    torch.testing.assert_close(ours(x, adj), theirs(x, adj), rtol=tolerance, atol=tolerance)
+
+
+def test_lazy_width():
+    x, adj = padded_graph()
+    layer = ChebConv(None, 3, K=2)
+    assert layer(x, adj).shape == (2, 7, 3) and layer.fc.weight.shape == (3, 8)
