@@ -34,7 +34,7 @@ class DeepGraphSurv(GraphMILModel):
         att_dim: width of the attention space.
         dropout: probability of zeroing an entry after each convolution in training.
         K: number of Chebyshev polynomials.
-        compute_lambda_max: scale the Laplacian of each bag by its largest eigenvalue, found by power iteration; else
+        compute_lambda_max: scale the Laplacian of each bag by its largest eigenvalue, found by Lanczos' method; else
             by 2.
         feat_ext: module applied to each instance; None for none.
         criterion: loss of the logits; None for binary cross-entropy.

@@ -25,7 +25,7 @@ class ChebConv(torch.nn.Module):
         in_channels: input width; None learns it from the first input.
         out_channels: output width.
         K: number of polynomials.
-        compute_lambda_max: where none is given, take the largest eigenvalue of D - A, of each bag, by power iteration;
+        compute_lambda_max: where none is given, take the largest eigenvalue of D - A, of each bag, by Lanczos' method;
             else 2.
         torchmil_layout: torchmil's numbers for a bag by itself, for its checkpoints: mixed rows, and the largest
             eigenvalue of A. It forms the K polynomials.

@@ -105,20 +105,18 @@ def test_layer_equals_the_formula(sparse, given):
         packed = Adjacency.from_padded(adj[i : i + 1].double(), None, 7)
         weight = layer.fc.weight.double()
         expected = dense_convolution(packed, x[i].double(), weight, scale.double().expand(7))
-        torch.testing.assert_close(found[i].double(), expected, rtol=1e-3, atol=1e-3 if given is None else 1e-5)
+        torch.testing.assert_close(found[i].double(), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("directed", [False, True])
-@pytest.mark.parametrize("computed", [False, True])
+# The largest eigenvalue is that of symmetric graphs only.
+@pytest.mark.parametrize("computed, directed", [(False, False), (False, True), (True, False)])
 def test_torchmil_layout_equals_torchmil(computed, directed):
     theirs_class = pytest.importorskip("torchmil.nn").ChebConv
     x, adj = padded_graph()
     adj = adj * (torch.rand_like(adj) < 0.8) if directed else adj
     theirs, ours = theirs_class(4, 3, 4, computed), ChebConv(4, 3, 4, computed, torchmil_layout=True)
     ours.load_state_dict(theirs.state_dict())
-    # By power iteration, to the digits that 50 steps give.
-    tolerance = 1e-3 if computed else 1e-5
-    torch.testing.assert_close(ours(x, adj), theirs(x, adj), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(ours(x, adj), theirs(x, adj), rtol=1e-4, atol=1e-4)
 
 
 def test_lazy_width():
