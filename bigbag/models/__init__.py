@@ -8,6 +8,7 @@ from bigbag.models.clam import CLAM_MB, CLAM_SB
 from bigbag.models.deep_graph_surv import DeepGraphSurv
 from bigbag.models.dsmil import DSMIL
 from bigbag.models.dtfdmil import DTFDMIL
+from bigbag.models.gtp import GTP
 from bigbag.models.iibmil import IIBMIL
 from bigbag.models.longnet import LongNetMIL
 from bigbag.models.patch_gcn import PatchGCN
@@ -28,6 +29,7 @@ __all__ = [
     "CLAM_SB",
     "DSMIL",
     "DTFDMIL",
+    "GTP",
     "IIBMIL",
     "MODELS",
     "SETMIL",

@@ -26,6 +26,7 @@ from bigbag.models.criteria import build_criterion
 from bigbag.models.deep_graph_surv import DeepGraphSurv
 from bigbag.models.dsmil import DSMIL
 from bigbag.models.dtfdmil import DTFDMIL
+from bigbag.models.gtp import GTP
 from bigbag.models.iibmil import IIBMIL
 from bigbag.models.longnet import LongNetMIL
 from bigbag.models.patch_gcn import PatchGCN
@@ -60,6 +61,7 @@ MODELS: dict[str, type[MILModel]] = {
         PatchGCN,
         DeepGraphSurv,
         CAMIL,
+        GTP,
         SETMIL,
         VAEABMIL,
         LongNetMIL,

@@ -10,6 +10,7 @@ from bigbag.nn.chebyshev import ChebConv
 from bigbag.nn.graph import DeepGCNLayer, GCNConv, GNNIdentity
 from bigbag.nn.linear import MLP, LazyLinear, get_feat_dim
 from bigbag.nn.losses import SmoothTop1SVM
+from bigbag.nn.mincut import dense_mincut_pool
 from bigbag.nn.pools import AttentionPool, MaskedSoftmax, MaxPool, MeanPool, masked_softmax
 from bigbag.nn.positions import SinusoidalPositionalEncodingND
 from bigbag.nn.prob_smooth_attention_pool import ProbSmoothAttentionPool
@@ -64,6 +65,7 @@ __all__ = [
     "TransformerLayer",
     "VariationalAutoEncoder",
     "VariationalAutoEncoderMIL",
+    "dense_mincut_pool",
     "get_feat_dim",
     "iRPEMultiheadSelfAttention",
     "iRPETransformerEncoder",

@@ -14,6 +14,7 @@ SIZES = (5, 1, 9)
 SMALL: dict = {
     "CAMIL": {"nystrom_att_dim": 8, "n_heads": 2, "n_landmarks": 4},
     "LongNetMIL": {"att_dim": 8, "n_heads": 2, "segment_lengths": [4, 8], "dilations": [1, 2], "pool_att_dim": 4},
+    "GTP": {"att_dim": 8, "n_clusters": 3, "n_heads": 2},
     "SETMIL": {"att_dim": 8, "set_n_heads": 2, "set_n_layers": 2},
     "TransMIL": {"att_dim": 8, "n_heads": 2, "n_landmarks": 4},
     "ProbSmoothABMIL": {"att_dim": 4, "n_samples_train": 50},
@@ -32,8 +33,12 @@ SMALL: dict = {
 """Model -> arguments that keep it small enough for these tests."""
 DRAWS = {"VAEABMIL", "ProbSmoothABMIL", "TransformerProbSmoothABMIL"}
 """Models whose training draws numbers for every instance: no two training passes agree."""
-UNTRAINED = {"SETMIL": "se_transf.layers.1.att_module.rpe_k"}
-"""Parameters without a gradient: the class token has no place, so its relative positions to all are the same."""
+UNTRAINED = {
+    "GTP": "transformer_encoder.layers.0.in_proj.weight",
+    "SETMIL": "se_transf.layers.1.att_module.rpe_k",
+}
+"""Parameters without a gradient: GTP's class token starts as zeros; SETMIL's has no place, so its relative positions
+to all are the same."""
 ORDERED = {"CAMIL", "TransMIL"}
 """Models of which the order of the instances is a part: landmarks of neighbouring rows, bags laid out as squares."""
 BOUNDED = {"VAEABMIL", "ProbSmoothABMIL", "TransformerProbSmoothABMIL"}
@@ -53,6 +58,17 @@ VARIANTS = [(name, SMALL.get(name, {})) for name in MODELS] + [
         {"n_layers_rep": 2, "n_layers_att": 2, "hidden_dim": 8, "att_dim": 4, "compute_lambda_max": True},
     ),
     ("PatchGCN", {"n_gcn_layers": 5, "mlp_depth": 2, "hidden_dim": 4}),
+    (
+        "GTP",
+        {
+            "att_dim": 6,
+            "n_clusters": 3,
+            "n_heads": 2,
+            "n_layers": 2,
+            "use_mlp": False,
+            "feat_ext": {"name": "MLP", "linear_sizes": [7], "activations": ["relu"]},
+        },
+    ),
     ("SETMIL", {"att_dim": 4, "set_n_heads": 2, "set_n_layers": 2, "use_pmf": True, "rpe_method": "cross"}),
     (
         "SmTransformerABMIL",
