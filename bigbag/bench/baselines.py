@@ -49,6 +49,10 @@ def segment_pool(weights: Tensor, x: Tensor, segments: Segments) -> Tensor:
     return torch.stack([weight.t() @ part for weight, part in parts])
 
 
+def segment_dots(x: Tensor, y: Tensor, segments: Segments) -> Tensor:
+    return torch.cat([part @ vectors.t() for part, vectors in zip(x.split(segments.sizes), y)])
+
+
 def spmm(coo: Tensor, x: Tensor) -> Tensor:
     """torchmil's product with a batch of one COO matrix."""
     return torch.bmm(coo[None], x[None])[0]
@@ -110,6 +114,25 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """torch's own fused attention of one bag."""
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
     return scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
+
+
+def dilated_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], dilations: list[int]) -> Tensor:
+    """LongNet's: each branch by products of strided views, then the branches weighed by their softmax denominators.
+    One bag, its length a multiple of the segments'."""
+    outs, denominators = [], []
+    for length, dilation in zip(lengths, dilations):
+        cut = (-1, min(length, len(q)))
+        out, lse = torch.zeros_like(v), q.new_full(q.shape[:2], -float("inf"))
+        for first in range(dilation):
+            part = (slice(None), slice(first, None, dilation), slice(first, None, dilation))
+            queries, keys, values = (t.unflatten(0, cut)[part].transpose(1, 2) for t in (q, k, v))
+            scores = queries @ keys.mT / q.shape[2] ** 0.5
+            out.unflatten(0, cut)[part] = (scores.softmax(-1) @ values).transpose(1, 2)
+            lse.unflatten(0, cut)[part] = scores.logsumexp(-1).transpose(1, 2)
+        outs.append(out)
+        denominators.append(lse)
+    weights = torch.stack(denominators).softmax(0)
+    return (weights[..., None] * torch.stack(outs)).sum(0)
 
 
 def class_token_attention(q_cls: Tensor, k: Tensor) -> Tensor:

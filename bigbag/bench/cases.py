@@ -16,6 +16,7 @@ from bigbag.bench import baselines
 from bigbag.graphs import build_adjacency
 
 ATTENTION_DIM = 128
+BRANCHES = ([1024, 4096], [1, 2])  # segment lengths and dilations
 HEADS, LANDMARKS, STEPS, TERMS, TOPK, DRAWS = 8, 256, 10, 4, 8, 16
 
 
@@ -110,6 +111,15 @@ def _segment_pool(op: str, rows: int, width: int, device: str) -> Case:
     return Case(leaves, {"": run}, baseline, (size, 2 * size), (flops, 2 * flops))
 
 
+def _segment_dots(op: str, rows: int, width: int, device: str) -> Case:
+    segments = _segments(rows, device)
+    leaves = {"x": _randn(rows, width).to(device), "y": _randn(4, DRAWS, width, seed=1).to(device)}
+    flops, size = 2.0 * rows * width * DRAWS, 4.0 * rows * (width + DRAWS)
+    baseline = ("matmul per bag", lambda t: baselines.segment_dots(t["x"], t["y"], segments))
+    run = lambda t, impl: ops.segment_dots(t["x"], t["y"], segments, impl=impl)  # noqa: E731
+    return Case(leaves, {"": run}, baseline, (size, 2 * size), (flops, 2 * flops))
+
+
 def _graph(op: str, rows: int, width: int, device: str) -> Case:
     adj = _lattice(rows, device)
     coo, edges = adj.to_coo(), adj.num_edges
@@ -173,6 +183,8 @@ def _attention(op: str, rows: int, width: int, device: str) -> Case:
         run = lambda t, impl: ops.class_token_attention(t["q_cls"], t["k"], segments, impl=impl)  # noqa: E731
         return Case({"q_cls": q[:1], "k": k}, {"": run}, baseline, (size, 2 * size), (size / 2, size))
     leaves = {"q": q, "k": k, "v": v}
+    if op == "dilated_attention":
+        return _dilated_attention(leaves, rows, width, segments)
     if op == "masked_attention":
         flops = 4.0 * rows * rows * width
         run = lambda t, impl: ops.masked_attention(t["q"], t["k"], t["v"], segments, impl=impl)  # noqa: E731
@@ -188,9 +200,24 @@ def _attention(op: str, rows: int, width: int, device: str) -> Case:
     return Case(leaves, {"": nystrom}, baseline, (4 * size, 8 * size), (flops, 2.5 * flops), rows % LANDMARKS == 0)
 
 
+def _dilated_attention(leaves: dict[str, Tensor], rows: int, width: int, segments: Segments) -> Case:
+    lengths, dilations = BRANCHES
+    branches = ops.dilated_branches(segments, HEADS, lengths, dilations)
+    size = 4.0 * rows * width
+    # Of the places of a segment, one in r is a query and one in r a key, for each head.
+    flops = sum(4.0 * rows * width * min(w, rows) / r**2 for w, r in zip(lengths, dilations))
+
+    def run(t: Mapping[str, Tensor], impl: str) -> Tensor:
+        return ops.dilated_attention(t["q"], t["k"], t["v"], segments, branches, impl=impl)
+
+    baseline = ("matmul per branch", lambda t: baselines.dilated_attention(**t, lengths=lengths, dilations=dilations))
+    return Case(leaves, {"": run}, baseline, (4 * size, 8 * size), (flops, 2.5 * flops), rows <= 1 << 15)
+
+
 _MAKERS: dict[str, tuple[Callable[[str, int, int, str], Case], int, int]] = {
     "attention_pool": (_attention_pool, 1024, 1 << 62),
     "segment_pool": (_segment_pool, 512, 1 << 62),
+    "segment_dots": (_segment_dots, 512, 1 << 62),
     **{f"segment_{name}": (_segment, 128, 1 << 62) for name in ("softmax", "sum", "mean", "max", "topk", "logsumexp")},
     **dict.fromkeys(("spmm", "smooth", "smooth_exact", "chebyshev"), (_graph, 512, 1 << 62)),
     **dict.fromkeys(("neighbor_attention", "neighbor_scores"), (_graph, 512, 1 << 62)),
@@ -198,6 +225,7 @@ _MAKERS: dict[str, tuple[Callable[[str, int, int, str], Case], int, int]] = {
     # Quadratic in the size of a bag.
     "masked_attention": (_attention, 512, 1 << 15),
     "class_token_attention": (_attention, 512, 1 << 62),
+    "dilated_attention": (_attention, 512, 1 << 62),
     "nystrom_attention": (_attention, 512, 1 << 62),
 }
 """Operator -> maker of its case, its usual width, and the largest bag that is measured on a CPU."""
@@ -212,14 +240,12 @@ def too_large(op: str, rows: int, device: str) -> bool:
 
 
 def make_case(op: str, rows: int, width: int, device: str) -> Case:
-    """The case of ``op`` with ``rows`` instances (``nystrom_attention``: rounded up to a multiple of the landmarks, as
-    its baseline pads with instances that are none).
+    """The case of ``op`` with ``rows`` instances, or a few more where the baseline needs a multiple.
 
     Raises:
         ValueError: an operator without a case.
     """
     if op not in _MAKERS:
         raise ValueError(f"no benchmark for operator {op!r}: add a case to bigbag/bench/cases.py")
-    if op == "nystrom_attention":
-        rows = -(-rows // LANDMARKS) * LANDMARKS
-    return _MAKERS[op][0](op, rows, width, device)
+    multiple = {"nystrom_attention": LANDMARKS, "dilated_attention": min(rows, max(BRANCHES[0]))}.get(op, 1)
+    return _MAKERS[op][0](op, -(-rows // multiple) * multiple, width, device)
