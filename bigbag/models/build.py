@@ -23,7 +23,7 @@ from bigbag.models.base import MILModel
 from bigbag.models.camil import CAMIL
 from bigbag.models.clam import CLAM_MB, CLAM_SB
 from bigbag.models.criteria import build_criterion
-from bigbag.models.deep_graph_surv import DeepGraphSurv
+from bigbag.models.deepgraphsurv import DeepGraphSurv
 from bigbag.models.dsmil import DSMIL
 from bigbag.models.dtfdmil import DTFDMIL
 from bigbag.models.gtp import GTP

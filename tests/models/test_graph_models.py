@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from bigbag.bench.measure import peak_extra_bytes
+
 WIDTH = 5
 
 
@@ -103,3 +105,14 @@ def test_deep_graph_surv_without_in_shape():
         DeepGraphSurv()
     with pytest.raises(ValueError, match="n_layers_att 0"):
         DeepGraphSurv((3,), n_layers_att=0)
+
+
+def test_deep_graph_surv_keeps_one_matrix_per_convolution():
+    from bigbag.bench_models import make_step
+
+    def peak(num_instances):
+        step = make_step("bigbag", "DeepGraphSurv", num_instances, 256, torch.float32, False)[1]
+        return peak_extra_bytes(step, "cpu")
+
+    # In the backward pass a gradient and two more terms, and the branch of half the width.
+    assert (peak(8192) - peak(4096)) / (4096 * 256 * 4) < 4

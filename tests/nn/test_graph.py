@@ -5,6 +5,9 @@ import torch
 
 from bigbag import ops
 from bigbag.adjacency import Adjacency
+from bigbag.bench.measure import peak_extra_bytes
+from bigbag.bench_models import lattice
+from bigbag.graphs import build_adjacency
 from bigbag.nn import DeepGCNLayer, GCNConv, GNNIdentity
 from bigbag.nn.graph_stack import graph_stack
 from bigbag.samples.graphs import pattern
@@ -153,3 +156,23 @@ def test_graph_stack_trains_only_what_is_to_be_trained():
     learned = Adjacency(adj.crow, adj.col, adj.weight.clone().requires_grad_())
     with pytest.raises(ValueError, match="detach"):
         graph_stack(x, learned, [norm], [[]], [weight], [torch.zeros(2, 3)] * 2)
+
+
+# Kept layers, or one kept and those after it computed again, the last of which holds its own gradient; beside them the
+# output, its gradient, a gradient within, and one product with the graph.
+@pytest.mark.parametrize("keep_every, matrices", [(1, 4 + 4), (2, 3 + 3)])
+def test_graph_stack_keeps_few_matrices(keep_every, matrices):
+    def peak(num_instances):
+        adj = build_adjacency(lattice(num_instances), radius=1.5)
+        x, weights = torch.randn(num_instances, 256), [torch.randn(256, 256, requires_grad=True) for _ in range(4)]
+        norms = [torch.nn.LayerNorm(256) for _ in range(4)]
+        parameters = [list(norm.parameters()) for norm in norms]
+        readouts = [torch.randn(256, 256)] * 5
+
+        def step():
+            out = graph_stack(x, adj, norms, parameters, weights, readouts, keep_every)
+            out.backward(torch.ones_like(out))
+
+        return peak_extra_bytes(step, "cpu")
+
+    assert (peak(8192) - peak(4096)) / (4096 * 256 * 4) < matrices + 0.3
