@@ -13,7 +13,7 @@ from bigbag.adjacency import Adjacency
 from bigbag.nn.rows import State, row_chunks, stream_dtype
 
 RowFunction = Callable[[Tensor], Tensor]
-_COLUMNS = 256
+_COLUMNS = 128
 
 
 def graph_stack(
@@ -34,8 +34,8 @@ def graph_stack(
     of rows at a time. The gradient is exact.
 
     Cost: the products as they stand, forward and backward, and one with W_l more for each layer that is not kept.
-    Bytes: T D for each layer kept, and beside ``out`` or its gradient at most 1.5 times T D more (at widths from 1024),
-    and backward the layers between two that are kept. Products with A are in place, 256 columns at a time.
+    Bytes: T D for each layer kept, and beside ``out`` or its gradient at most 1.25 times T D more (at width 1024),
+    and backward the layers between two that are kept. Products with A are in place, 128 columns at a time.
 
     Args:
         x: (T, P) instances; may be stored narrower than the weights.

@@ -176,3 +176,11 @@ def test_graph_stack_keeps_few_matrices(keep_every, matrices):
         return peak_extra_bytes(step, "cpu")
 
     assert (peak(8192) - peak(4096)) / (4096 * 256 * 4) < matrices + 0.3
+
+
+def test_layers_are_in_torchmils_place():
+    import bigbag.nn.gnns
+
+    theirs = pytest.importorskip("torchmil.nn.gnns")
+    assert all(hasattr(bigbag.nn.gnns, name) for name in ("GCNConv", "DeepGCNLayer", "ChebConv", "dense_mincut_pool"))
+    assert bigbag.nn.gnns.GCNConv is GCNConv and theirs.GCNConv is not GCNConv
