@@ -3,13 +3,19 @@
     S[i, j] = scale q[i] . k[j] + bias[i, j],   P = softmax_j S,   out[i] = sum_j drop(P)[i, j] v[j]
 
 Masked keys are left out by copying the others, once per bag: nothing is computed for them. Without bias and dropout a
-bag goes to PyTorch's own flash attention. With them, blocks of ``BLOCK_ROWS`` x ``BLOCK_KEYS`` scores are GEMMs into
-reused buffers with a running maximum and sum; what depends on the pair (distance, bucket, whether dropout keeps it)
-is computed once per block and, where possible, for all heads, with Numba. Backward computes the scores again from the
-logsumexp (Dao 2023). Blocks compute in float32 (float64 for float64). Each worker thread walks over its own share of
-the queries, with its own gradients of k and v, which are added in the order of the shares.
+bag goes to PyTorch's own flash attention, which runs near the speed of float32 GEMMs; but in bfloat16, of which it
+makes nothing, only a short one. Else blocks of ``BLOCK_ROWS`` x ``BLOCK_KEYS`` scores are GEMMs into reused buffers,
+with a running maximum and sum; Numba turns a block into weights in one pass. What depends on the pair (distance,
+bucket, whether dropout keeps it) is computed once per block and, where possible, for all heads. Backward computes the
+scores again from the logsumexp (Dao 2023). Each worker thread walks over its own share of the queries, with its own
+gradients of k and v, which are added in the order of the shares.
 
-Reads: q and out once, k and v once per block of queries. FLOPs: 4 N^2 d forward, 10 N^2 d backward, per head. Working
+Blocks compute in float32 (float64 for float64). Plain bfloat16 takes GEMMs of bfloat16, four times as fast: weights and
+gradients of scores are rounded to it, sums of blocks are not. PyTorch's GEMMs give bfloat16 too, too little for scores:
+they are two GEMMs, s = round(q k) and round(q k - s), together as good as 17 bits.
+
+Reads: q and out once, k and v once per block of queries. FLOPs: 4 N^2 d forward, 10 N^2 d backward, per head
+(bfloat16 blocks: 6 and 12). Working
 memory: copies of k and v of one bag, and per worker a few blocks and the gradients of k and v of that bag.
 """
 
@@ -18,17 +24,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
+import numba
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numba.extending import overload
 from torch import Tensor
 
 from bigbag.kernels.cpu.attention_pool import _share
 from bigbag.kernels.cpu.memory import huge_pages
-from bigbag.kernels.cpu.segments import _jit, accumulation_dtype
+from bigbag.kernels.cpu.segments import _jit, accumulation_dtype, array
+from bigbag.kernels.cpu.spmm import _narrow, _wide
 
 BLOCK_ROWS = 256
 BLOCK_KEYS = 1024
+PAD_ROWS = 64
+PAD_KEYS = 128
+# Rows of a bag from which on blocks of bfloat16 GEMMs pay; they are larger, since so many more of their scores fit.
+SMALL = 1024
+SPLIT_ROWS = 512
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -102,6 +116,115 @@ def _kept(begin, end, seed, head, first_row, columns, drop_below, value, out):
             out[i, j] = value if bits >= np.uint32(drop_below) else 0
 
 
+def _exp(value):
+    raise NotImplementedError("compiled code only")
+
+
+@overload(_exp)
+def _exp_overload(value):
+    if value != numba.types.float32:
+        return lambda value: np.exp(value)
+
+    def exp(value):
+        """For values up to 0, as a loop can be vectorised with: 2^whole times a polynomial (Moshier, Cephes, exp2f)."""
+        power = np.float32(value * np.float32(1.4426950408889634))
+        reached = np.float32(-126) if power < np.float32(-126) else power
+        whole = np.int32(reached - np.float32(0.5))
+        x = np.float32(reached - np.float32(whole))
+        y = np.float32(np.float32(1.535336188319500e-4) * x + np.float32(1.339887440266574e-3))
+        y = np.float32(y * x + np.float32(9.618437357674640e-3))
+        y = np.float32(y * x + np.float32(5.550332471162809e-2))
+        y = np.float32(y * x + np.float32(2.402264791363012e-1))
+        y = np.float32(y * x + np.float32(6.931472028550421e-1))
+        y = np.float32(y * x + np.float32(1))
+        scaled = y * np.int32((whole + np.int32(127)) << np.int32(23)).view(np.float32)
+        return np.float32(0) if power < np.float32(-126) else scaled
+
+    return exp
+
+
+def _key(value):
+    raise NotImplementedError("compiled code only")
+
+
+@overload(_key)
+def _key_overload(value):
+    """An integer with the order of the floats, and NaN beyond infinity: a maximum that is vectorised."""
+    if value != numba.types.float32:
+
+        def wide_key(value):
+            bits = np.float64(value).view(np.int64)
+            return np.int64(bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF))
+
+        return wide_key
+
+    def key(value):
+        bits = np.float32(value).view(np.int32)
+        return np.int32(bits ^ np.int32((bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+
+    return key
+
+
+def _unkey(key):
+    raise NotImplementedError("compiled code only")
+
+
+@overload(_unkey)
+def _unkey_overload(key):
+    """The float of a key: the mapping is its own inverse."""
+    if key == numba.types.int32:
+        return lambda key: np.int32(key ^ np.int32((key >> np.int32(31)) & np.int32(0x7FFFFFFF))).view(np.float32)
+    return lambda key: np.int64(key ^ ((key >> 63) & 0x7FFFFFFFFFFFFFFF)).view(np.float64)
+
+
+@_jit
+def _weigh(begin, end, scores, rest, factor, width, top, total, shrink):
+    # Scores become exp(factor (scores + rest) - top); top and total go on from the blocks before.
+    for i in range(begin, end):
+        key = _key(top[i])
+        for j in range(width):
+            score = _wide(scores[i, j])
+            if rest is not None:
+                score += _wide(rest[i, j])
+            here = _key(score * factor)
+            key = here if here > key else key
+        highest = _unkey(key)
+        shrink[i] = _exp(top[i] - highest)
+        found = total[i] * shrink[i]
+        for j in range(width):
+            score = _wide(scores[i, j])
+            if rest is not None:
+                score += _wide(rest[i, j])
+            weight = _exp(score * factor - highest)
+            found += weight
+            scores[i, j] = _narrow(weight, scores[i, j])
+        top[i] = highest
+        total[i] = found
+
+
+@_jit
+def _weigh_again(begin, end, scores, rest, factor, sums, grads, delta, kept):
+    # Scores become P; grads, gradients of drop(P), become those of scores.
+    for i in range(begin, end):
+        for j in range(scores.shape[1]):
+            score = _wide(scores[i, j])
+            if rest is not None:
+                score += _wide(rest[i, j])
+            weight = _exp(score * factor - sums[i])
+            grad = _wide(grads[i, j])
+            if kept is not None:
+                grad *= kept[i, j]
+            scores[i, j] = _narrow(weight, scores[i, j])
+            grads[i, j] = _narrow(weight * (grad - delta[i]) * factor, grads[i, j])
+
+
+@_jit
+def _add(begin, end, shrink, part, out):
+    for i in range(begin, end):
+        for j in range(out.shape[1]):
+            out[i, j] = out[i, j] * shrink[i] + _wide(part[i, j])
+
+
 class _Bag:
     """The tensors of one bag, head by head: q (H, n, d), k (H, m, d) and v (H, m, dv) of the m keys that take part."""
 
@@ -113,10 +236,11 @@ class _Bag:
         self.take: slice | Tensor = keys if len(taken) == len(columns) else taken
         self.columns = taken.numpy()
         self.q, self.k, self.v = (t.transpose(0, 1) for t in (args.q[rows], args.k[self.take], args.v[self.take]))
+        self.fast = args.plain and (not args.split or rows.stop - rows.start < SMALL)
 
-    def widen(self) -> None:
-        """k and v contiguous in the accumulation dtype, for GEMMs."""
-        self.k, self.v = (t.to(self.args.dtype).contiguous() for t in (self.k, self.v))
+    def prepare(self) -> None:
+        """k and v contiguous, for GEMMs."""
+        self.k, self.v = (self.args.load(t, PAD_KEYS) for t in (self.k, self.v))
 
 
 class _Arguments:
@@ -132,8 +256,20 @@ class _Arguments:
         self.dropout, self.seed, self.scale = dropout, seed, scale
         self.starts, self.kv_starts = offsets.tolist(), kv_offsets.tolist()
         self.dtype = accumulation_dtype(q.dtype)
-        self.fast = not kind and not dropout
+        self.plain = not kind and not dropout
         self.need_weights = False
+        # GEMMs of bfloat16 give bfloat16: scores are two of them, the second one what the first one lacks.
+        self.split = self.plain and q.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        self.gemm = q.dtype if self.split else self.dtype
+        self.block_rows = SPLIT_ROWS if self.split else BLOCK_ROWS
+        # The scale is a factor of q where that rounds to float32, else of the scores.
+        number = np.float64 if self.dtype == torch.float64 else np.float32
+        self.scale_q, self.scale_scores = (1.0, number(scale)) if self.split else (scale, number(1))
+
+    def load(self, x: Tensor, step: int) -> Tensor:
+        """(H, n, .) for GEMMs. Those of bfloat16 are compiled for their shape: n is made a multiple of ``step``."""
+        missing = -x.shape[1] % step if self.split else 0
+        return F.pad(x.to(self.gemm), (0, 0, 0, missing)).contiguous()
 
     def bags(self) -> Iterator[_Bag]:
         """The bags in which there is something to compute."""
@@ -148,9 +284,11 @@ class _Blocks:
 
     def __init__(self, bag: _Bag) -> None:
         self.bag, self.args, self.k, self.v = bag, bag.args, bag.k, bag.v
-        size = min(BLOCK_ROWS, bag.q.shape[1]) * min(BLOCK_KEYS, bag.k.shape[1])
+        rows = bag.q.shape[1] + (PAD_ROWS if self.args.split else 0)
+        size = min(self.args.block_rows, rows) * min(BLOCK_KEYS, bag.k.shape[1])
         kind, dtype = self.args.kind, self.args.dtype
-        self.buffers = {name: torch.empty(size, dtype=dtype) for name in ("scores", "grads")}
+        names = ("scores", "grads", "rest") if self.args.split else ("scores", "grads")
+        self.buffers = {name: torch.empty(size, dtype=self.args.gemm) for name in names}
         if self.args.dropout:
             self.buffers["factors"] = torch.empty(size, dtype=dtype)
         if kind:
@@ -163,35 +301,47 @@ class _Blocks:
         return self.buffers[name][: self.shape[0] * self.shape[1]].view(self.shape)
 
     def launch(self, kernel, *args) -> None:
-        kernel(0, self.shape[0], *args)
+        kernel(0, self.shape[0], *(array(t) if isinstance(t, Tensor) else t for t in args))
 
     def enter(self, rows: slice, keys: slice) -> None:
         """Compute what all heads share in this block: distances or buckets."""
         self.rows, self.keys = rows, keys
-        self.shape = (rows.stop - rows.start, keys.stop - keys.start)
         args, bag = self.args, self.bag
+        count = rows.stop - rows.start
+        self.shape = (count + (-count % PAD_ROWS if args.split else 0), keys.stop - keys.start)
         if not args.kind:
             return
         assert args.coords is not None and args.kv_coords is not None
-        where = (args.coords[bag.rows][rows].numpy(), args.kv_coords[bag.take][keys].numpy())
+        where = (args.coords[bag.rows][rows], args.kv_coords[bag.take][keys])
         self.pairs = self.buffer("pairs")
         if args.kind == "distance":
-            self.launch(_distances, *where, self.pairs.numpy())
+            self.launch(_distances, *where, self.pairs)
         else:
-            self.launch(_buckets, *where, args.thresholds, args.kind == "product", self.pairs.numpy())
+            self.launch(_buckets, *where, args.thresholds, args.kind == "product", self.pairs)
 
-    def score(self, head: int, q: Tensor) -> Tensor:
-        """Scores (rows, keys) of one head; q (rows, d) is scaled already."""
-        scores = torch.mm(q, self.k[head, self.keys].t(), out=self.buffer("scores"))
+    def score(self, head: int, q: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scores (rows, keys) of one head, and what they lack; q (rows, d)."""
+        k = self.k[head, self.keys].t()
+        scores = torch.mm(q, k, out=self.buffer("scores"))
+        if self.args.split:
+            return scores, torch.addmm(scores, q, k, beta=-1, out=self.buffer("rest"))
         if self.args.weights is None:
-            return scores
+            return scores, None
         if self.args.kind == "distance":
             scores.addcmul_(self.pairs, self.args.weights[0, head, :1], value=-1)
         else:
             weights = self.args.weights[:, head]
             weights = weights[self.bag.rows][self.rows] if len(weights) > 1 else weights
-            self.launch(_add_weights, weights.numpy(), self.pairs.numpy(), scores.numpy())
-        return scores
+            self.launch(_add_weights, weights, self.pairs, scores)
+        return scores, None
+
+    def add_product(self, out: Tensor, a: Tensor, b: Tensor, shrink: Tensor | None = None, alpha: float = 1.0) -> None:
+        """out = out * shrink + alpha a b; alpha is 1 where scores are split."""
+        if self.args.split:
+            shrink = out.new_ones(len(out)) if shrink is None else shrink
+            _add(0, len(out), array(shrink), array(torch.mm(a, b)), array(out))
+        else:
+            (out if shrink is None else out.mul_(shrink[:, None])).addmm_(a, b, alpha=alpha)
 
     def factor(self, head: int) -> Tensor:
         """0 where dropout drops, else 1 / (1 - dropout)."""
@@ -200,7 +350,7 @@ class _Blocks:
         bound = min(round(dropout * 2**32), 2**32 - 1)
         first = self.bag.rows.start + self.rows.start
         numbers = (self.args.seed & 0xFFFFFFFF, head, first, self.bag.columns[self.keys], bound, 1 / (1 - dropout))
-        self.launch(_kept, *numbers, out.numpy())
+        self.launch(_kept, *numbers, out)
         return out
 
     def begin_rows(self) -> None:
@@ -216,7 +366,7 @@ class _Blocks:
             moments[2] += weights.mul_(self.pairs).sum(1)
             return
         rows = torch.zeros(self.shape[0], out.shape[2], dtype=out.dtype)
-        self.launch(_gather_gradient, grad_scores.numpy(), self.pairs.numpy(), rows.numpy())
+        self.launch(_gather_gradient, grad_scores, self.pairs, rows)
         if out.shape[0] == 1:
             out[0, head] += rows.sum(0)
         else:
@@ -238,24 +388,23 @@ def _same_width(*tensors: Tensor) -> list[Tensor]:
 def _attend(bag: _Bag, out: Tensor, lse: Tensor, first: int, last: int) -> None:
     """Fill rows ``first`` to ``last`` of out (n, H, dv) and lse (n, H) of one bag, block by block."""
     blocks, args = _Blocks(bag), bag.args
-    for rows in blocks.bounds(first, last, BLOCK_ROWS):
-        q = bag.q[:, rows].to(args.dtype) * args.scale
-        top = torch.full((*q.shape[:2], 1), -float("inf"), dtype=args.dtype)
-        total, acc = torch.zeros_like(top), torch.zeros(*q.shape[:2], blocks.v.shape[2], dtype=args.dtype)
+    for rows in blocks.bounds(first, last, args.block_rows):
+        q, count = args.load(bag.q[:, rows], PAD_ROWS) * args.scale_q, rows.stop - rows.start
+        top = torch.full(q.shape[:2], -float("inf"), dtype=args.dtype)
+        total, shrink = torch.zeros_like(top), torch.empty_like(top)
+        acc = torch.zeros(*q.shape[:2], blocks.v.shape[2], dtype=args.dtype)
         for keys in blocks.bounds(0, bag.k.shape[1], BLOCK_KEYS):
             blocks.enter(rows, keys)
+            width = min(keys.stop, len(bag.columns)) - keys.start
             for head in range(len(q)):
-                scores = blocks.score(head, q[head])
-                new_top = torch.maximum(top[head], scores.amax(1, keepdim=True))
-                shrink = (top[head] - new_top).exp_()
-                weights = scores.sub_(new_top).exp_()
-                total[head].mul_(shrink).add_(weights.sum(1, keepdim=True))
+                weights, rest = blocks.score(head, q[head])
+                sums = (top[head], total[head], shrink[head])
+                blocks.launch(_weigh, weights, rest, args.scale_scores, width, *sums)
                 if args.dropout:
                     weights.mul_(blocks.factor(head))
-                acc[head].mul_(shrink).addmm_(weights, blocks.v[head, keys])
-                top[head] = new_top
-        out[rows] = acc.div_(total).transpose(0, 1)
-        lse[rows] = total.log_().add_(top)[..., 0].t()
+                blocks.add_product(acc[head], weights, blocks.v[head, keys], shrink[head])
+        out[rows] = acc.div_(total[..., None]).transpose(0, 1)[:count]
+        lse[rows] = total.log_().add_(top).t()[:count]
 
 
 def forward(*arguments) -> tuple[Tensor, Tensor]:
@@ -268,12 +417,12 @@ def forward(*arguments) -> tuple[Tensor, Tensor]:
     out = huge_pages(args.q.new_empty(shape, dtype=dtype)).zero_()
     lse = args.q.new_full(args.q.shape[:2], -float("inf"), dtype=args.dtype)
     for bag in args.bags():
-        if args.fast:
+        if bag.fast:
             found, sums = _flash(*_same_width(bag.q, bag.k, bag.v), 0.0, False, attn_mask=None, scale=args.scale)
             out[bag.rows] = found[0].transpose(0, 1)[..., : out.shape[2]]
             lse[bag.rows] = sums[0].t()
         else:
-            bag.widen()
+            bag.prepare()
             _share(partial(_attend, bag, out[bag.rows], lse[bag.rows]), bag.q.shape[1])
     return out, lse
 
@@ -284,36 +433,42 @@ def _differentiate(
     """Gradients from rows ``first`` to ``last`` of one bag: fill grad_q (n, H, d), add to by_row (Tq, H, C);
     return those of k and v (H, m, .), and of weights (1, H, C) where they have no rows."""
     blocks, args = _Blocks(bag), bag.args
-    grad_k, grad_v = torch.zeros_like(blocks.k), torch.zeros_like(blocks.v)
+    grad_k, grad_v = (torch.zeros(t.shape, dtype=args.dtype) for t in (blocks.k, blocks.v))
+    right = F.pad(blocks.v, (0, 2), value=1) if args.split else blocks.v
     shared = (
         [] if args.weights is None or by_row is not None or not args.need_weights else [torch.zeros_like(args.weights)]
     )
     grad_weights = shared[0] if shared else by_row
-    for rows in blocks.bounds(first, last, BLOCK_ROWS):
-        q, upper = bag.q[:, rows].to(args.dtype) * args.scale, grad[rows].transpose(0, 1).to(args.dtype)
-        delta = (upper * out[rows].transpose(0, 1).to(args.dtype)).sum(2, keepdim=True)
-        sums = lse[rows].t()[..., None]
-        found = torch.zeros_like(q)
+    for rows in blocks.bounds(first, last, args.block_rows):
+        count = rows.stop - rows.start
+        q = args.load(bag.q[:, rows], PAD_ROWS) * args.scale_q
+        upper, value = (args.load(t[rows].transpose(0, 1), PAD_ROWS) for t in (grad, out))
+        delta, left = (upper.to(args.dtype) * value).sum(2), upper
+        if args.split:
+            # Subtracted inside the GEMM, in two pieces: rounded before that, near one-hot rows would lose their digits.
+            high = delta.to(args.gemm)
+            low = (delta - high).to(args.gemm)
+            left, delta = torch.cat([upper, -high[..., None], -low[..., None]], 2), torch.zeros_like(delta)
+        sums = F.pad(lse[rows].t(), (0, q.shape[1] - count)).contiguous()
+        found = torch.zeros(q.shape, dtype=args.dtype)
         blocks.begin_rows()
         for keys in blocks.bounds(0, bag.k.shape[1], BLOCK_KEYS):
             blocks.enter(rows, keys)
             for head in range(len(q)):
-                weights = blocks.score(head, q[head]).sub_(sums[head]).exp_()
-                grads = torch.mm(upper[head], blocks.v[head, keys].t(), out=blocks.buffer("grads"))
-                dropped = weights
-                if args.dropout:
-                    factor = blocks.factor(head)
-                    grads.mul_(factor)
-                    dropped = factor.mul_(weights)
-                grad_v[head, keys].addmm_(dropped.t(), upper[head])
-                grads.sub_(delta[head]).mul_(weights)
-                found[head].addmm_(grads, blocks.k[head, keys], alpha=args.scale)
-                grad_k[head, keys].addmm_(grads.t(), q[head])
+                weights, rest = blocks.score(head, q[head])
+                grads = torch.mm(left[head], right[head, keys].t(), out=blocks.buffer("grads"))
+                factor = blocks.factor(head) if args.dropout else None
+                row = (sums[head], grads, delta[head])
+                blocks.launch(_weigh_again, weights, rest, args.scale_scores, *row, factor)
+                dropped = weights if factor is None else factor.mul_(weights)
+                blocks.add_product(grad_v[head, keys], dropped.t(), upper[head])
+                blocks.add_product(found[head], grads, blocks.k[head, keys], alpha=args.scale_q)
+                blocks.add_product(grad_k[head, keys], grads.t(), q[head])
                 if grad_weights is not None:
                     blocks.add_to_weights(grad_weights, head, weights, grads)
         if grad_weights is not None:
             blocks.end_rows(grad_weights)
-        grad_q[rows] = found.transpose(0, 1)
+        grad_q[rows] = found.transpose(0, 1)[:count]
     return [grad_k, grad_v, *shared]
 
 
@@ -325,7 +480,7 @@ def backward(grad: Tensor, out: Tensor, lse: Tensor, *arguments) -> tuple[Tensor
     grad_weights = torch.zeros_like(args.weights) if args.need_weights and args.weights is not None else None
     by_row = grad_weights if grad_weights is not None and len(grad_weights) > 1 else None
     for bag in args.bags():
-        if args.fast:
+        if bag.fast:
             outer = (t[bag.rows].transpose(0, 1) for t in (grad, out))
             q, k, v, upper, value = _same_width(bag.q, bag.k, bag.v, *outer)
             sums = lse[bag.rows].t()[None]
@@ -333,13 +488,13 @@ def backward(grad: Tensor, out: Tensor, lse: Tensor, *arguments) -> tuple[Tensor
             for_q, for_k, for_v = (t[0] for t in found)
             grad_q[bag.rows] = for_q.transpose(0, 1)[..., : grad_q.shape[2]]
         else:
-            bag.widen()
+            bag.prepare()
             mine = bag.rows
             part = partial(_differentiate, bag, grad[mine], out[mine], lse[mine], grad_q[mine], by_row)
             # Summed in the order of the shares.
             for_k, for_v, *for_weights = (sum(parts) for parts in zip(*_share(part, bag.q.shape[1])))
             if for_weights and grad_weights is not None:
                 grad_weights += for_weights[0]
-        grad_k[bag.take] = for_k.transpose(0, 1)[..., : grad_k.shape[2]].to(grad_k.dtype)
-        grad_v[bag.take] = for_v.transpose(0, 1)[..., : grad_v.shape[2]].to(grad_v.dtype)
+        grad_k[bag.take] = for_k.transpose(0, 1)[: len(bag.columns), :, : grad_k.shape[2]].to(grad_k.dtype)
+        grad_v[bag.take] = for_v.transpose(0, 1)[: len(bag.columns), :, : grad_v.shape[2]].to(grad_v.dtype)
     return grad_q, grad_k, grad_v, lse.new_empty(0) if grad_weights is None else grad_weights

@@ -83,6 +83,43 @@ def test_several_blocks_of_the_cpu_kernel(monkeypatch: pytest.MonkeyPatch) -> No
         check(NAMED[f"masked_attention, {name}"], "cpu", torch.float32)
 
 
+@pytest.mark.parametrize("name", ["several", "empty bags", "masked", "values narrower", "cross", "scale"])
+def test_bfloat16_blocks_of_the_cpu_kernel_within_budget(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bigbag.kernels.cpu import masked_attention as kernel
+
+    monkeypatch.setattr(kernel, "SMALL", 0)
+    monkeypatch.setattr(kernel, "SPLIT_ROWS", 64)
+    monkeypatch.setattr(kernel, "BLOCK_KEYS", 128)
+    check(NAMED[f"masked_attention, {name}"], "cpu", torch.bfloat16)
+
+
+@pytest.mark.parametrize(("keys", "masked", "scale"), [(None, False, None), (1300, True, -0.4), (70, False, 40.0)])
+def test_bfloat16_blocks_of_the_cpu_kernel(
+    keys: int | None, masked: bool, scale: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within twice the error of PyTorch's kernel, up to softmaxes next to one-hot; the same bits every time."""
+    from bigbag.kernels.cpu import masked_attention as kernel
+
+    rows = (1537, 3, 1100)
+    cut = None if keys is None else Segments.from_sizes((keys, 0, 5))
+    total = sum(rows) if cut is None else cut.num_instances
+    shapes = ((sum(rows), 24), (total, 24), (total, 20), (sum(rows), 20))
+    *inputs, weight = (randn(n, 2, width, seed=i).bfloat16() for i, (n, width) in enumerate(shapes))
+    mask = torch.arange(total) % 3 != 1 if masked else None
+
+    def run(impl: str, dtype: torch.dtype, small: int = kernel.SMALL) -> list[Tensor]:
+        monkeypatch.setattr(kernel, "SMALL", small)
+        leaves = [t.to(dtype).requires_grad_() for t in inputs]
+        out = masked_attention(*leaves, Segments.from_sizes(rows), cut, mask=mask, scale=scale, impl=impl)
+        return [out.detach(), *torch.autograd.grad(out, leaves, weight.to(dtype))]
+
+    found, again, other = (run("cpu", torch.bfloat16, small) for small in (0, 0, sum(rows)))
+    for value, same, theirs, truth in zip(found, again, other, run("reference", torch.float64)):
+        assert torch.equal(value, same)
+        error, allowed = ((t.double() - truth).norm() for t in (value, theirs))
+        assert 0 < error <= 2 * allowed
+
+
 @pytest.mark.parametrize("case", ["distance", "bias", "contextual"])
 def test_workers_of_the_cpu_kernel_share_the_queries(case: str) -> None:
     rows, heads, dim = 1200, 2, 4
