@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _bench(arguments: Sequence[str]) -> int:
     """``bench ops`` or ``bench models``, each with options of its own."""
     if arguments[:1] == ["models"]:
-        from bigbag.bench_models import main as bench_models
+        from bigbag.bench.models import main as bench_models
 
         return bench_models(arguments[1:])
     from bigbag.bench import main as bench_operators

@@ -5,7 +5,7 @@ import csv
 import pytest
 import torch
 
-from bigbag.bench_models import lattice, main, make_step, run_job
+from bigbag.bench.models import lattice, main, make_step, run_job
 
 JOB = {"instances": 4000, "width": 64, "threads": 1, "steps": 1, "seconds": 1, "recompute": False, "dtype": "float32"}
 

@@ -34,8 +34,7 @@ ALLOWED = {
     "samples": OPS | {"testing"},
     "testing": OPS | {"samples"},
     "bench": ENGINE | {"samples", "testing"},
-    "bench_models": ENGINE,
-    "cli": ENGINE | {"evaluation", "visualize", "bench", "bench_models"},
+    "cli": ENGINE | {"evaluation", "visualize", "bench"},
 }
 
 

@@ -108,7 +108,7 @@ def test_deep_graph_surv_without_in_shape():
 
 
 def test_deep_graph_surv_keeps_one_matrix_per_convolution():
-    from bigbag.bench_models import make_step
+    from bigbag.bench.models import make_step
 
     def peak(num_instances):
         step = make_step("bigbag", "DeepGraphSurv", num_instances, 256, torch.float32, False)[1]

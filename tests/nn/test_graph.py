@@ -6,7 +6,7 @@ import torch
 from bigbag import ops
 from bigbag.adjacency import Adjacency
 from bigbag.bench.measure import peak_extra_bytes
-from bigbag.bench_models import lattice
+from bigbag.bench.models import lattice
 from bigbag.graphs import build_adjacency
 from bigbag.nn import DeepGCNLayer, GCNConv, GNNIdentity
 from bigbag.nn.graph_stack import graph_stack

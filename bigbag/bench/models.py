@@ -120,7 +120,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 def run_job(job: dict[str, Any], timeout_s: float) -> dict[str, Any]:
     """:func:`measure` in a fresh process; ``{"error": ...}`` if it fails."""
     code = (
-        "import json, sys; from bigbag.bench_models import measure; print(json.dumps(measure(json.loads(sys.argv[1]))))"
+        "import json, sys; from bigbag.bench.models import measure; print(json.dumps(measure(json.loads(sys.argv[1]))))"
     )
     command = [sys.executable, "-c", code, json.dumps(job)]
     try:
