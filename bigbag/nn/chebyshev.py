@@ -55,7 +55,13 @@ class ChebConv(torch.nn.Module):
 
     def lambda_max(self, adj: Adjacency, segments: Segments) -> float | Tensor:
         """What the Laplacian is scaled by where nothing is given: ``(B,)``, or 2."""
-        return ops.lambda_max(adj, segments, laplacian=not self.torchmil_layout) if self.compute_lambda_max else 2.0
+        if not self.compute_lambda_max:
+            return 2.0
+        if not ops.marked_symmetric(adj).symmetric:
+            raise ValueError(
+                "ChebConv: compute_lambda_max needs a symmetric graph; symmetrize it, or give lambda_max yourself"
+            )
+        return ops.lambda_max(adj, segments, laplacian=not self.torchmil_layout)
 
     def forward_packed(
         self, x: Tensor, adj: Adjacency, segments: Segments, lambda_max: float | Tensor | None = None

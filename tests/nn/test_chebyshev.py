@@ -123,3 +123,11 @@ def test_lazy_width():
     x, adj = padded_graph()
     layer = ChebConv(None, 3, K=2)
     assert layer(x, adj).shape == (2, 7, 3) and layer.fc.weight.shape == (3, 8)
+
+
+def test_the_largest_eigenvalue_of_a_directed_graph_is_refused():
+    layer, adj = ChebConv(4, 3, compute_lambda_max=True).double(), graph(symmetric=False)
+    x, segments = torch.randn(sum(SIZES), 4, dtype=torch.float64), Segments.from_sizes(SIZES)
+    with pytest.raises(ValueError, match="needs a symmetric graph"):
+        layer.forward_packed(x, adj, segments)
+    assert layer.forward_packed(x, adj, segments, lambda_max=2.0).shape == (sum(SIZES), 3)
