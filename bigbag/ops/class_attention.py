@@ -54,8 +54,10 @@ def class_token_attention(
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     q_cls, k = q_cls.to(dtype), k.to(dtype)
     scale = 1 / math.sqrt(q_cls.shape[2]) if scale is None else float(scale)
-    rows = [_scores(part, q, acc) for part, q in zip(k.split(segments.sizes), q_cls)]
-    scores = torch.cat(rows) * scale if rows else k.new_zeros(0, k.shape[1], dtype=acc)
+    # Gradients of parts are joined by a copy, which one bag does without.
+    parts = [k] if segments.num_bags == 1 else k.split(segments.sizes)
+    rows = [_scores(part, q, acc) for part, q in zip(parts, q_cls)]
+    scores = (rows[0] if len(rows) == 1 else torch.cat(rows)) * scale if rows else k.new_zeros(0, k.shape[1], dtype=acc)
     if mask is not None:
         scores = torch.where(mask[:, None], scores, torch.finfo(acc).min)
     a = segment_softmax(scores, segments, impl=chosen)
@@ -65,7 +67,7 @@ def class_token_attention(
 
 def _scores(k: Tensor, q: Tensor, acc: torch.dtype) -> Tensor:
     """k (n, H, d), q (H, d) -> (n, H): one matrix-vector product per head, rounded as the compute dtype does."""
-    return torch.bmm(k.transpose(0, 1), q[:, :, None])[..., 0].t().to(acc)
+    return torch.einsum("hd,thd->th", q, k).to(acc)
 
 
 @torch.no_grad()
