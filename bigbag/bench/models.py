@@ -19,12 +19,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from bigbag.bench.measure import copy_bandwidth, gemm_rate
 
 _VAE = {"name": "VariationalAutoEncoderMIL", "layer_sizes": [256, 64], "activations": ["relu", "None"]}
 ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -134,26 +136,6 @@ def run_job(job: dict[str, Any], timeout_s: float) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def rates(threads: int) -> tuple[dict[str, float], float]:
-    """GEMM FLOP/s by dtype, and copied bytes (read and written) per second, of this machine."""
-    torch.set_num_threads(threads)
-    gemm = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.randn(8192, 1024).to(dtype), torch.randn(1024, 512).to(dtype)
-        gemm[str(dtype)[6:]] = 2 * 8192 * 1024 * 512 / _fastest(lambda a=a, b=b: a @ b)  # type: ignore[misc]
-    source, target = torch.zeros(1 << 26), torch.zeros(1 << 26)
-    return gemm, 2 * source.nbytes / _fastest(lambda: target.copy_(source))
-
-
-def _fastest(step: Callable[[], object]) -> float:
-    seconds = []
-    for _ in range(7):
-        started = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
-
-
 def bench_model(name: str, instances: int, options: argparse.Namespace, gemm: Any, copy: float) -> list[dict[str, Any]]:
     """Rows of one model at one size: bigbag in each precision, kept and recomputed, and torchmil in fp32."""
     import importlib.util
@@ -208,7 +190,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--without-torchmil", action="store_true")
     parser.add_argument("--csv", help="write every row to this file")
     options = parser.parse_args(argv)
-    gemm, copy = rates(options.threads)
+    torch.set_num_threads(options.threads)
+    gemm = {str(dtype)[6:]: gemm_rate("cpu", dtype) * 1e9 for dtype in (torch.float32, torch.bfloat16)}
+    copy = copy_bandwidth("cpu") * 1e9
     shown = ", ".join(f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in gemm.items())
     print(f"{options.threads} threads, GEMM {shown}, copy {copy / 1e9:.1f} GB/s, torch {torch.__version__}")
     rows: list[dict[str, Any]] = []
