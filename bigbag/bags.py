@@ -7,7 +7,7 @@ door (:meth:`PackedBags.from_padded`, :meth:`PackedBags.to_padded`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import accumulate
@@ -43,6 +43,11 @@ class Bag:
         coords: ``(N, c)`` positions, or None.
         y_inst: ``(N,)`` integer instance labels, -1 = unknown, or None.
         adj: graph over the instances, or None.
+        stride: distance of adjacent patches in the unit of ``coords`` (level-0 pixels, micrometres) as a source gives
+            them; None where it is unknown, or where ``coords`` are no lattice or count patches already.
+        positions: ``(N, c)`` the source's own coordinates, of step ``stride``, where packing has made ``coords`` count
+            patches; else None.
+        attributes: what else the source says of the bag, JSON-able: the magnification, the encoder, ...
     """
 
     x: np.ndarray
@@ -51,9 +56,12 @@ class Bag:
     coords: np.ndarray | None = None
     y_inst: np.ndarray | None = None
     adj: Adjacency | None = None
+    stride: float | None = None
+    positions: np.ndarray | None = None
+    attributes: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("x", "coords", "y_inst"):
+        for name in ("x", "coords", "y_inst", "positions"):
             value = _as_array(getattr(self, name), name)
             object.__setattr__(self, name, value)
             if value is not None and (value.ndim == 0 or len(value) != len(self.x)):

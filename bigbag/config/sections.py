@@ -70,9 +70,9 @@ class GraphConfig(_Section):
     """Join every instance to itself."""
     normalize: Literal["none", "symmetric", "row"] = "symmetric"
     """symmetric: D^-1/2 A D^-1/2; row: D^-1 A; D holds the row sums."""
-    stride: float | Literal["infer"] = 1.0
-    """Lattice step in the unit of ``coords``: 1 where they count patches, as those of all built-in sources do; for
-    level-0 pixels the patch size at level 0 less the overlap, or "infer" to measure it in each bag."""
+    stride: float | Literal["infer"] | None = None
+    """Lattice step in the unit of the source's coordinates: for level-0 pixels the patch size at level 0 less the
+    overlap; "infer" measures it in each bag. None: what the source says, 1 where it says nothing."""
 
     @model_validator(mode="after")
     def _consistent(self) -> GraphConfig:

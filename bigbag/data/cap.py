@@ -53,6 +53,7 @@ def take_rows(bag: Bag, rows: np.ndarray) -> Bag:
         bag,
         x=bag.x[rows],
         coords=None if bag.coords is None else bag.coords[rows],
+        positions=None if bag.positions is None else bag.positions[rows],
         y_inst=None if bag.y_inst is None else bag.y_inst[rows],
         adj=None if bag.adj is None else _induced(bag.adj, rows),
     )

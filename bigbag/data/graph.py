@@ -13,10 +13,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from bigbag.bags import Bag
-from bigbag.graphs import build_adjacency, grid_coords, infer_stride
+from bigbag.graphs import build_adjacency
 
 _TOO_MANY_ALONE = 50
 
@@ -25,7 +23,7 @@ def with_graph(bag: Bag, settings: Mapping[str, Any], where: str) -> tuple[Bag, 
     """The bag with the graph that ``settings`` describe.
 
     Args:
-        bag: with ``coords``, and without a graph of its own.
+        bag: with ``coords`` that count patches (:func:`bigbag.data.lattice.on_lattice`), without a graph of its own.
         settings: the fields of :class:`bigbag.config.GraphConfig`.
         where: what to call the bag in messages.
 
@@ -33,8 +31,7 @@ def with_graph(bag: Bag, settings: Mapping[str, Any], where: str) -> tuple[Bag, 
         The bag with ``adj``, and a remark where no two of its instances are joined, else None.
 
     Raises:
-        ValueError: no coordinates, a graph that the source brings itself, positions without a common stride, or a large
-            bag without any edge.
+        ValueError: no coordinates, a graph that the source brings itself, or a large bag without any edge.
     """
     if bag.adj is not None:
         raise ValueError(f"{where}: the source brings a graph of its own; leave data.graph out")
@@ -42,7 +39,7 @@ def with_graph(bag: Bag, settings: Mapping[str, Any], where: str) -> tuple[Bag, 
         raise ValueError(f"{where}: has no coords, from which data.graph is built; leave data.graph out")
     try:
         adj = build_adjacency(
-            _lattice_places(bag.coords, settings["stride"]),
+            bag.coords,
             radius=settings["radius"],
             knn=settings["knn"],
             features=bag.x.reshape(len(bag.x), -1) if settings["features"] else None,
@@ -57,15 +54,8 @@ def with_graph(bag: Bag, settings: Mapping[str, Any], where: str) -> tuple[Bag, 
     if bag.num_instances > 1 and adj.num_edges == num_alone:
         remark = (
             f"{where}: data.graph joins no two of {bag.num_instances} instances; coords are taken to have the stride "
-            f"{settings['stride']} (set data.graph.stride to that of the coords, or to infer)"
+            f"{1 if bag.stride is None else bag.stride} (set data.graph.stride to that of the coords, or to infer)"
         )
         if bag.num_instances > _TOO_MANY_ALONE:
             raise ValueError(remark)
     return replace(bag, adj=adj), remark
-
-
-def _lattice_places(coords: np.ndarray, stride: float | str) -> np.ndarray:
-    """Positions in strides; as they are where the stride is 1."""
-    if stride == 1:
-        return coords
-    return grid_coords(coords, infer_stride(coords) if stride == "infer" else stride)

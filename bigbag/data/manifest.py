@@ -39,6 +39,7 @@ class BagInfo:
         num_instances: number of instances.
         shard: file name of the shard, "" for a set in memory.
         sha256: digest of the bag's ``json`` member, which lists the digests of the others; "" for a set in memory.
+        stride: distance of adjacent patches in the source's unit, level-0 pixels as a rule; None where it is unknown.
     """
 
     key: str
@@ -49,6 +50,7 @@ class BagInfo:
     num_instances: int
     shard: str = ""
     sha256: str = ""
+    stride: float | None = None
 
 
 @dataclass(frozen=True)

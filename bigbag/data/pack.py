@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from bigbag.bags import Bag
 from bigbag.data.graph import with_graph
+from bigbag.data.lattice import on_lattice
 from bigbag.data.manifest import BagInfo, Manifest, ShardInfo, count_splits, make_keys
 from bigbag.data.progress import PROGRESS_NAME, Progress, entries_digest, exclusive, fingerprint, finished_set, resume
 from bigbag.data.shards import MAX_MEMBER_BYTES, Members, ShardWriter, encode_bag
@@ -231,8 +232,14 @@ def _encode(source: Source, entry: SourceEntry, key: str, options: dict[str, Any
             )
         return _Encoded(info, features, None)
     warnings = []
-    if "graph" in options:
-        bag, warning = with_graph(bag, options["graph"], f"bag {entry.name!r}{_path_of(entry)}")
+    where, graph = f"bag {entry.name!r}{_path_of(entry)}", options.get("graph")
+    try:
+        bag = on_lattice(bag, None if graph is None else graph["stride"])
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    info = replace(info, stride=bag.stride)
+    if graph is not None:
+        bag, warning = with_graph(bag, graph, where)
         warnings.append(warning)
     stored = check_bag(bag, entry, options["dtype"])
     warnings.append(label_warning(stored, entry))

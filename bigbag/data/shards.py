@@ -1,8 +1,8 @@
 """One bag in a shard: members of an uncompressed WebDataset tar, written and read back without a copy.
 
-A bag ``k`` is stored as ``k.x.npy`` and, where present, ``k.coords.npy``, ``k.y_inst.npy``, ``k.adj.crow.npy``,
-``k.adj.col.npy``, ``k.adj.weight.npy``, and as ``k.json`` with its true name, label, patient, split and the SHA-256 of
-each member. WebDataset alone can read a shard; nothing in it is ever unpickled.
+A bag ``k`` is stored as ``k.x.npy`` and, where present, ``k.coords.npy``, ``k.positions.npy``, ``k.y_inst.npy``,
+``k.adj.crow.npy``, ``k.adj.col.npy``, ``k.adj.weight.npy``, and as ``k.json`` with its true name, label, patient, split
+and the SHA-256 of each member. WebDataset alone can read a shard; nothing in it is ever unpickled.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ def encode_bag(bag: Bag, info: BagInfo) -> Members:
     members: Members = {"x.npy": npy_bytes(bag.x)}
     if bag.coords is not None:
         members["coords.npy"] = npy_bytes(bag.coords)
+    if bag.positions is not None:
+        members["positions.npy"] = npy_bytes(bag.positions)
     if bag.y_inst is not None:
         members["y_inst.npy"] = npy_bytes(_smallest_int(bag.y_inst))
     if bag.adj is not None:
@@ -49,6 +51,8 @@ def encode_bag(bag: Bag, info: BagInfo) -> Members:
         "split": info.split,
         "num_instances": bag.num_instances,
         "symmetric": bag.adj is not None and bag.adj.symmetric,
+        "stride": bag.stride,
+        "attributes": dict(bag.attributes),
         "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in sorted(members.items())},
     }
     members["json"] = json.dumps(about, allow_nan=False).encode()
@@ -77,13 +81,16 @@ def decode_bag(members: Mapping[str, Any], info: BagInfo, manifest: Manifest, wh
         )
     optional = {
         name: npy_view(members[f"{name}.npy"], f"{where}, {name}.npy")
-        for name in ("coords", "y_inst")
+        for name in ("coords", "positions", "y_inst")
         if f"{name}.npy" in members
     }
-    return Bag(x=x, y=info.label, key=info.name, adj=_decode_adjacency(members, where), **optional)
+    about = json.loads(bytes(members["json"]))
+    adj = _decode_adjacency(members, bool(about.get("symmetric", False)), where)
+    attributes = about.get("attributes", {})
+    return Bag(x=x, y=info.label, key=info.name, adj=adj, stride=info.stride, attributes=attributes, **optional)
 
 
-def _decode_adjacency(members: Mapping[str, Any], where: str) -> Adjacency | None:
+def _decode_adjacency(members: Mapping[str, Any], symmetric: bool, where: str) -> Adjacency | None:
     if "adj.crow.npy" not in members:
         return None
     # Copied, since torch has no read-only tensors: kernels would write to a map of the shard unchecked.
@@ -92,7 +99,6 @@ def _decode_adjacency(members: Mapping[str, Any], where: str) -> Adjacency | Non
         for name in ("crow", "col", "weight")
         if f"adj.{name}.npy" in members
     }
-    symmetric = bool(json.loads(bytes(members["json"])).get("symmetric", False))
     adj = Adjacency(arrays["crow"], arrays["col"], arrays.get("weight"), symmetric)
     if int(adj.crow[-1]) != adj.num_edges:
         raise ValueError(f"{where}: adj.crow promises {int(adj.crow[-1])} edges, adj.col has {adj.num_edges}")

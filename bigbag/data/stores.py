@@ -10,6 +10,7 @@ import urllib.request
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,7 @@ class MemoryStore(BagStore):
                 label=plain_label(bag.y),
                 patient=None if patients is None else patients[i],
                 num_instances=bag.num_instances,
+                stride=bag.stride,
             )
             for i, (bag, name, key) in enumerate(zip(bags, names, make_keys(names)))
         )
@@ -124,7 +126,7 @@ class MemoryStore(BagStore):
 
     def read(self, index: int) -> Bag:
         bag, info = self.bags[index], self.infos[index]
-        return Bag(bag.x, info.label, info.name, bag.coords, bag.y_inst, bag.adj)
+        return replace(bag, y=info.label, key=info.name)
 
     def digest(self) -> str:
         digest = hashlib.sha256()

@@ -61,6 +61,7 @@ class MemorySource:
     def _description(self) -> dict[str, Any]:
         digest = hashlib.sha256()
         for bag in self._bags:
+            digest.update(str(bag.stride).encode())
             for values in (bag.x, bag.coords, bag.y_inst):
                 if values is not None:
                     digest.update(f"{values.shape}{values.dtype}".encode())
