@@ -5,17 +5,15 @@ One YAML file is one run. :func:`load_config` reads it, applies ``key.sub=value`
 nearest name. DeepSpeed's own configuration is derived from this one and never written by hand.
 """
 
+from bigbag.config.data import DataConfig, GraphConfig, SourceConfig, SplitsConfig
 from bigbag.config.load import ConfigError, build_config, check_arguments, load_config
 from bigbag.config.sections import (
     CompareConfig,
     Config,
-    DataConfig,
     EngineConfig,
-    GraphConfig,
     ModelConfig,
     OptimConfig,
     ReportConfig,
-    SourceConfig,
     TaskConfig,
     TrainConfig,
 )
@@ -31,6 +29,7 @@ __all__ = [
     "OptimConfig",
     "ReportConfig",
     "SourceConfig",
+    "SplitsConfig",
     "TaskConfig",
     "TrainConfig",
     "build_config",

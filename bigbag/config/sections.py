@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
+
+from bigbag.config.base import Named, Section
+from bigbag.config.data import DataConfig
 
 _DATA_KEYS_WITHOUT_EFFECT = (
     "num_workers",
@@ -23,124 +26,16 @@ _DATA_KEYS_WITHOUT_EFFECT = (
     "shard_bytes",
     "empty_bags",
     "missing_bags",
+    "splits",  # their outcome is part of the identity of a run
 )
 _TRAIN_KEYS_WITHOUT_EFFECT = ("checkpoint_every_steps", "log_every_steps")
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class _Named(BaseModel):
-    """A component chosen by ``name``; its other keys are that component's constructor arguments."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
-
-    name: str
-    """Name of the class."""
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """The constructor arguments."""
-        return dict(self.model_extra or {})
-
-
-class SourceConfig(_Named):
-    """Where bags come from when they are packed: a reader or generator of ``bigbag.datasets`` and its arguments."""
-
-
-class ModelConfig(_Named):
+class ModelConfig(Named):
     """A class of ``bigbag.models`` and its constructor arguments."""
 
 
-class GraphConfig(_Section):
-    """The graph that packing builds over the instances of each bag, for models that need one.
-
-    Weights are 1, or ``exp(-||x_i - x_j|| / P)`` with ``features``, and then normalised: see
-    :func:`bigbag.graphs.build_adjacency`.
-    """
-
-    radius: float | None = 1.5
-    """Join instances at most so many lattice steps apart: 1 joins 4 neighbours, 1.5 joins 8. None: use ``knn``."""
-    knn: int | None = None
-    """Join each instance with so many nearest others, made symmetric by union. None: use ``radius``."""
-    features: bool = False
-    """Weigh an edge by the similarity of the features of its ends."""
-    self_loops: bool = False
-    """Join every instance to itself."""
-    normalize: Literal["none", "symmetric", "row"] = "symmetric"
-    """symmetric: D^-1/2 A D^-1/2; row: D^-1 A; D holds the row sums."""
-    stride: float | Literal["infer"] | None = None
-    """Lattice step in the unit of the source's coordinates: for level-0 pixels the patch size at level 0 less the
-    overlap; "infer" measures it in each bag. None: what the source says, 1 where it says nothing."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> GraphConfig:
-        if (self.radius is None) == (self.knn is None):
-            raise ValueError("expected exactly one of radius and knn (set radius: null to use knn)")
-        for name, value in (("radius", self.radius), ("knn", self.knn), ("stride", self.stride)):
-            if isinstance(value, int | float) and value <= 0:
-                raise ValueError(f"{name} is {value}, expected a positive number")
-        return self
-
-
-class DataConfig(_Section):
-    """Which bags, how they are packed, and how they are fed."""
-
-    shards: str
-    """Folder or URL of a packed set (the place of its ``manifest.json``)."""
-    source: SourceConfig | None = None
-    """What ``bigbag pack`` reads to make ``shards``; not used in training."""
-    storage_dtype: Literal["float16", "float32"] = "float16"
-    """Precision of features in the shards."""
-    graph: GraphConfig | None = None
-    """Graph that ``bigbag pack`` builds over each bag and stores; None: none."""
-    shard_bytes: int = 256 * 2**20
-    """Bytes after which packing starts a new shard."""
-    empty_bags: Literal["error", "leave_out"] = "error"
-    """What packing does with a bag of no instances: stop, or leave it out and list it."""
-    missing_bags: Literal["error", "leave_out"] = "error"
-    """What packing does with bags that the source names but does not hold: stop, or leave them out and list them."""
-    budget_instances: int = 131_072
-    """Most instances in one pack; a larger bag is a pack of its own."""
-    max_instances: int | None = None
-    """Cap: use a random subsample of at most so many instances of each bag, everywhere. None: whole bags."""
-    val_fraction: float | None = None
-    """Share of the training bags set aside for validation where the set has no validation split."""
-    num_workers: int = 1
-    """Reading processes of each rank; 0 reads in the training process."""
-    prefetch_packs: int = 2
-    """Packs that each reading process prepares ahead."""
-    check_digests: bool = False
-    """Compare each bag with its SHA-256 when a process first reads it."""
-    allow_pipe: bool = False
-    """Allow ``pipe:`` shard addresses, which run a shell command."""
-    cache_dir: str | None = None
-    """Folder for copies of remote shards; None: a folder of the user's cache."""
-    cache_bytes: int = 50 * 2**30
-    """Most bytes that copies of remote shards may take on disk."""
-
-    @field_validator("budget_instances", "shard_bytes", "prefetch_packs")
-    @classmethod
-    def _positive(cls, value: int) -> int:
-        if value < 1:
-            raise ValueError(f"expected at least 1, got {value}")
-        return value
-
-    @field_validator("max_instances")
-    @classmethod
-    def _positive_or_none(cls, value: int | None) -> int | None:
-        return value if value is None else cls._positive(value)
-
-    @field_validator("val_fraction")
-    @classmethod
-    def _fraction(cls, value: float | None) -> float | None:
-        if value is not None and not 0 < value < 1:
-            raise ValueError(f"expected a number between 0 and 1, got {value}")
-        return value
-
-
-class TaskConfig(_Section):
+class TaskConfig(Section):
     """What a bag's label means."""
 
     type: Literal["binary", "multiclass", "multilabel", "regression", "survival", "survival_discrete"] = "binary"
@@ -190,7 +85,7 @@ class TaskConfig(_Section):
             raise ValueError(f"{name} is {value}, expected positive weights")
 
 
-class OptimConfig(_Section):
+class OptimConfig(Section):
     """AdamW with linear warm-up and cosine decay, stepped once per global step."""
 
     lr: float = 1e-4
@@ -209,7 +104,7 @@ class OptimConfig(_Section):
     """Largest L2 norm of the whole gradient; None: no clipping."""
 
 
-class ConstantSchedule(_Section):
+class ConstantSchedule(Section):
     """The same coefficient in every step."""
 
     schedule: Literal["constant"]
@@ -218,7 +113,7 @@ class ConstantSchedule(_Section):
     """The coefficient."""
 
 
-class LinearSchedule(_Section):
+class LinearSchedule(Section):
     """From one coefficient to another in ``n_steps`` optimiser steps, and constant from then on."""
 
     schedule: Literal["linear"]
@@ -231,7 +126,7 @@ class LinearSchedule(_Section):
     """Steps between the two."""
 
 
-class CyclicalSchedule(_Section):
+class CyclicalSchedule(Section):
     """Cycles that rise linearly and then stay at the top (Fu et al., NAACL 2019)."""
 
     schedule: Literal["cyclical"]
@@ -251,7 +146,7 @@ class CyclicalSchedule(_Section):
 Schedule = Annotated[ConstantSchedule | LinearSchedule | CyclicalSchedule, Field(discriminator="schedule")]
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """The training loop."""
 
     epochs: int = 20
@@ -266,7 +161,7 @@ class TrainConfig(_Section):
     monitor: str | None = None
     """Validation metric that picks the best epoch ("loss", "auroc", "accuracy", ...); ties go to the lower loss. None:
     "c_index" for survival tasks, "loss" for regression, "auroc" otherwise."""
-    loss_coefficients: dict[str, Schedule] = {}
+    loss_coefficients: dict[str, Schedule] = Field(default_factory=dict)
     """Coefficient of each loss of the model by name, e.g. ``{KLDiv: {schedule: linear, n_steps: 1000}}``; 1 where there
     is none. ``metrics.jsonl`` shows the names."""
     mode: Literal["max", "min"] | None = None
@@ -286,38 +181,38 @@ class TrainConfig(_Section):
         return value
 
 
-class EngineConfig(_Section):
+class EngineConfig(Section):
     """What runs the optimiser steps."""
 
     backend: Literal["auto", "torch", "deepspeed"] = "auto"
     """auto: DeepSpeed under a launcher (WORLD_SIZE is set), plain torch for a single process."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage: 1 shards optimiser states, 2 also gradients, 3 also weights."""
-    deepspeed: dict[str, Any] = {}
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Extra DeepSpeed keys, merged over the derived configuration: the one escape hatch."""
     threads: int | None = None
     """CPU threads of each rank; None: cores divided by the ranks of this node when there is no GPU."""
-    impl: dict[str, str] = {}
+    impl: dict[str, str] = Field(default_factory=dict)
     """Operator implementations to force, e.g. ``{attention_pool: reference}``; empty: the best for the device."""
 
 
-class ReportConfig(_Section):
+class ReportConfig(Section):
     """What is drawn for ``report.html``."""
 
     num_slides: int = 4
     """Positive test bags whose attention maps are saved and drawn."""
 
 
-class CompareConfig(_Section):
+class CompareConfig(Section):
     """Arguments of the models that ``bigbag compare`` trains in place of ``model``."""
 
-    common: dict[str, Any] = {}
+    common: dict[str, Any] = Field(default_factory=dict)
     """Arguments for every model that takes them, e.g. ``{att_dim: 64, feat_ext: {name: MLP, ...}}``."""
-    models: dict[str, dict[str, Any]] = {}
+    models: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Arguments of single models, by name, over those in common."""
 
 
-class Config(_Section):
+class Config(Section):
     """One run."""
 
     name: str

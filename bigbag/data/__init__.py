@@ -6,7 +6,8 @@ from bigbag.data.pack import pack
 from bigbag.data.padding import collate_fn, pad_tensors, seq_to_spatial, spatial_to_seq
 from bigbag.data.plan import EpochPlan, PackPlan, StepPlan, plan_epoch
 from bigbag.data.sources.base import Source, SourceEntry
-from bigbag.data.splits import check_binary_labels, check_leakage, hold_out, split_bags
+from bigbag.data.split_tables import read_splits
+from bigbag.data.splits import check_binary_labels, check_leakage, folds, make_splits, parse_splits_option, split_bags
 from bigbag.data.stores import BagStore, MemoryStore, ShardStore, open_store
 from bigbag.data.stream import stream
 
@@ -28,11 +29,14 @@ __all__ = [
     "check_leakage",
     "collate_fn",
     "count_capped",
-    "hold_out",
+    "folds",
+    "make_splits",
     "open_store",
     "pack",
     "pad_tensors",
+    "parse_splits_option",
     "plan_epoch",
+    "read_splits",
     "seq_to_spatial",
     "spatial_to_seq",
     "split_bags",

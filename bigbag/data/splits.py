@@ -1,91 +1,176 @@
-"""Who trains, who validates, who tests: by the manifest, checked for leakage."""
+"""Who trains, who validates, who tests: as packed, by a table or by a rule, and checked for leakage.
+
+``data.splits`` of a config (:class:`bigbag.config.SplitsConfig`), ``bigbag pack --splits`` and the functions here say
+the same: ``split_bags(store, folds=5, fold=0, val_fraction=0.1)``.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import numpy as np
+import yaml
 
-from bigbag.data.manifest import BagInfo
-from bigbag.data.plan import derive_seed
+from bigbag.config import ConfigError, SplitsConfig, check_arguments
+from bigbag.data.divide import Splittable, classes_of, folds_of, groups_of, hold_out, site_folds
+from bigbag.data.split_tables import count_folds, read_splits
 from bigbag.data.stores import BagStore
 
-_MAX_STRATA = 20
+logger = logging.getLogger(__name__)
+
+_NAMED = ("train", "val", "test")
 
 
-def split_bags(store: BagStore, *, val_fraction: float | None = None, seed: int = 0) -> dict[str, tuple[int, ...]]:
+def split_bags(store: BagStore, settings: SplitsConfig | None = None, **fields: Any) -> dict[str, tuple[int, ...]]:
     """Indices of the bags of each split.
-
-    Where the set has no split "val" and ``val_fraction`` is given, that share of "train" becomes "val", stratified by
-    label; all bags of a patient go together.
 
     Args:
         store: the bags.
-        val_fraction: share of the training bags (patients, where they are known) that validate, in (0, 1).
-        seed: seed of the choice; it depends on names and labels, not on the order of the bags.
+        settings: how they are split; None: by ``fields``.
+        fields: fields of :class:`bigbag.config.SplitsConfig`; none of them: as the bags were packed.
 
     Returns:
         Split -> indices, ascending. Bags without a split are under "unassigned".
 
     Raises:
-        ValueError: no training bags, a patient in two splits, or too few bags to set some aside.
+        ValueError: no training bags, a patient in two splits, or a request that the bags cannot meet.
     """
     splits: dict[str, list[int]] = defaultdict(list)
-    for index, info in enumerate(store.infos):
-        splits["unassigned" if info.split is None else info.split].append(index)
+    for index, split in enumerate(make_splits(store.infos, settings, **fields)):
+        splits["unassigned" if split is None else split].append(index)
     if not splits.get("train"):
         counts = ", ".join(f"{len(bags)} {name}" for name, bags in splits.items())
         raise ValueError(
-            f"no bag is in the split 'train' ({counts}): give the source a split for every bag, or cross-validate"
+            f"no bag is in the split 'train' ({counts}): give the source a split for every bag, or set data.splits, "
+            "for example to {folds: 5, fold: 0, val_fraction: 0.1}"
         )
-    if val_fraction is not None and not splits.get("val"):
-        train, val = hold_out(store.infos, splits["train"], val_fraction, seed)
-        splits["train"], splits["val"] = list(train), list(val)
     check_leakage(store.infos, splits)
     return {name: tuple(bags) for name, bags in splits.items()}
 
 
-def hold_out(
-    infos: Sequence[BagInfo], bags: Sequence[int], fraction: float, seed: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Split ``bags`` into ``(rest, held out)``, stratified by label, patients kept together, reproducible.
+def make_splits(bags: Sequence[Splittable], settings: SplitsConfig | None = None, **fields: Any) -> list[str | None]:
+    """The split of each bag: ``"train"``, ``"val"``, ``"test"``, another name, or None.
+
+    Args:
+        bags: what is known of the bags: the ``infos`` of a store or the ``entries()`` of a source.
+        settings: how they are split; None: by ``fields``.
+        fields: fields of :class:`bigbag.config.SplitsConfig`.
 
     Raises:
-        ValueError: a fraction outside (0, 1), or fewer than two patients (bags, where there are no patients).
+        ValueError: a table that cannot be read, or a request that the bags cannot meet, with numbers.
     """
-    if not 0 < fraction < 1:
-        raise ValueError(f"val_fraction is {fraction}, expected a number between 0 and 1")
-    groups: dict[str, list[int]] = defaultdict(list)
-    for bag in bags:
-        patient = infos[bag].patient
-        # The marks keep a patient called like some bag apart from it.
-        groups[f"bag {infos[bag].name}" if patient is None else f"patient {patient}"].append(bag)
-    if len(groups) < 2:
-        raise ValueError(
-            f"val_fraction is {fraction}, but the training bags come from {len(groups)} patient: expected at least 2, "
-            "since bags of one patient must not be divided"
+    settings = SplitsConfig(**fields) if settings is None else settings
+    splits: list[str | None] = [bag.split for bag in bags]
+    if settings.table is not None:
+        splits = read_splits(settings.table, bags, settings.fold)
+    if not settings.is_rule:
+        return splits
+    groups = groups_of(bags, settings.sites)
+    classes = classes_of([bag.label for bag in bags]) if settings.stratify else None
+    rule = _Rule(groups, classes, settings)
+    if settings.folds is not None or settings.test_fraction is not None:
+        everyone = range(len(bags))
+        splits = ["train"] * len(bags)
+        for bag in rule.part(everyone, settings.folds, settings.fold, settings.test_fraction, "folds", "test_fraction"):
+            splits[bag] = "test"
+    train = [bag for bag, split in enumerate(splits) if split == "train"]
+    asked = settings.val_folds is not None or settings.val_fraction is not None
+    if asked and train and (settings.val_folds is not None or "val" not in splits):
+        out = rule.part(
+            train, settings.val_folds, settings.val_fold, settings.val_fraction, "val_folds", "val_fraction"
         )
-    generator = np.random.default_rng(derive_seed(seed, 0x5A11))
-    names = sorted(groups)
-    generator.shuffle(names)
-    strata = {name: _stratum(infos, groups[name]) for name in names}
-    if len(set(strata.values())) <= _MAX_STRATA:  # otherwise labels are measurements, not classes
-        names.sort(key=strata.__getitem__)
-    # Evenly spaced over classes one after the other: each class gives its share to within one group.
-    num_out = min(max(1, round(fraction * len(names))), len(names) - 1)
-    start = generator.random() * len(names)
-    chosen = {names[int(start + i * len(names) / num_out) % len(names)] for i in range(num_out)}
-    held_out = {bag for name in chosen for bag in groups[name]}
-    return tuple(bag for bag in bags if bag not in held_out), tuple(bag for bag in bags if bag in held_out)
+        for bag in out:
+            splits[bag] = "val"
+    _warn_of_missing_classes(splits, classes)
+    return splits
 
 
-def _stratum(infos: Sequence[BagInfo], bags: Sequence[int]) -> str:
-    """The largest label among the bags of one patient, as text."""
-    return max(str(infos[bag].label) for bag in bags)
+class _Rule:
+    """What all choices of one rule share."""
+
+    def __init__(self, groups: Sequence[str], classes: Sequence[str] | None, settings: SplitsConfig) -> None:
+        self.groups, self.classes, self.settings = groups, classes, settings
+
+    def part(
+        self, bags: Sequence[int], folds: int | None, fold: int, fraction: float | None, of_folds: str, of_fraction: str
+    ) -> list[int]:
+        """The bags of one fold, or a fraction of them."""
+        by_site, seed = self.settings.sites is not None, self.settings.seed
+        if folds is not None:
+            if by_site:
+                return site_folds(bags, self.groups, self.classes, [1 / folds] * folds, seed, of_folds)[fold]
+            return folds_of(bags, self.groups, self.classes, folds, seed, of_folds)[fold]
+        assert fraction is not None
+        if by_site:
+            return site_folds(bags, self.groups, self.classes, [1 - fraction, fraction], seed, of_fraction)[1]
+        return hold_out(bags, self.groups, self.classes, fraction, seed, of_fraction)[1]
 
 
-def check_leakage(infos: Sequence[BagInfo], splits: dict[str, list[int]]) -> None:
+def folds(settings: SplitsConfig | None = None, **fields: Any) -> list[SplitsConfig]:
+    """The settings of every fold of a cross-validation: outer folds first, inner ones within them.
+
+    Args:
+        settings: settings with ``folds``, ``val_folds``, or a table that has folds; None: by ``fields``.
+        fields: fields of :class:`bigbag.config.SplitsConfig`.
+
+    Returns:
+        One for each fold, to be given to :func:`split_bags`.
+
+    Raises:
+        ValueError: settings without folds.
+    """
+    settings = SplitsConfig(**fields) if settings is None else settings
+    outer = settings.folds
+    if settings.table is not None and (settings.val_folds is None or "{fold}" in settings.table):
+        outer = count_folds(settings.table)
+    if outer is None and settings.val_folds is None:
+        raise ValueError("folds: neither folds, val_folds nor a table with folds is set in data.splits")
+    chosen = [{"fold": fold} for fold in range(outer or 1)] if outer is not None else [{}]
+    if settings.val_folds is not None:
+        chosen = [{**one, "val_fold": inner} for one in chosen for inner in range(settings.val_folds)]
+    return [settings.model_copy(update=one) for one in chosen]
+
+
+def parse_splits_option(text: str) -> SplitsConfig:
+    """What follows ``--splits``: a table, or settings like ``folds=5,fold=0,val_fraction=0.1``.
+
+    Raises:
+        ConfigError: an unknown setting or a bad value.
+    """
+    first, equals, _ = text.partition("=")
+    if not equals or first not in SplitsConfig.model_fields:
+        return SplitsConfig(table=text)
+    pairs = dict(pair.partition("=")[::2] for pair in text.split(","))
+    check_arguments("--splits", pairs, list(SplitsConfig.model_fields))
+    try:
+        return SplitsConfig(**{key: yaml.safe_load(value) for key, value in pairs.items()})
+    except ValueError as error:
+        raise ConfigError(f"--splits {text}: {error}") from None
+
+
+def splits_digest(store: BagStore, splits: Mapping[str, Sequence[int]]) -> str:
+    """SHA-256 of who is in which split, whatever the order."""
+    content = sorted((store.infos[bag].name, name) for name, bags in splits.items() for bag in bags)
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _warn_of_missing_classes(splits: Sequence[str | None], classes: Sequence[str] | None) -> None:
+    if classes is None:
+        return
+    everyone = Counter(label for label, split in zip(classes, splits) if split is not None)
+    for name in _NAMED:
+        found = Counter(label for label, split in zip(classes, splits) if split == name)
+        missing = [label for label in sorted(everyone) if not found[label]]
+        if found and missing:
+            counts = ", ".join(f"{everyone[label]} of {label}" for label in missing)
+            logger.warning("data.splits: no bag of the split %s has one of these labels (in all: %s)", name, counts)
+
+
+def check_leakage(infos: Sequence[Splittable], splits: Mapping[str, Sequence[int]]) -> None:
     """Refuse a patient with bags in two splits.
 
     Raises:

@@ -14,6 +14,8 @@ import torch
 from bigbag import ops
 from bigbag.config import Config, ConfigError
 from bigbag.data import BagStore, count_capped, open_store, split_bags
+from bigbag.data.split_tables import splits_table
+from bigbag.data.splits import splits_digest
 from bigbag.engine.attention_maps import save_attention_maps
 from bigbag.engine.backend import StepModule, build_backend, choose_backend
 from bigbag.engine.environment import banner, describe_environment, wants_checkpointing
@@ -27,6 +29,7 @@ from bigbag.models import MODELS, build_model, load_model
 from bigbag.models.criteria import fit_task
 
 _EVALUATED = ("val", "test")
+SPLITS_NAME = "splits.csv"
 
 
 def train(config: Config, store: BagStore | None = None, world: World | None = None) -> dict[str, Any]:
@@ -48,9 +51,9 @@ def train(config: Config, store: BagStore | None = None, world: World | None = N
     world = world or start_world(backend_name, config.engine.threads)
     ops.use_impl(config.engine.impl)
     store = store or open_configured_store(config)
-    splits = split_bags(store, val_fraction=config.data.val_fraction, seed=config.seed)
+    splits = split_bags(store, config.data.splits)
     _check_run(config, store, splits)
-    _claim_run_dir(config, store, world)
+    _claim_run_dir(config, store, splits, world)
     task = fit_task(config.task, [store.infos[bag].label for bag in splits["train"]])
     config = config.model_copy(update={"task": task})
     torch.manual_seed(config.seed)
@@ -79,7 +82,7 @@ def evaluate(
         config: the settings of the run.
         store: the bags; None opens ``config.data.shards``.
         world: the ranks; None joins those of the launcher's environment.
-        splits: split name to bag numbers; None takes those of the run.
+        splits: split name to bag numbers; None takes those of the run (its ``splits.csv``).
         best_epoch: epoch of the best model, from 0; None reads it from the run's earlier results.
 
     Returns:
@@ -87,7 +90,7 @@ def evaluate(
     """
     world = world or start_world(choose_backend(config.engine.backend), config.engine.threads)
     store = store or open_configured_store(config)
-    splits = splits or split_bags(store, val_fraction=config.data.val_fraction, seed=config.seed)
+    splits = splits or split_bags(store, table=str(config.run_dir / SPLITS_NAME))
     model = load_model(config.run_dir).to(world.device)
     forward = StepModule(model, config.train.precision).eval()
     if best_epoch is None:
@@ -156,15 +159,20 @@ def _check_fields(config: Config, store: BagStore) -> None:
             )
 
 
-def _claim_run_dir(config: Config, store: BagStore, world: World) -> None:
-    """Make the run's folder, or make sure that the run in it has the same settings and data."""
+def run_identity(config: Config, store: BagStore, splits: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    """Digests of what determines the result of a run: a run goes on only where all of them are the same."""
+    return {"config": config.digest(), "data": store.digest(), "splits": splits_digest(store, splits)}
+
+
+def _claim_run_dir(config: Config, store: BagStore, splits: Mapping[str, Sequence[int]], world: World) -> None:
+    """Make the run's folder, or make sure that the run in it has the same settings, data and splits."""
     folder = config.run_dir
     path = folder / "identity.json"
-    identity = {"config": config.digest(), "data": store.digest()}
+    identity = run_identity(config, store, splits)
     if path.is_file():
         there = json.loads(path.read_text())
-        for what, remedy in (("config", "settings"), ("data", "data")):
-            if there[what] != identity[what]:
+        for what, remedy in (("config", "settings"), ("data", "data"), ("splits", "splits")):
+            if there.get(what) != identity[what]:
                 raise ConfigError(
                     f"{folder} holds a run with other {remedy}{_differences(config) if what == 'config' else ''}: "
                     f"choose another name (name=...), or train with --restart to delete that run"
@@ -173,6 +181,8 @@ def _claim_run_dir(config: Config, store: BagStore, world: World) -> None:
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "config.yaml", config.to_yaml())
+        of_bag = {bag: name for name, bags in splits.items() if name != "unassigned" for bag in bags}
+        write_atomically(folder / SPLITS_NAME, splits_table(store.infos, [of_bag.get(i) for i in range(len(store))]))
         write_json(path, identity)
     world.barrier()
 

@@ -20,7 +20,8 @@ from statistics import mean, stdev
 from typing import Any
 
 from bigbag.config import Config, ConfigError, load_config
-from bigbag.engine.run import open_configured_store
+from bigbag.data import BagStore, split_bags
+from bigbag.engine.run import open_configured_store, run_identity
 from bigbag.files import write_atomically, write_json
 from bigbag.models import MODELS
 from bigbag.models.build import arguments_of
@@ -77,11 +78,11 @@ def compare(path: str | Path, overrides: Sequence[str], models: Sequence[str], s
     unknown = [name for name in (*models, *config.compare.models) if name not in MODELS]
     if unknown:
         raise ConfigError(f"compare: unknown model {unknown[0]!r}; known models: {', '.join(MODELS)}")
-    data = open_configured_store(config).digest()
+    store = open_configured_store(config)
     runs = []
     for name in models:
         for seed in seeds:
-            runs.append(_run(path, overrides, config, data, name, seed))
+            runs.append(_run(path, overrides, config, store, name, seed))
             print(_line(runs[-1]), flush=True)
             _write_tables(config.run_dir, runs)
     return runs
@@ -94,7 +95,7 @@ def model_settings(config: Config, name: str) -> dict[str, Any]:
     return {"name": name, **common, **config.compare.models.get(name, {})}
 
 
-def _run(path: str | Path, overrides: Sequence[str], config: Config, data: str, model: str, seed: int) -> Run:
+def _run(path: str | Path, overrides: Sequence[str], config: Config, store: BagStore, model: str, seed: int) -> Run:
     settings = [
         *overrides,
         f"name={config.name}/{model}-seed{seed}",
@@ -102,7 +103,7 @@ def _run(path: str | Path, overrides: Sequence[str], config: Config, data: str, 
         f"model={json.dumps(model_settings(config, model))}",
     ]
     own = load_config(path, settings)
-    if not _is_finished(own, data):
+    if not _is_finished(own, store):
         started = time.perf_counter()
         status, peak = _train(path, settings, own.run_dir / "output.txt")
         if status:
@@ -128,12 +129,13 @@ def _train(path: str | Path, settings: Sequence[str], output: Path) -> tuple[int
     return process.returncode, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _is_finished(config: Config, data: str) -> bool:
-    """Whether the run's folder holds the whole run of these settings on these data."""
+def _is_finished(config: Config, store: BagStore) -> bool:
+    """Whether the run's folder holds the whole run of these settings on these bags and splits."""
     identity = config.run_dir / "identity.json"
     if not (identity.is_file() and (config.run_dir / _COST).is_file()):
         return False
-    return json.loads(identity.read_text()) == {"config": config.digest(), "data": data}
+    wanted = run_identity(config, store, split_bags(store, config.data.splits))
+    return json.loads(identity.read_text()) == wanted
 
 
 def _line(run: Run) -> str:

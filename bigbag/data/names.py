@@ -1,0 +1,22 @@
+"""Names of bags: what tables and folders make of them."""
+
+from __future__ import annotations
+
+SUFFIXES = (
+    ".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".czi", ".vms", ".vmu", ".bif", ".isyntax", ".dcm",
+    ".h5", ".hdf5", ".pt", ".pth", ".npy", ".npz", ".csv", ".safetensors", ".zarr", ".png", ".jpg", ".jpeg",
+)  # fmt: skip
+"""Extensions of slides, images and features that are no part of a slide's name."""
+
+
+def bare_name(name: str) -> str:
+    """``name`` without folders and without one of the :data:`SUFFIXES`.
+
+    Only known extensions are cut, since names have dots of their own (TCGA's ``...-DX1.<uuid>``).
+    """
+    name = name.replace("\\", "/").rstrip("/").rpartition("/")[2]
+    lower = name.lower()
+    for suffix in SUFFIXES:
+        if lower.endswith(suffix) and len(name) > len(suffix):
+            return name[: -len(suffix)]
+    return name
