@@ -157,7 +157,11 @@ class TrainConfig(Section):
     """Precision of matrix products; weights and optimiser states stay in fp32."""
     activation_checkpointing: bool | Literal["auto"] = "auto"
     """Recompute activations in the backward pass instead of storing them; auto: where the largest pack takes more than
-    256 MiB in fp32."""
+    256 MiB in fp32, or ``chunk_instances`` is set."""
+    chunk_instances: PositiveInt | None = None
+    """Instances that go through ``feat_ext`` together where activations are recomputed: their number, not the size of a
+    bag, sets the memory of a trained feature extractor. None: as many as 2048 (GPU: 16,384) rows of 1024 numbers
+    hold."""
     monitor: str | None = None
     """Validation metric that picks the best epoch ("loss", "auroc", "accuracy", ...); ties go to the lower loss. None:
     "c_index" for survival tasks, "loss" for regression, "auroc" otherwise."""

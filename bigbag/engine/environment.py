@@ -79,10 +79,12 @@ def largest_pack_instances(config: Config, store: BagStore, bags: Sequence[int])
 
 
 def wants_checkpointing(config: Config, store: BagStore, bags: Sequence[int]) -> bool:
-    """Whether activations are recomputed: as set or, for "auto", where the largest pack is large in fp32."""
+    """Whether activations are recomputed: as set or, for "auto", with a chunk size or a pack that is large in fp32."""
     setting = config.train.activation_checkpointing
     if setting != "auto":
         return setting
+    if config.train.chunk_instances is not None:
+        return True
     width = int(np.prod(store.feature_shape))
     return largest_pack_instances(config, store, bags) * width * 4 > _CHECKPOINT_BYTES
 

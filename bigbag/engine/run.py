@@ -58,6 +58,7 @@ def train(config: Config, store: BagStore | None = None, world: World | None = N
     config = config.model_copy(update={"task": task})
     torch.manual_seed(config.seed)
     model = build_model(config.model, store.feature_shape, config.task)
+    model.chunk_instances = config.train.chunk_instances
     model.activation_checkpointing = wants_checkpointing(config, store, splits["train"])
     environment = describe_environment(config, store, splits, model, backend_name, world)
     if world.is_main:
@@ -92,6 +93,7 @@ def evaluate(
     store = store or open_configured_store(config)
     splits = splits or split_bags(store, table=str(config.run_dir / SPLITS_NAME))
     model = load_model(config.run_dir).to(world.device)
+    model.chunk_instances = config.train.chunk_instances
     forward = StepModule(model, config.train.precision).eval()
     if best_epoch is None:
         best_epoch = _read_results(config)["best_epoch"] - 1

@@ -8,12 +8,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from bigbag.bags import PackedBags
 from bigbag.nn import get_feat_dim
+from bigbag.nn.encoded import Encoded, refuse_batch_statistics
 
-_CHECKPOINT_ROWS = 16_384
 _REGRESSION = (torch.nn.MSELoss, torch.nn.L1Loss, torch.nn.SmoothL1Loss, torch.nn.HuberLoss)
 _REMEDIES = {
     "adj": "pass the adjacency of the batch, or pack the bags with a graph (data.graph in the config)",
@@ -30,11 +29,14 @@ class MILModel(torch.nn.Module):
     Attributes:
         criterion: loss of the bag logits against the labels.
         activation_checkpointing: recompute activations in the backward pass instead of storing them.
+        chunk_instances: instances that go through ``feat_ext`` together where they do so in chunks; None: as many as
+            2048 (GPU: 16,384) rows of 1024 numbers hold.
         needs: fields of a pack that the model cannot do without, beside ``x``: "adj", "coords".
     """
 
     criterion: torch.nn.Module
     activation_checkpointing: bool = False
+    chunk_instances: int | None = None
     needs: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -128,28 +130,33 @@ class MILModel(torch.nn.Module):
         """
 
     def bag_loss(self, Y_pred: Tensor, Y: Tensor) -> Tensor:
-        """The criterion in fp32, with labels in the dtype it asks for: class indices or floats."""
+        """The criterion in fp32 (fp64 for fp64), with labels in the dtype it asks for: class indices or floats."""
         wants_indices = isinstance(self.criterion, torch.nn.CrossEntropyLoss | torch.nn.NLLLoss)
-        return self.criterion(Y_pred.float(), Y.long() if wants_indices else Y.float())
+        wide = Y_pred if Y_pred.dtype == torch.float64 else Y_pred.float()
+        return self.criterion(wide, Y.long() if wants_indices else Y.to(wide.dtype))
 
     def encode(self, feat_ext: torch.nn.Module, x: Tensor) -> Tensor:
         """Apply a row-wise feature extractor to the instances of a pack.
 
         Instances stored narrower than the weights are widened here, or, where there is no feature extractor, by the
-        operators chunk by chunk. With ``activation_checkpointing`` the rows go through in chunks that keep their
-        inputs only.
+        operators chunk by chunk. With ``activation_checkpointing``, and without gradients, the rows go through in
+        chunks of which only the inputs are kept.
+
+        Raises:
+            ValueError: chunks, and batch normalisation in training mode.
         """
+        features = self.features(feat_ext, x)
+        return features if isinstance(features, Tensor) else features.materialize()
+
+    def features(self, feat_ext: torch.nn.Module, x: Tensor) -> Tensor | Encoded:
+        """As :meth:`encode`, for models that can do without the features of all rows: computed when they are needed."""
         if isinstance(feat_ext, torch.nn.Identity):
             return x
+        if self.activation_checkpointing or not torch.is_grad_enabled():
+            refuse_batch_statistics(feat_ext)
+            return Encoded(x, feat_ext, self.chunk_instances)
         dtype = next((p.dtype for p in feat_ext.parameters()), x.dtype)
-
-        def widen_and_encode(rows: Tensor) -> Tensor:
-            return feat_ext(rows.to(dtype))
-
-        if not (self.activation_checkpointing and torch.is_grad_enabled()):
-            return widen_and_encode(x)
-        chunks = x.split(_CHECKPOINT_ROWS) if len(x) else [x]
-        return torch.cat([checkpoint(widen_and_encode, rows, use_reentrant=False) for rows in chunks])
+        return feat_ext(x.to(dtype))
 
 
 class GraphMILModel(MILModel):

@@ -13,6 +13,7 @@ from bigbag import ops
 from bigbag.bags import PackedBags, Segments
 from bigbag.models.base import MILModel, bag_classes, feature_dim, squeeze_single_output
 from bigbag.nn import AttentionPool, LazyLinear, SmoothTop1SVM
+from bigbag.nn.encoded import Encoded, take_rows
 
 _INSTANCE_LOSSES: dict[str, Callable[[], torch.nn.Module]] = {
     "SmoothTop1SVM": partial(SmoothTop1SVM, n_classes=2),
@@ -100,10 +101,10 @@ class CLAM_SB(MILModel):
         """(T,) scores from the attention values ``f`` of the pool."""
         return f
 
-    def _attend(self, bags: PackedBags) -> tuple[Tensor, Tensor, Tensor]:
+    def _attend(self, bags: PackedBags) -> tuple[Tensor, Tensor, Tensor | Encoded]:
         """Logits, attention values of the pool, features."""
         self.pool.recompute = self.activation_checkpointing
-        x = self.encode(self.feat_ext, bags.x)
+        x = self.features(self.feat_ext, bags.x)
         z, f = self.pool.pool(x, bags.segments)
         return self._classify(z), f, x
 
@@ -123,6 +124,7 @@ class CLAM_SB(MILModel):
             return self.run(X, mask, return_att=return_att)
         bags = self.pack(X, mask)
         Y_pred, f, x = self._attend(bags)
+        x = x if isinstance(x, Tensor) else x.materialize()
         extras = (self._instance_scores(f, Y_pred, bags.segments), x) if return_att else (x,)
         return Y_pred, *(extras if isinstance(X, PackedBags) else (bags.to_padded(extra) for extra in extras))
 
@@ -178,7 +180,7 @@ class CLAM_SB(MILModel):
         loss = _masked_mean(losses[None], counts[None, taken])[0]
         return loss, logits[taken, 0].argmax(-1, keepdim=True), targets[taken]
 
-    def _instance_loss(self, f: Tensor, x: Tensor, segments: Segments, classes: Tensor) -> Tensor:
+    def _instance_loss(self, f: Tensor, x: Tensor | Encoded, segments: Segments, classes: Tensor) -> Tensor:
         """Mean over the bags of ``l_in + l_out``.
 
         Args:
@@ -197,18 +199,19 @@ class CLAM_SB(MILModel):
             loss = loss + _masked_mean(_masked_mean(self._inst_losses(logits[:, :k], none), counts[:, :k]), ~classes)
         return loss.sum() / max(1, segments.num_bags)
 
-    def _select(self, f: Tensor, x: Tensor, segments: Segments, classifiers: Any) -> tuple[Tensor, Tensor]:
+    def _select(self, f: Tensor, x: Tensor | Encoded, segments: Segments, classifiers: Any) -> tuple[Tensor, Tensor]:
         """Scores (B, 2k, C, 2) by C classifiers of the k top, then the k bottom instances; which count (B, 2k)."""
         f, k = f.detach().reshape(len(x), -1), self.k_sample
         ends = [ops.segment_topk(f, segments, k, largest=largest)[1] for largest in (True, False)]
-        rows = ops.take_rows(x, torch.cat(ends, 1))
+        rows = take_rows(x, torch.cat(ends, 1))
         layers = [layer.materialize(x.shape[-1]) if isinstance(layer, LazyLinear) else layer for layer in classifiers]
         weight, bias = (torch.stack([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
         # One attention for all classes: h = 1, g = C. An attention per class: h = C, g = 1.
         weight = weight.view(f.shape[1], -1, *weight.shape[1:])
         logits = torch.einsum("bkhd,hgod->bkhgo", rows.to(weight.dtype), weight).flatten(2, 3) + bias
         sizes, rank = segments.offsets.diff()[:, None], torch.arange(k, device=x.device)
-        return logits.float(), torch.cat([rank < (sizes + 1) // 2, rank < sizes // 2], 1)
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        return wide, torch.cat([rank < (sizes + 1) // 2, rank < sizes // 2], 1)
 
     def _inst_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         """(..., 2) scores and (...) targets 0 or 1 to (...) losses."""

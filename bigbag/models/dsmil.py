@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from bigbag import ops
-from bigbag.bags import PackedBags
+from bigbag.bags import PackedBags, Segments
 from bigbag.models.base import MILModel, required_feature_dim, squeeze_single_output
+from bigbag.nn.encoded import Encoded, take_rows
 
 
 class DSMIL(MILModel):
@@ -72,16 +73,34 @@ class DSMIL(MILModel):
 
     def _streams(self, bags: PackedBags) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Logits (B, C) of the bag stream and of the critical instances; attention and instance logits (T, C)."""
-        x, segments = self.encode(self.feat_ext, bags.x), bags.segments
+        x, segments = self.features(self.feat_ext, bags.x), bags.segments
         weight, bias = self.inst_classifier.weight, self.inst_classifier.bias
-        y = ops.segment_dots(x, weight.expand(segments.num_bags, -1, -1), segments) + bias
+        if isinstance(x, Encoded):
+            y = x.map(self.inst_classifier, modules=[self.inst_classifier])
+        else:
+            y = ops.segment_dots(x, weight.expand(segments.num_bags, -1, -1), segments) + bias
         index = ops.segment_topk(y.detach(), segments, 1)[1].squeeze(1)
-        critical = ops.take_rows(x, index).to(weight.dtype)
-        a = ops.segment_softmax(self._similarity(x, critical, index, bags), segments)
-        z = ops.segment_pool(a, self.encode(self.v_nn, x), segments)
+        critical = take_rows(x, index).to(weight.dtype)
+        if isinstance(x, Encoded):
+            a, z = self._attend(x, critical, segments)
+        else:
+            a = ops.segment_softmax(self._similarity(x, critical, index, bags), segments)
+            z = ops.segment_pool(a, self.encode(self.v_nn, x), segments)
         logits = self.bag_classifier(z.flatten(1).to(weight.dtype))
         # Scored again, so that the gradient visits the critical instances alone.
         return logits, (critical * weight).sum(-1) + bias, a, y
+
+    def _attend(self, x: Encoded, critical: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
+        """Attention and bag vectors; queries and values exist for one chunk at a time."""
+        queries = self.att_dim**-0.5 * self.q_nn(critical)
+
+        def values_and_scores(rows: Tensor, bag: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+            scores = torch.einsum("td,tcd->tc", self.q_nn(rows), queries[bag])
+            return self.v_nn(rows), scores
+
+        bag, modules = segments.bag_of_instance, [self.q_nn, self.v_nn]
+        z, scores = x.pool(values_and_scores, bag, segments=segments, modules=modules, shared=[queries])
+        return ops.segment_softmax(scores, segments), z
 
     def _similarity(self, x: Tensor, critical: Tensor, index: Tensor, bags: PackedBags) -> Tensor:
         """``q_n . q_m / sqrt(att_dim)`` (T, C), but for a constant per bag; critical instances (B, C, P)."""

@@ -11,6 +11,7 @@ from bigbag import ops
 from bigbag.bags import PackedBags, Segments
 from bigbag.models.base import MILModel, feature_dim, squeeze_single_output
 from bigbag.nn import AttentionPool, LazyLinear
+from bigbag.nn.encoded import Encoded, take_rows, weighted_sum
 
 _MODES = ("maxmin", "max", "afs")
 _HASH_ROWS = 512
@@ -80,26 +81,35 @@ class DTFDMIL(MILModel):
 
     def _tiers(self, bags: PackedBags) -> tuple[Tensor, Tensor, Tensor]:
         """Logits (B, C), pseudo logits (B, G, C) with zeros for groups that a bag lacks, class activations (T, C)."""
-        x, segments = self.encode(self.feat_ext, bags.x), bags.segments
+        x, segments = self.features(self.feat_ext, bags.x), bags.segments
         groups = _Groups(bags, self.n_groups, self.training)
         for pool in (self.attention_pool, self.u_attention_pool):
             pool.recompute = self.activation_checkpointing
-        _, f = self.attention_pool.pool(x, segments)
-        a = ops.segment_softmax(f[groups.order], groups.segments)[groups.place]
-        z = ops.segment_pool(a.new_zeros(len(a), groups.most).scatter(1, groups.slot[:, None], a[:, None]), x, segments)
         classifier = self.classifier.materialize(x.shape[-1])
+        if isinstance(x, Encoded):
+            scoring = [self.attention_pool, classifier]
+            f, activations = x.map(self._score, modules=scoring)
+        else:
+            _, f = self.attention_pool.pool(x, segments)
+            per_class = classifier.weight.expand(segments.num_bags, -1, -1)
+            activations = ops.segment_dots(x, per_class, segments)
+        a = ops.segment_softmax(f[groups.order], groups.segments)[groups.place]
+        z = weighted_sum(a.new_zeros(len(a), groups.most).scatter(1, groups.slot[:, None], a[:, None]), x, segments)
         z = z.to(classifier.weight.dtype)
         pseudo = classifier(z) * groups.exists[..., None]
-        per_class = classifier.weight.expand(segments.num_bags, -1, -1)
-        cam = ops.segment_dots(x, per_class, segments) * (a * groups.size_of_instance)[:, None]
+        cam = activations * (a * groups.size_of_instance)[:, None]
         if self.distill_mode == "afs":
             distilled, per_group = z.flatten(0, 1)[groups.exists.flatten()], 1
         else:
             rows = groups.order[self._extremes(cam.detach()[groups.order], groups.segments)]
-            distilled, per_group = x[rows.flatten()], rows.shape[1]
+            distilled, per_group = take_rows(x, rows.flatten()), rows.shape[1]
         sizes = [count * per_group for count in groups.counts]
         pooled, _ = self.u_attention_pool.pool(distilled, Segments.from_sizes(sizes, x.device))
         return self.u_classifier(pooled.to(classifier.weight.dtype)), pseudo, cam
+
+    def _score(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention values ``(n,)`` and products with the classifier ``(n, C)``."""
+        return self.attention_pool.score(rows).squeeze(1), rows @ self.classifier.module.weight.t()
 
     def _extremes(self, cam: Tensor, groups: Segments) -> Tensor:
         """(number of groups, C or 2 C) rows with the extreme scores of each group and output; no group is empty."""

@@ -148,7 +148,7 @@ class IIBMIL(MILModel):
 
     def _inst_loss(self, encoded: Tensor, y: Tensor, segments: Segments) -> Tensor:
         """Mean over the bags of the mean cross-entropy of the instances against the classes of their prototypes."""
-        pseudo = (encoded.float() @ self.prototypes.t()).argmax(1)
+        pseudo = (encoded.to(self.prototypes.dtype) @ self.prototypes.t()).argmax(1)
         y = y.float()
         if y.shape[1] == 1:
             loss = torch.nn.functional.binary_cross_entropy_with_logits(y[:, 0], pseudo.float(), reduction="none")

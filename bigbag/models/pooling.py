@@ -7,6 +7,7 @@ import torch
 from bigbag.bags import PackedBags
 from bigbag.models.base import MILModel, feature_dim, squeeze_single_output
 from bigbag.nn import LazyLinear, MaxPool, MeanPool
+from bigbag.nn.encoded import rows_of
 
 
 class _PoolingMIL(MILModel):
@@ -40,13 +41,14 @@ class _PoolingMIL(MILModel):
         self.classifier = LazyLinear(feature_dim(self.feat_ext, in_shape), out_dim)
 
     def forward_bags(self, bags: PackedBags, return_att: bool = False):  # type: ignore[no-untyped-def]
-        x = self.encode(self.feat_ext, bags.x)
+        x = self.features(self.feat_ext, bags.x)
         classifier = self.classifier.materialize(x.shape[-1])
         z = self.pool.pool(x, bags.segments).to(classifier.weight.dtype)
         Y_pred = squeeze_single_output(classifier(self.dropout(z)))
         if not return_att:
             return Y_pred
-        return Y_pred, classifier(x.to(classifier.weight.dtype)).amax(-1)
+        logits = rows_of(x, lambda rows: classifier(rows.to(classifier.weight.dtype)), modules=[classifier])
+        return Y_pred, logits.amax(-1)
 
 
 class MeanMIL(_PoolingMIL):

@@ -10,6 +10,7 @@ from torch import Tensor
 from bigbag.bags import PackedBags
 from bigbag.models.base import GraphMILModel, feature_dim
 from bigbag.nn import LazyLinear, ProbSmoothAttentionPool
+from bigbag.nn.encoded import Encoded, rows_of
 from bigbag.nn.linear import project
 
 
@@ -65,9 +66,9 @@ class ProbSmoothABMIL(GraphMILModel):
         )
         self.classifier = LazyLinear(feat_dim, out_dim)
 
-    def embed(self, bags: PackedBags) -> Tensor:
+    def embed(self, bags: PackedBags) -> Tensor | Encoded:
         """``(T, D)``: the instances as the pool sees them."""
-        return self.encode(self.feat_ext, bags.x)
+        return self.features(self.feat_ext, bags.x)
 
     def forward_bags(  # type: ignore[no-untyped-def]
         self,
@@ -80,10 +81,10 @@ class ProbSmoothABMIL(GraphMILModel):
         """Compute on a pack; as :meth:`forward`, with ``(T, ...)`` for ``(B, N, ...)``, and a seed of the draws."""
         self.pool.recompute = self.activation_checkpointing
         x = self.embed(bags)
-        mu, log_var = self.pool.distribution(x)
-        classifier = self.classifier.materialize(x.shape[-1])
         # To the left of the pooling, which commutes with it: (T, out_dim) instead of (T, D).
-        values = project(x, classifier.weight).to(mu.dtype)
+        classifier = self.classifier.materialize(x.shape[-1])
+        mu, log_var = self.pool.distribution(x)
+        values = rows_of(x, lambda rows: project(rows, classifier.weight), modules=[classifier]).to(mu.dtype)
         f = mu
         if return_samples or self.training:
             wanted = return_att and return_samples

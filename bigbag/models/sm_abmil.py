@@ -64,6 +64,6 @@ class SmABMIL(GraphMILModel):
 
     def forward_bags(self, bags: PackedBags, return_att: bool = False):  # type: ignore[no-untyped-def]
         self.pool.recompute = self.activation_checkpointing
-        z, f = self.pool.pool(self.encode(self.feat_ext, bags.x), bags.segments, bags.adj)
+        z, f = self.pool.pool(self.features(self.feat_ext, bags.x), bags.segments, bags.adj)
         Y_pred = squeeze_single_output(self.last_layer(z))
         return (Y_pred, f) if return_att else Y_pred

@@ -69,4 +69,4 @@ class TransformerProbSmoothABMIL(ProbSmoothABMIL):
 
     def embed(self, bags: PackedBags) -> Tensor:
         self.transformer_encoder.recompute = self.activation_checkpointing
-        return self.transformer_encoder.forward_packed(super().embed(bags), bags.segments)
+        return self.transformer_encoder.forward_packed(self.encode(self.feat_ext, bags.x), bags.segments)

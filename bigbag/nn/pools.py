@@ -13,15 +13,20 @@ from torch import Tensor
 
 from bigbag import ops
 from bigbag.bags import PackedBags, Segments
+from bigbag.nn.encoded import Encoded, segment_max
 from bigbag.nn.linear import LazyLinear
+from bigbag.nn.rows import stream_dtype
 
 
 class MeanPool(torch.nn.Module):
     r"""Mean of the instances: ``z = 1/N sum_n x_n``; zeros for a bag without instances."""
 
-    def pool(self, x: Tensor, segments: Segments) -> Tensor:
+    def pool(self, x: Tensor | Encoded, segments: Segments) -> Tensor:
         """``(T, D)`` instances of a pack to ``(B, D)``."""
-        return ops.segment_mean(x, segments)
+        if isinstance(x, Tensor):
+            return ops.segment_mean(x, segments)
+        shares = (1 / segments.offsets.diff().clamp_min(1))[segments.bag_of_instance]
+        return x.weighted_sum(shares[:, None], segments).squeeze(1)
 
     def forward(self, X: Tensor, mask: Tensor | None = None) -> Tensor:
         """``(B, N, D)`` and its mask ``(B, N)`` to ``(B, D)``."""
@@ -35,9 +40,9 @@ class MaxPool(torch.nn.Module):
     Differs from torchmil, which rejects the uint8 masks that its own ``collate_fn`` makes.
     """
 
-    def pool(self, x: Tensor, segments: Segments) -> Tensor:
+    def pool(self, x: Tensor | Encoded, segments: Segments) -> Tensor:
         """``(T, D)`` instances of a pack to ``(B, D)``."""
-        return ops.segment_max(x, segments)
+        return segment_max(x, segments)
 
     def forward(self, X: Tensor, mask: Tensor | None = None) -> Tensor:
         """``(B, N, D)`` and its mask ``(B, N)`` to ``(B, D)``."""
@@ -45,7 +50,7 @@ class MaxPool(torch.nn.Module):
         return self.pool(bags.x, bags.segments)
 
 
-_ACT_LAYERS = {"tanh": torch.nn.Tanh, "relu": torch.nn.ReLU, "gelu": torch.nn.GELU}
+_ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "gelu": torch.nn.functional.gelu}
 
 
 class AttentionPool(torch.nn.Module):
@@ -75,7 +80,7 @@ class AttentionPool(torch.nn.Module):
         n_heads: int = 1,
     ) -> None:
         super().__init__()
-        if act not in _ACT_LAYERS:
+        if act not in _ACTIVATIONS:
             raise ValueError(f"[{type(self).__name__}] act must be 'tanh', 'relu' or 'gelu', got {act!r}")
         self.in_dim = in_dim
         self.att_dim = att_dim
@@ -88,11 +93,11 @@ class AttentionPool(torch.nn.Module):
         if gated:
             self.fc_gated = LazyLinear(in_dim, att_dim)
 
-    def pool(self, x: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
+    def pool(self, x: Tensor | Encoded, segments: Segments) -> tuple[Tensor, Tensor]:
         """Pool a pack.
 
         Args:
-            x: ``(T, D)`` instances.
+            x: ``(T, D)`` instances; where they are :class:`~bigbag.nn.encoded.Encoded`, they never exist all at once.
             segments: how they are cut into bags.
 
         Returns:
@@ -104,6 +109,9 @@ class AttentionPool(torch.nn.Module):
         if self.gated:
             fc_gated = self.fc_gated.materialize(x.shape[-1])
             gate = {"wg": fc_gated.weight, "bg": fc_gated.bias}
+        if isinstance(x, Encoded):
+            z, scores = x.pool(lambda rows: (rows, self.score(rows)), segments=segments, modules=[self])
+            return z.to(stream_dtype(x.x, fc1.weight)).squeeze(1), scores.squeeze(1)
         z, scores = ops.attention_pool(
             x,
             segments,
@@ -115,6 +123,16 @@ class AttentionPool(torch.nn.Module):
             keep_preactivations=not self.recompute,
         )
         return z.squeeze(1), scores.squeeze(1)
+
+    def score(self, x: Tensor) -> Tensor:
+        """``(n, D)`` instances to their attention values ``(n, n_heads)``, in the precision of the weights."""
+        hidden = self.fc1(x)
+        gate = self.fc_gated(x) if self.gated else None
+        with torch.autocast(x.device.type, enabled=False):
+            hidden = _ACTIVATIONS[self.act](hidden.to(self.fc2.weight.dtype))
+            if gate is not None:
+                hidden = hidden * torch.sigmoid(gate.to(hidden.dtype))
+            return self.fc2(hidden)
 
     def forward(self, X: Tensor, mask: Tensor | None = None, return_att: bool = False) -> Any:
         """Pool a padded batch.

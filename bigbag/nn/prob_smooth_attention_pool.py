@@ -10,6 +10,7 @@ from torch import Tensor
 from bigbag import ops
 from bigbag.adjacency import Adjacency
 from bigbag.bags import PackedBags, Segments
+from bigbag.nn.encoded import Encoded
 from bigbag.nn.linear import LazyLinear, project
 from bigbag.nn.rows import by_rows
 
@@ -64,7 +65,7 @@ class ProbSmoothAttentionPool(torch.nn.Module):
         if covar_mode == "diag":
             self.log_diag_Sigma_nn = torch.nn.Linear(width, 1)
 
-    def distribution(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def distribution(self, x: Tensor | Encoded) -> tuple[Tensor, Tensor | None]:
         """Mean and log-variance of the attention values of ``(T, D)`` instances.
 
         Returns:
@@ -72,10 +73,13 @@ class ProbSmoothAttentionPool(torch.nn.Module):
             log_var: ``(T,)``; None for covar_mode "zero".
         """
         self._first_layer(x)
-        heads = by_rows(self._heads, x, modules=[self]) if self.recompute else self._heads(x)
+        if isinstance(x, Encoded):
+            heads = x.map(self._heads, modules=[self])
+        else:
+            heads = by_rows(self._heads, x, modules=[self]) if self.recompute else self._heads(x)
         return heads[:, 0], heads[:, 1] if self.covar_mode == "diag" else None
 
-    def _first_layer(self, x: Tensor) -> torch.nn.Linear:
+    def _first_layer(self, x: Tensor | Encoded) -> torch.nn.Linear:
         first = self.in_mlp[0]
         assert isinstance(first, LazyLinear)
         return first.materialize(x.shape[-1])

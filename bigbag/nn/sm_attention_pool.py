@@ -11,7 +11,9 @@ from torch.utils.checkpoint import checkpoint
 from bigbag import ops
 from bigbag.adjacency import Adjacency
 from bigbag.bags import PackedBags, Segments
+from bigbag.nn.encoded import Encoded, rows_of, weighted_sum
 from bigbag.nn.linear import project
+from bigbag.nn.rows import stream_dtype
 from bigbag.nn.sm import Sm
 
 _ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "gelu": torch.nn.functional.gelu}
@@ -80,11 +82,11 @@ class SmAttentionPool(torch.nn.Module):
         if spectral_norm and sm_where != "late":
             torch.nn.utils.parametrizations.spectral_norm(self.proj2)
 
-    def pool(self, x: Tensor, segments: Segments, adj: Adjacency | None) -> tuple[Tensor, Tensor]:
+    def pool(self, x: Tensor | Encoded, segments: Segments, adj: Adjacency | None) -> tuple[Tensor, Tensor]:
         """Pool a pack.
 
         Args:
-            x: ``(T, D)`` instances.
+            x: ``(T, D)`` instances; where they are :class:`~bigbag.nn.encoded.Encoded`, they never exist all at once.
             segments: how they are cut into bags.
             adj: the graph over the T instances; None only where there is no Sm.
 
@@ -94,6 +96,13 @@ class SmAttentionPool(torch.nn.Module):
         """
         w1, w2 = self.proj1.weight, self.proj2.weight  # once: in training, spectral normalisation iterates at each use
         if not isinstance(self.sm, Sm):
+            if isinstance(x, Encoded):
+                z, f = x.pool(
+                    lambda rows, *weights: (rows, self._score(rows, *weights)),
+                    segments=segments,
+                    shared=[w1, w2, self.proj1.bias],
+                )
+                return z.to(stream_dtype(x.x, w1)).squeeze(1), f.squeeze(1)
             z, f = ops.attention_pool(
                 x, segments, w1, self.proj1.bias, w2, act=self.act, keep_preactivations=not self.recompute
             )
@@ -102,7 +111,7 @@ class SmAttentionPool(torch.nn.Module):
             raise ValueError(f"{type(self).__name__} needs adj to smooth over: pass the adjacency of the bags")
         if self.sm_mode == "exact":
             adj = ops.marked_symmetric(adj)
-        projected = project(x, w1)
+        projected = rows_of(x, lambda rows: project(rows, w1), shared=[w1])
         if self.recompute and torch.is_grad_enabled():
             f = checkpoint(self._scores, projected, w2, adj, use_reentrant=False)
         else:
@@ -110,8 +119,12 @@ class SmAttentionPool(torch.nn.Module):
         s = ops.segment_softmax(f, segments)
         if self.sm_where == "early":
             s = self.sm.forward_packed(s, adj, adjoint=True)
-        z = ops.segment_pool(s[:, None], x, segments).squeeze(1)
+        z = weighted_sum(s[:, None], x, segments).squeeze(1)
         return z.to(projected.dtype), f
+
+    def _score(self, rows: Tensor, w1: Tensor, w2: Tensor, b1: Tensor) -> Tensor:
+        """Without Sm: ``(n, D)`` instances to attention values ``(n, 1)``."""
+        return _ACTIVATIONS[self.act](project(rows, w1).to(w1.dtype) + b1) @ w2.t()
 
     def _scores(self, projected: Tensor, w2: Tensor, adj: Adjacency) -> Tensor:
         """``X W1^T`` ``(T, att_dim)`` to attention values ``(T,)``, these in the precision of the weights."""
