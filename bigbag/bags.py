@@ -7,10 +7,12 @@ door (:meth:`PackedBags.from_padded`, :meth:`PackedBags.to_padded`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import accumulate
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from bigbag.adjacency import Adjacency
 Label = int | float | Sequence[float]
 
 _ALIGN_BYTES = 64
+_PIECE = 1 << 20  # values that are converted at once
 
 
 def _as_array(value: Any, what: str) -> np.ndarray | None:
@@ -164,7 +167,7 @@ class PackedBags:
 
     @staticmethod
     def from_bags(
-        bags: Sequence[Bag], *, shared: bool = False, allocate: Callable[[int], Tensor] | None = None
+        bags: Sequence[Bag], *, dtype: torch.dtype | None = None, allocate: Callable[[int], Tensor] | None = None
     ) -> PackedBags:
         """Lay ``bags`` end to end in one buffer, so that moving the pack to a device is a single copy.
 
@@ -172,7 +175,7 @@ class PackedBags:
 
         Args:
             bags: at least one bag, all of the same feature shape and dtype.
-            shared: put the buffer in shared memory, for handing it to another process without a copy.
+            dtype: precision of ``x`` in the pack, converted while it is copied; None: that of the bags.
             allocate: gives a byte tensor of at least so many bytes to lay the pack in; None: a new one.
 
         Raises:
@@ -191,15 +194,14 @@ class PackedBags:
             arrays["y_inst"] = [bag.y_inst.astype(np.int64) for bag in bags]  # type: ignore[union-attr]
         if all(bag.coords is not None for bag in bags):
             arrays["coords"] = [bag.coords for bag in bags]  # type: ignore[misc]
+        graphs = [bag.adj for bag in bags if bag.adj is not None]
+        if len(graphs) == len(bags):
+            arrays |= _block_diagonal(graphs)
+        parts = _concatenate_in_one_buffer(arrays, {} if dtype is None else {"x": dtype}, allocate or _new_buffer)
         adj = None
-        if all(bag.adj is not None for bag in bags):
-            adj = Adjacency.block_diagonal([bag.adj for bag in bags])  # type: ignore[misc]
-            arrays |= {"crow": [adj.crow.numpy()], "col": [adj.col.numpy()]}
-            if adj.weight is not None:
-                arrays["weight"] = [adj.weight.numpy()]
-        parts = _concatenate_in_one_buffer(arrays, allocate or (_new_shared_buffer if shared else _new_buffer))
-        if adj is not None:
-            adj = Adjacency(parts.pop("crow"), parts.pop("col"), parts.pop("weight", None), adj.symmetric)
+        if len(graphs) == len(bags):
+            symmetric = all(graph.symmetric for graph in graphs)
+            adj = Adjacency(parts.pop("crow"), parts.pop("col"), parts.pop("weight", None), symmetric)
         return PackedBags(sizes=sizes, adj=adj, keys=tuple(bag.key for bag in bags), **parts)
 
     @staticmethod
@@ -324,26 +326,61 @@ def _new_buffer(num_bytes: int) -> Tensor:
     return torch.empty(num_bytes, dtype=torch.uint8)
 
 
-def _new_shared_buffer(num_bytes: int) -> Tensor:
-    return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(num_bytes))
+def _block_diagonal(graphs: Sequence[Adjacency]) -> dict[str, list[np.ndarray]]:
+    """Arrays which, end to end, are the CSR of :meth:`Adjacency.block_diagonal`; numpy alone keeps to this thread."""
+    nodes = [0, *accumulate(graph.num_nodes for graph in graphs)]
+    edges = [0, *accumulate(graph.num_edges for graph in graphs)]
+    arrays = {
+        "crow": [np.zeros(1, np.int64), *(graph.crow.numpy()[1:] + first for graph, first in zip(graphs, edges))],
+        "col": [graph.col.numpy() + np.int32(first) for graph, first in zip(graphs, nodes)],
+    }
+    if any(graph.weight is not None for graph in graphs):
+        arrays["weight"] = [
+            np.ones(graph.num_edges, np.float32) if graph.weight is None else graph.weight.numpy() for graph in graphs
+        ]
+    return arrays
 
 
 def _concatenate_in_one_buffer(
-    arrays: dict[str, list[np.ndarray]], allocate: Callable[[int], Tensor]
+    arrays: dict[str, list[np.ndarray]], dtypes: dict[str, torch.dtype], allocate: Callable[[int], Tensor]
 ) -> dict[str, Any]:
-    """Concatenate each list along its first axis, all results being views of one byte buffer."""
-    layout: dict[str, tuple[int, tuple[int, ...], np.dtype]] = {}
+    """Concatenate each list along its first axis, all results being views of one byte buffer.
+
+    Each comes in its own precision, or in that of ``dtypes``.
+    """
+    layout: dict[str, tuple[int, int, tuple[int, ...], torch.dtype]] = {}
     end = 0
     for name, parts in arrays.items():
         shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
-        layout[name] = (end, shape, parts[0].dtype)
-        end += -(-parts[0].dtype.itemsize * int(np.prod(shape)) // _ALIGN_BYTES) * _ALIGN_BYTES
+        dtype = dtypes.get(name, _torch_dtype(parts[0]))
+        size = dtype.itemsize * math.prod(shape)
+        layout[name] = (end, end + size, shape, dtype)
+        end += -(-size // _ALIGN_BYTES) * _ALIGN_BYTES
     buffer = allocate(end)
     tensors = {}
-    for name, (start, shape, dtype) in layout.items():
-        size = dtype.itemsize * int(np.prod(shape))
-        target = buffer.numpy()[start : start + size].view(dtype).reshape(shape)
-        np.concatenate(arrays[name], out=target)
-        torch_dtype = torch.from_numpy(np.empty(0, dtype)).dtype
-        tensors[name] = buffer[start : start + size].view(torch_dtype).view(shape)
+    for name, (start, stop, shape, dtype) in layout.items():
+        target = buffer[start:stop].view(dtype).view(shape)
+        row = 0
+        for part in arrays[name]:
+            _copy(part, target[row : row + len(part)])
+            row += len(part)
+        tensors[name] = target
     return tensors
+
+
+def _copy(source: np.ndarray, target: Tensor) -> None:
+    """Copy ``source`` into ``target``, in the precision of ``target``; torch uses all its threads for it."""
+    # torch has no read-only tensors and warns of a map of a shard; this one is only read.
+    interface = {**source.__array_interface__, "data": (source.__array_interface__["data"][0], False)}
+    values = torch.from_numpy(np.asarray(SimpleNamespace(__array_interface__=interface)))
+    if target.dtype != torch.bfloat16:
+        target.copy_(values)
+        return
+    # float16 has no fast way to bfloat16 but by way of float32, in pieces that stay in the cache.
+    scratch = torch.empty(_PIECE)
+    for piece, part in zip(values.reshape(-1).split(_PIECE), target.view(-1).split(_PIECE)):
+        part.copy_(scratch[: len(part)].copy_(piece))
+
+
+def _torch_dtype(array: np.ndarray) -> torch.dtype:
+    return torch.from_numpy(np.empty(0, array.dtype)).dtype

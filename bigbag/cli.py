@@ -35,11 +35,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _bench(arguments: Sequence[str]) -> int:
-    """``bench ops`` or ``bench models``, each with options of its own."""
+    """``bench ops``, ``bench models`` or ``bench loader``, each with options of its own."""
     if arguments[:1] == ["models"]:
         from bigbag.bench.models import main as bench_models
 
         return bench_models(arguments[1:])
+    if arguments[:1] == ["loader"]:
+        from bigbag.bench.loader import main as bench_loader
+
+        return bench_loader(arguments[1:])
     from bigbag.bench import main as bench_operators
 
     return bench_operators(arguments)
@@ -70,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--seeds", type=int, default=1, help="runs of each model, with the seeds from seed on")
     for command in (train, evaluate):
         command.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the DeepSpeed launcher appends it
-    commands.add_parser("bench", help="Benchmarks: `bench ops` of the operators, `bench models` of whole models.")
+    commands.add_parser("bench", help="Benchmarks: `bench ops`, `bench models`, `bench loader`.")
     return parser
 
 

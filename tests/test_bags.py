@@ -1,5 +1,7 @@
 """The data types: packing, padding, one buffer."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -54,8 +56,20 @@ def test_one_buffer_moves_in_one_copy():
     assert torch.equal(moved.adj.weight, pack.adj.weight) and moved.sizes == pack.sizes
 
 
-def test_shared_buffer_is_shared():
-    assert PackedBags.from_bags([make_bag(3)], shared=True).x.is_shared()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_precision_is_converted_while_packing(dtype):
+    rng = np.random.default_rng(0)
+    # more values than a piece, two bags, read-only as maps of shards are
+    bags = [Bag(rng.normal(size=(n, 31)).astype(np.float16), y=0, key=str(n)) for n in (2500, 0, 777)]
+    for bag in bags:
+        bag.x.setflags(write=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pack = PackedBags.from_bags(bags, dtype=dtype)
+    assert pack.x.dtype == dtype
+    whole = torch.from_numpy(np.concatenate([bag.x for bag in bags]))
+    torch.testing.assert_close(pack.x, whole.to(dtype), rtol=0, atol=0)
+    assert pack.x.untyped_storage().data_ptr() == pack.y.untyped_storage().data_ptr()
 
 
 def test_label_dtypes():

@@ -129,9 +129,11 @@ class DataConfig(Section):
     splits: SplitsConfig = SplitsConfig()
     """Which bags train, validate and test."""
     num_workers: int = 1
-    """Reading processes of each rank; 0 reads in the training process."""
+    """Reading threads of each rank; 0 reads when a pack is asked for."""
     prefetch_packs: int = 2
-    """Packs that each reading process prepares ahead."""
+    """Packs that are prepared ahead for each reading thread."""
+    dtype: Literal["float16", "bfloat16", "float32"] | None = None
+    """Precision of the features in the packs, converted while they are read; None: as they are stored."""
     check_digests: bool = False
     """Compare each bag with its SHA-256 when a process first reads it."""
     allow_pipe: bool = False

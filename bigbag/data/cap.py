@@ -66,5 +66,5 @@ def _induced(adj: Adjacency, rows: np.ndarray) -> Adjacency:
     kept = (row >= 0) & (col >= 0)
     crow = np.zeros(len(rows) + 1, dtype=np.int64)
     np.cumsum(np.bincount(row[kept], minlength=len(rows)), out=crow[1:])
-    weight = None if adj.weight is None else adj.weight[torch.from_numpy(kept)]
+    weight = None if adj.weight is None else torch.from_numpy(adj.weight.numpy()[kept])
     return Adjacency(torch.from_numpy(crow), torch.from_numpy(col[kept]).to(adj.col.dtype), weight, adj.symmetric)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -35,21 +36,33 @@ def npy_view(buffer: Any, where: str) -> np.ndarray:
         ValueError: not an ``.npy``, an array of Python objects or text, or a header that does not fit the bytes.
     """
     view = memoryview(buffer).cast("B")
-    head = io.BytesIO(bytes(view[:_MAX_HEADER_BYTES]))
     try:
-        version = npy_format.read_magic(head)
-        read_header = {(1, 0): npy_format.read_array_header_1_0, (2, 0): npy_format.read_array_header_2_0}[version]
-        shape, fortran, dtype = read_header(head)
+        shape, fortran, dtype, start = _parse_header(bytes(view[: _header_bytes(view)]))
     except (ValueError, KeyError) as error:
         raise ValueError(f"{where}: damaged .npy header ({error}); check the set with check_digests") from None
     if dtype.hasobject or dtype.kind not in _KINDS:
         raise ValueError(f"{where}: array of {dtype}, expected plain numbers: Python objects are never unpickled")
     if fortran and len(shape) > 1:
         raise ValueError(f"{where}: Fortran-ordered array, expected C order")
-    start, count = head.tell(), math.prod(shape)
+    count = math.prod(shape)
     if start + count * dtype.itemsize != len(view):
         raise ValueError(
             f"{where}: the header promises an array {tuple(shape)} of {dtype}, {count * dtype.itemsize} bytes, but "
             f"{len(view) - start} bytes follow; check the set with check_digests"
         )
     return np.frombuffer(view, dtype=dtype, offset=start, count=count).reshape(shape)
+
+
+def _header_bytes(view: memoryview) -> int:
+    """Bytes before the array, by the length that the header states; more than there may be where it is damaged."""
+    size = 2 if view[6:7] == b"\x01" else 4
+    return min(8 + size + int.from_bytes(view[8 : 8 + size], "little"), _MAX_HEADER_BYTES)
+
+
+@lru_cache(maxsize=4096)
+def _parse_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+    head = io.BytesIO(header)
+    version = npy_format.read_magic(head)
+    read_header = {(1, 0): npy_format.read_array_header_1_0, (2, 0): npy_format.read_array_header_2_0}[version]
+    shape, fortran, dtype = read_header(head)
+    return shape, fortran, dtype, head.tell()

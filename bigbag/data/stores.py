@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from bigbag.bags import Bag
@@ -29,7 +30,7 @@ _TIMEOUT_S = 60
 
 
 class BagStore(ABC):
-    """A set of bags that can be read in any order, from any process (stores are picklable).
+    """A set of bags that can be read in any order, by several threads at once, from any process (stores are picklable).
 
     Attributes:
         infos: what is known of each bag without reading it.
@@ -165,11 +166,19 @@ class ShardStore(BagStore):
         self.check_digests = check_digests
         self._cache = cache
         self._shards = {shard.file: shard for shard in manifest.shards}
+        self._start()
+
+    def _start(self) -> None:
         self._open: OrderedDict[str, MappedShard] = OrderedDict()
         self._checked: set[int] = set()
+        self._lock = Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict(), "_checked": set()}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_open", "_checked", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start()
 
     def url(self, shard: str) -> str:
         """Path or address of a shard."""
@@ -191,20 +200,19 @@ class ShardStore(BagStore):
         return self.manifest.digest()
 
     def _mapped(self, shard: ShardInfo) -> MappedShard:
-        if shard.file in self._open:
-            self._open.move_to_end(shard.file)
-            return self._open[shard.file]
+        with self._lock:
+            if shard.file in self._open:
+                self._open.move_to_end(shard.file)
+                return self._open[shard.file]
+        # Not under the lock, since fetching may take long. Two threads may map one shard; the cache fetches it once.
         url = self.url(shard.file)
-        if self._cache is None:
-            with open(url, "rb") as file:
-                mapped = MappedShard(file, url, shard.bytes)
-        else:
-            with self._cache.open(shard, url) as file:
-                mapped = MappedShard(file, url, shard.bytes)
-        self._open[shard.file] = mapped
-        # A shard that is let go stays mapped for as long as some bag still views it.
-        while len(self._open) > (_MAX_OPEN_LOCAL if self._cache is None else _MAX_OPEN_REMOTE):
-            self._open.popitem(last=False)
+        with open(url, "rb") if self._cache is None else self._cache.open(shard, url) as file:
+            mapped = MappedShard(file, url, shard.bytes)
+        with self._lock:
+            self._open[shard.file] = mapped
+            # A shard that is let go stays mapped for as long as some bag still views it.
+            while len(self._open) > (_MAX_OPEN_LOCAL if self._cache is None else _MAX_OPEN_REMOTE):
+                self._open.popitem(last=False)
         return mapped
 
 

@@ -11,7 +11,8 @@ import torch
 
 from bigbag.bags import PackedBags
 from bigbag.config import Config
-from bigbag.data import BagStore, capped_sizes, plan_epoch, stream
+from bigbag.data import BagStore, capped_sizes, plan_epoch
+from bigbag.engine.feed import feed
 from bigbag.engine.metrics import bag_metrics, instance_metrics
 from bigbag.engine.world import World
 from bigbag.models import MILModel
@@ -65,18 +66,8 @@ def predict_bags(
     )
     mine: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]] = []
     want = "logits and scores" if with_instances else "logits"
-    packs = stream(
-        store,
-        plan,
-        rank=world.rank,
-        num_workers=data.num_workers,
-        prefetch=data.prefetch_packs,
-        pin_memory=world.device.type == "cuda",
-        max_instances=data.max_instances,
-        seed=config.seed,
-    )
     with torch.no_grad():
-        for _, _, pack, host_bags in packs:
+        for _, _, pack, host_bags in feed(store, plan, config, world):
             out = forward(host_bags.to(world.device, non_blocking=True), want)
             if pack.is_filler:
                 continue

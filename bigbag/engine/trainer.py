@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bigbag.bags import PackedBags
 from bigbag.config import Config
-from bigbag.data import BagStore, EpochPlan, PackPlan, StepPlan, capped_sizes, plan_epoch, stream
+from bigbag.data import BagStore, StepPlan, capped_sizes, plan_epoch
 from bigbag.engine.annealing import build_schedulers
 from bigbag.engine.backend import Backend
 from bigbag.engine.checkpoint import Progress, load_checkpoint, save_checkpoint
 from bigbag.engine.evaluate import predict_bags, score
+from bigbag.engine.feed import feed
 from bigbag.engine.log import RunLog, progress
 from bigbag.engine.optim import learning_rate
 from bigbag.engine.step import Packs, StepSums, accumulate
@@ -90,7 +90,7 @@ class Trainer:
         )
         self.backend.train(True)
         bar = progress(self.steps_per_epoch, done.step, f"epoch {done.epoch + 1}/{train.epochs}", self.world)
-        packs = self._packs(plan, done.step, done.epoch)
+        packs = feed(self.store, plan, self.config, self.world, start_step=done.step, epoch=done.epoch)
         for step, group in groupby(packs, key=lambda item: item[0]):
             num_bags = plan.steps[step].num_bags
             loss = self._step(done, group, plan.steps[step])
@@ -104,21 +104,6 @@ class Trainer:
                 done.log_position = self.log.position
                 save_checkpoint(self.checkpoints, self.backend, done, self.world)
         bar.close()
-
-    def _packs(self, plan: EpochPlan, start_step: int, epoch: int) -> Iterator[tuple[int, int, PackPlan, PackedBags]]:
-        data = self.config.data
-        return stream(
-            self.store,
-            plan,
-            rank=self.world.rank,
-            start_step=start_step,
-            num_workers=data.num_workers,
-            prefetch=data.prefetch_packs,
-            pin_memory=self.world.device.type == "cuda",
-            max_instances=data.max_instances,
-            seed=self.config.seed,
-            epoch=epoch,
-        )
 
     def _step(self, done: Progress, packs: Packs, plan: StepPlan) -> float:
         """One optimiser step; returns the mean loss of its bags, over all ranks."""

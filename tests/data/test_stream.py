@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from bigbag import Bag, PackedBags
+from bigbag.bench.loader import COPY, WEBDATASET, contenders, make_set, measure
+from bigbag.bench.measure import resident_bytes
 from bigbag.data import (
     BagStore,
     EpochPlan,
@@ -26,7 +28,7 @@ from bigbag.data import (
     plan_epoch,
     stream,
 )
-from bigbag.data.buffers import Layout, LocalBuffers, SharedBuffers
+from bigbag.data.buffers import Buffers
 from bigbag.data.cap import cap_instances, take_rows
 from bigbag.data.sources import MemorySource
 
@@ -80,7 +82,8 @@ def test_a_pack_is_one_buffer_of_its_own_size(store: ShardStore, num_workers: in
     for *_, found in stream(store, make_plan(store), rank=0, num_workers=num_workers):
         tensors = [found.x, found.offsets, found.y, found.y_inst, found.coords, found.adj.crow, found.adj.col]
         assert len({t.untyped_storage().data_ptr() for t in tensors}) == 1
-        assert 0 <= found.x.untyped_storage().nbytes() - Layout.of(found).num_bytes < 64  # its last tensor is padded
+        num_bytes = sum(-(-t.nbytes // 64) * 64 for t in [*tensors, found.adj.weight])
+        assert found.x.untyped_storage().nbytes() == num_bytes
         moved = found.to("cpu")
         assert_same_pack(moved, found)
 
@@ -144,78 +147,50 @@ def test_bags_in_memory_stream_like_packed_ones(store: ShardStore) -> None:
             assert_same_pack(a[3], b[3])
 
 
-def test_a_pack_larger_than_its_slot_gets_its_own_buffer(tmp_path: Path) -> None:
-    """The size of a slot is estimated from the first pack; here the first bag has no graph and no coordinates."""
-    rng = np.random.default_rng(0)
-    rows = [rng.normal(size=(n, 2)).astype(np.float32) for n in (4000, 4000, 4000)]
-
-    growing = Growing([Bag(x, y=0, key=str(i)) for i, x in enumerate(rows)])
-    plan = plan_epoch(
-        growing.sizes, range(3), seed=0, epoch=0, world_size=1, budget_instances=1, batch_bags=1, shuffle=False
-    )
-    found = list(stream(growing, plan, rank=0, num_workers=1))
-    assert [item[3].coords if item[3].coords is None else item[3].coords.shape[1] for item in found] == [None, 200, 400]
-    for x, item in zip(rows, found):
-        np.testing.assert_array_equal(item[3].x, x)
+def reading_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("bigbag-read")]
 
 
-class Growing(MemoryStore):
-    """Coordinates that grow from bag to bag."""
-
-    def read(self, index: int) -> Bag:
-        bag = super().read(index)
-        return Bag(bag.x, bag.y, bag.key, coords=np.zeros((len(bag.x), 200 * index)) if index else None)
-
-
-def test_leaving_early_ends_the_workers(store: ShardStore) -> None:
-    import multiprocessing
-
+def test_leaving_early_ends_the_threads(store: ShardStore) -> None:
     for item in stream(store, make_plan(store, world_size=1), rank=0, num_workers=2):
         assert item[3].num_bags
-        assert len(multiprocessing.active_children()) == 2
+        assert 1 <= len(reading_threads()) <= 2
         break
     gc.collect()
+    assert not reading_threads()
+
+
+def test_packs_are_read_ahead_and_no_further(store: ShardStore) -> None:
+    reads: list[int] = []
+
+    class Counting(MemoryStore):
+        def read(self, index: int) -> Bag:
+            reads.append(index)
+            return super().read(index)
+
+    counting = Counting([store.read(index) for index in range(len(store))])
+    plan = plan_epoch(counting.sizes, range(12), seed=0, epoch=0, world_size=1, budget_instances=1, batch_bags=1)
+    packs = stream(counting, plan, rank=0, num_workers=2, prefetch=2)
+    next(packs)
     deadline = time.monotonic() + 20
-    while multiprocessing.active_children() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not multiprocessing.active_children()
+    while len(reads) < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert len(reads) == 5  # the pack in hand and two for each thread
+    assert len(list(packs)) == 11 and len(reads) == 12
 
 
-def test_workers_survive_the_signals_of_a_cluster(store: ShardStore) -> None:
-    import multiprocessing
-
-    packs = stream(store, make_plan(store, world_size=1), rank=0, num_workers=1, prefetch=1)
-    count = 0
-    for _ in packs:
-        count += 1
-        for worker in multiprocessing.active_children():
-            for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
-                os.kill(worker.pid, number)
-    assert count == make_plan(store, world_size=1).num_packs
-    # nor are they blocked here
-    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & {signal.SIGUSR1, signal.SIGTERM, signal.SIGINT}
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_features_in_another_precision(store: ShardStore, num_workers: int, dtype: torch.dtype) -> None:
+    plan = make_plan(store)
+    for *_, pack_plan, found in stream(store, plan, rank=0, num_workers=num_workers, dtype=dtype):
+        whole = np.concatenate([store.read(bag).x for bag in pack_plan.bags])
+        assert found.x.dtype == dtype
+        torch.testing.assert_close(found.x, torch.from_numpy(whole).to(dtype), rtol=0, atol=0)
 
 
-def test_a_killed_worker_is_an_error_not_a_hang(make_bags: Callable) -> None:
-    import multiprocessing
-
-    store = MemoryStore(make_bags(40, graph=False))
-    plan = plan_epoch(store.sizes, range(40), seed=0, epoch=0, world_size=1, budget_instances=1, batch_bags=1)
-    start = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"worker .* exited unexpectedly"):
-        for _ in stream(store, plan, rank=0, num_workers=1, prefetch=1):
-            for worker in multiprocessing.active_children():
-                os.kill(worker.pid, signal.SIGKILL)
-    assert time.monotonic() - start < 60
-
-
-def resident_bytes() -> int:
-    """Private and shared memory of this process; maps of files, which the kernel drops at will, not counted."""
-    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return 1024 * sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem"))
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("num_workers", [0, 2])
 def test_resident_memory_and_open_files_stay_flat(tmp_path: Path, num_workers: int) -> None:
     bags = [Bag(np.full((4000, 128), i, np.float32), y=0, key=str(i)) for i in range(12)]  # 1 MB each as float16
     pack(MemorySource(bags), tmp_path, progress=False)
@@ -234,8 +209,19 @@ def test_resident_memory_and_open_files_stay_flat(tmp_path: Path, num_workers: i
     assert seen[-1][1] <= seen[1][1] + 1, seen
 
 
-def test_local_buffers_are_used_again_only_when_free() -> None:
-    buffers = LocalBuffers()
+def test_streaming_keeps_up_with_copying(tmp_path: Path) -> None:
+    """Generous bounds for a busy machine, where the best of some rounds says most; `bench loader` has the figures."""
+    store, files = make_set(tmp_path, 8, 10_000, 512)
+    times, _ = measure(contenders(store, files, [0, 1, 2]), 6)
+    best = {name: min(of) for name, of in times.items()}
+    for num_workers in (0, 1, 2):
+        epoch = best[f"stream, {num_workers} workers"]
+        assert best[COPY] / epoch > 0.5, best
+        assert best[WEBDATASET] / epoch > 2, best
+
+
+def test_buffers_are_used_again_only_when_free() -> None:
+    buffers = Buffers()
     first, second = buffers.lease(1000), buffers.lease(1000)
     address = first.data_ptr()
     view = first[10:20].view(torch.int16)
@@ -243,19 +229,16 @@ def test_local_buffers_are_used_again_only_when_free() -> None:
     assert buffers.lease(500).data_ptr() not in (address, second.data_ptr())  # a view still holds it
     view.fill_(7)
     del view
-    assert address in {tensor.data_ptr() for tensor in [buffers.lease(1000), buffers.lease(1000)]}
+    assert buffers.lease(1000).data_ptr() == address  # the one used last comes first
 
 
-def test_shared_buffers_run_out_and_come_back() -> None:
-    buffers = SharedBuffers(2, 4096)
-    slots = [buffers.acquire(), buffers.acquire()]
-    assert sorted(slots) == [0, 1] and buffers.acquire() is None
-    buffers.slots[slots[0]][:4] = torch.tensor([1, 2, 3, 4], dtype=torch.uint8)
-    lease = buffers.lease(slots[0], 4)
-    assert lease.tolist() == [1, 2, 3, 4] and lease.untyped_storage().nbytes() == 4
-    assert buffers.acquire() is None
-    del lease
-    assert buffers.acquire() == slots[0]
+def test_buffers_keep_as_many_as_they_are_told() -> None:
+    buffers = Buffers(2)
+    leases = [buffers.lease(1000) for _ in range(5)]
+    del leases
+    assert len(buffers._idle) == 2
+    buffers.keep(1)
+    assert len(buffers._idle) == 1
 
 
 def test_cap_instances() -> None:
