@@ -90,12 +90,26 @@ def predict_bags(
     )
 
 
-def score(predictions: Predictions, store: BagStore, model: MILModel, config: Config) -> dict[str, Any]:
-    """Metrics of predictions: the task's bag metrics, the criterion as "loss", and instance metrics where known."""
+def score(
+    predictions: Predictions,
+    store: BagStore,
+    model: MILModel,
+    config: Config,
+    instance_threshold: float | None = None,
+) -> dict[str, Any]:
+    """Metrics of predictions: the task's bag metrics, the criterion as "loss", and instance metrics where known.
+
+    Args:
+        predictions: of :func:`predict_bags`.
+        store: where the labels are.
+        model: whose criterion the loss is.
+        config: the run's settings.
+        instance_threshold: of "instance_f1"; None leaves it out.
+    """
     labels = np.array([store.infos[bag].label for bag in predictions.bags])
     logits = predictions.logits[:, 0] if config.task.num_outputs == 1 else predictions.logits
     metrics: dict[str, Any] = {**bag_metrics(labels, logits, config.task.type)}
     metrics["loss"] = model.bag_loss(torch.from_numpy(logits), torch.from_numpy(labels)).item()
     if len(predictions.scores):
-        metrics |= instance_metrics(predictions.y_inst, predictions.scores)
+        metrics |= instance_metrics(predictions.y_inst, predictions.scores, instance_threshold)
     return metrics

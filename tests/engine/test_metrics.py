@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from bigbag.engine.metrics import _left_out, bag_metrics, instance_metrics, probabilities
+from bigbag.engine.metrics import bag_metrics, instance_metrics, probabilities
+from bigbag.engine.metrics.undefined import leave_out
 
 
 @pytest.fixture(autouse=True)
 def _log_again() -> None:
-    _left_out.cache_clear()
+    leave_out.cache_clear()
 
 
 def test_binary_by_hand() -> None:
@@ -21,6 +22,10 @@ def test_binary_by_hand() -> None:
     got = bag_metrics(np.array([1, 0, 1, 0, 0]), np.array([2.0, 1.0, -1.0, -2.0, -3.0]), "binary")
     expected = {"num_bags": 5, "accuracy": 3 / 5, "auroc": 5 / 6, "f1": 1 / 2}
     expected |= {"average_precision": (1 + 2 / 3) / 2, "balanced_accuracy": (1 / 2 + 2 / 3) / 2}
+    expected |= {"sensitivity": 1 / 2, "specificity": 2 / 3, "kappa": 1 - (2 / 5) / (12 / 25)}
+    chances = 1 / (1 + np.exp(-np.array([2.0, 1.0, -1.0, -2.0, -3.0])))
+    expected |= {"brier": np.mean((chances - [1, 0, 1, 0, 0]) ** 2)}
+    expected |= {"ece": np.mean(np.abs(chances - [1, 0, 1, 0, 0]))}  # fifteenths 13, 10, 4, 1 and 0: one bag in each
     assert got == pytest.approx(expected)
 
 
@@ -34,7 +39,8 @@ def test_binary_takes_a_column_and_survives_huge_logits() -> None:
 def test_one_class_leaves_metrics_out_and_says_why(label: int, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         got = bag_metrics(np.full(4, label), np.array([1.0, 2.0, -1.0, 3.0]), "binary")
-    assert set(got) == {"num_bags", "accuracy"} | ({"f1"} if label else set())
+    always = {"num_bags", "accuracy", "kappa", "brier", "ece"}
+    assert set(got) == always | ({"f1", "sensitivity"} if label else {"specificity"})
     assert got["accuracy"] == pytest.approx(0.75 if label else 0.25)
     assert "auroc" in caplog.text and ("negative" if label else "positive") in caplog.text
     json.dumps(got, allow_nan=False)
@@ -70,7 +76,10 @@ def test_multilabel_against_scikit_learn() -> None:
     assert got["f1"] == pytest.approx(sk.f1_score(labels, logits > 0, average="macro"))
     assert got["accuracy"] == pytest.approx(np.mean((logits > 0) == labels))
     labels[:, 1] = 0
-    assert set(bag_metrics(labels, logits, "multilabel")) == {"num_bags", "accuracy"}
+    defined = {"num_bags", "accuracy", "subset_accuracy", "brier", "ece"}
+    assert set(bag_metrics(labels, logits, "multilabel")) == defined | {f"{n}_micro" for n in ("auroc", "f1")} | {
+        "average_precision_micro"
+    }
 
 
 def test_regression_by_hand() -> None:
@@ -111,6 +120,12 @@ def test_instance_metrics_against_scikit_learn(dtype: type) -> None:
     assert got["instance_auroc"] == pytest.approx(sk.roc_auc_score(y_inst[kept], scores[kept]), abs=1e-12)
     expected = sk.average_precision_score(y_inst[kept], scores[kept])
     assert got["instance_average_precision"] == pytest.approx(expected, abs=1e-12)
+    precision, recall, thresholds = sk.precision_recall_curve(y_inst[kept], scores[kept])
+    f1 = (2 * precision * recall / np.maximum(precision + recall, 1e-300))[:-1]
+    assert got["instance_best_f1"] == pytest.approx(f1.max(), abs=1e-12)
+    assert got["instance_best_threshold"] == thresholds[f1 >= f1.max() - 1e-12].max()
+    at_one = instance_metrics(y_inst, scores, threshold=1.0)["instance_f1"]
+    assert at_one == pytest.approx(sk.f1_score(y_inst[kept], scores[kept] >= 1), abs=1e-12)
     np.testing.assert_array_equal(scores, before)
 
 
