@@ -205,6 +205,9 @@ class ReportConfig(Section):
 
     num_slides: int = 4
     """Positive test bags whose attention maps are saved and drawn."""
+    instance_scores: bool = False
+    """Save the score of every instance of the evaluated bags with instance labels (13 bytes each) in ``instances.npz``:
+    what FROC is computed from."""
 
 
 class CompareConfig(Section):

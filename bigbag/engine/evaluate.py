@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,12 +27,16 @@ class Predictions:
         logits: ``(n, K)`` float32.
         y_inst: instance labels of the bags that have them, end to end.
         scores: instance scores in the same order.
+        sizes: ``(n,)`` how many of these instances are of each bag; 0 for a bag without instance labels.
+        coords: their ``(c,)`` coordinates; None where some bag has none, or without ``report.instance_scores``.
     """
 
     bags: np.ndarray
     logits: np.ndarray
     y_inst: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     scores: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
+    sizes: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    coords: np.ndarray | None = None
 
 
 def predict_bags(
@@ -64,7 +68,7 @@ def predict_bags(
         batch_bags=max(1, len(bags)),
         shuffle=False,
     )
-    mine: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]] = []
+    mine: list[_OfBag] = []
     want = "logits and scores" if with_instances else "logits"
     with torch.no_grad():
         for _, _, pack, host_bags in feed(store, plan, config, world):
@@ -75,19 +79,39 @@ def predict_bags(
             rows = logits.float().reshape(len(pack.bags), -1).cpu().numpy()
             starts = host_bags.segments.starts
             for i, bag in enumerate(pack.bags):
-                known = with_instances and host_bags.y_inst is not None
                 inside = slice(starts[i], starts[i + 1])
-                y_inst = host_bags.y_inst[inside].numpy() if known else np.empty(0, np.int64)  # type: ignore[index]
-                of_bag = scores[inside].float().cpu().numpy() if known else np.empty(0, np.float32)
-                mine.append((bag, rows[i], y_inst.copy(), of_bag))
-    gathered = sorted((item for part in world.gather(mine) for item in part), key=lambda item: item[0])
-    assert [item[0] for item in gathered] == sorted(bags), "every bag is evaluated exactly once"
+                mine.append(_of_bag(bag, rows[i], scores[inside] if with_instances else None, host_bags, inside))
+                if not config.report.instance_scores:
+                    mine[-1] = mine[-1]._replace(coords=None)
+    gathered = sorted((item for part in world.gather(mine) for item in part), key=lambda item: item.bag)
+    assert [item.bag for item in gathered] == sorted(bags), "every bag is evaluated exactly once"
+    labelled = [item for item in gathered if len(item.scores)]
+    coords = [item.coords for item in labelled if item.coords is not None]
     return Predictions(
-        bags=np.array([item[0] for item in gathered], dtype=np.int64),
-        logits=np.stack([item[1] for item in gathered]) if gathered else np.empty((0, config.task.num_outputs)),
-        y_inst=np.concatenate([item[2] for item in gathered] or [np.empty(0, np.int64)]),
-        scores=np.concatenate([item[3] for item in gathered] or [np.empty(0, np.float32)]),
+        bags=np.array([item.bag for item in gathered], dtype=np.int64),
+        logits=np.stack([item.logits for item in gathered]) if gathered else np.empty((0, config.task.num_outputs)),
+        y_inst=np.concatenate([item.y_inst for item in labelled] or [np.empty(0, np.int64)]),
+        scores=np.concatenate([item.scores for item in labelled] or [np.empty(0, np.float32)]),
+        sizes=np.array([len(item.scores) for item in gathered], dtype=np.int64),
+        coords=np.concatenate(coords) if coords and len(coords) == len(labelled) else None,
     )
+
+
+class _OfBag(NamedTuple):
+    """What one rank found out about one bag; empty arrays where its instances have no labels."""
+
+    bag: int
+    logits: np.ndarray
+    y_inst: np.ndarray
+    scores: np.ndarray
+    coords: np.ndarray | None
+
+
+def _of_bag(bag: int, logits: np.ndarray, scores: torch.Tensor | None, host_bags: PackedBags, inside: slice) -> _OfBag:
+    if scores is None or host_bags.y_inst is None:
+        return _OfBag(bag, logits, np.empty(0, np.int64), np.empty(0, np.float32), None)
+    coords = None if host_bags.coords is None else host_bags.coords[inside].numpy().copy()
+    return _OfBag(bag, logits, host_bags.y_inst[inside].numpy().copy(), scores.float().cpu().numpy(), coords)
 
 
 def score(

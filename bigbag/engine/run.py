@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from bigbag import ops
@@ -21,7 +18,7 @@ from bigbag.engine.backend import StepModule, build_backend, choose_backend
 from bigbag.engine.environment import banner, describe_environment, wants_checkpointing
 from bigbag.engine.evaluate import Predictions, predict_bags, score
 from bigbag.engine.labels import check_labels
-from bigbag.engine.metrics import probabilities
+from bigbag.engine.predictions import write_predictions
 from bigbag.engine.trainer import Trainer
 from bigbag.engine.world import World, start_world
 from bigbag.files import write_atomically, write_json
@@ -101,10 +98,11 @@ def evaluate(
     predictions: dict[str, Predictions] = {}
     for split in (name for name in _EVALUATED if splits.get(name)):
         predictions[split] = predict_bags(forward, store, splits[split], config, world, with_instances=True)
-        results[split] = score(predictions[split], store, model, config)
+        threshold = results.get("val", {}).get("instance_best_threshold")
+        results[split] = score(predictions[split], store, model, config, threshold)
     results |= {"best_epoch": best_epoch + 1, "left_out": list(store.left_out), **_capped(config, store, splits)}
     if world.is_main:
-        _write_predictions(config, store, predictions)
+        write_predictions(config, store, predictions)
         save_attention_maps(config, store, forward, predictions.get("test"), world.device)
         write_json(config.run_dir / "results.json", results)
     world.barrier()
@@ -218,21 +216,3 @@ def _read_results(config: Config) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: train the run first")
     return json.loads(path.read_text())
-
-
-def _write_predictions(config: Config, store: BagStore, predictions: dict[str, Predictions]) -> None:
-    """``predictions.csv``: one row per evaluated bag."""
-    num = config.task.num_outputs
-    suffixes = [""] if num == 1 else [f"_{k}" for k in range(num)]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    columns = [f"{name}{suffix}" for name in ("logit", "probability") for suffix in suffixes]
-    writer.writerow(["key", "split", "label", *columns, "num_instances"])
-    for split, part in predictions.items():
-        chances = np.asarray(probabilities(part.logits, config.task.type))
-        for bag, logits, row in zip(part.bags, part.logits, chances):
-            info = store.infos[bag]
-            label = info.label if isinstance(info.label, int | float) else json.dumps(info.label)
-            numbers = [f"{value:.9g}" for value in [*logits, *row]]
-            writer.writerow([info.name, split, label, *numbers, info.num_instances])
-    write_atomically(config.run_dir / "predictions.csv", text.getvalue())

@@ -24,6 +24,7 @@ from bigbag.engine.checkpoint import Progress, load_checkpoint, save_checkpoint
 from bigbag.engine.evaluate import predict_bags, score
 from bigbag.engine.feed import feed
 from bigbag.engine.log import RunLog, progress
+from bigbag.engine.metrics import headline
 from bigbag.engine.optim import learning_rate
 from bigbag.engine.step import Packs, StepSums, accumulate
 from bigbag.engine.world import World
@@ -165,7 +166,7 @@ class Trainer:
                 save_model(self.best_folder, state, self.config.model, in_shape, self.config.task)
             done.best_epoch, done.stale_epochs = done.epoch, 0
         if self.world.is_main:
-            print(_epoch_line(values, train.epochs, better), flush=True)
+            print(_epoch_line(values, train.epochs, self.config.monitor, better), flush=True)
         out_of_patience = train.patience is not None and done.stale_epochs >= train.patience
         done.finished = done.epoch + 1 >= train.epochs or out_of_patience
         done.epoch, done.step, done.loss_sum, done.num_bags = done.epoch + 1, 0, 0.0, 0
@@ -184,7 +185,7 @@ class Trainer:
         return True
 
 
-def _epoch_line(values: dict, epochs: int, better: bool) -> str:
-    numbers = {"train loss": values["train_loss"], **{f"val {k}": v for k, v in values.get("val", {}).items()}}
-    shown = "  ".join(f"{k} {v:.4f}" for k, v in numbers.items() if isinstance(v, float))
+def _epoch_line(values: dict, epochs: int, monitor: str, better: bool) -> str:
+    of_val = {f"val {name}": value for name, value in headline(values.get("val", {}), monitor).items()}
+    shown = "  ".join(f"{name} {value:.4f}" for name, value in {"train loss": values["train_loss"], **of_val}.items())
     return f"epoch {values['epoch'] + 1}/{epochs}  {shown}" + ("  *" if better else "")

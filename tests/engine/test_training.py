@@ -92,7 +92,7 @@ def test_results_hold_what_they_promise(run_settings):
     assert names <= set(results["test"]) and results["test"]["num_bags"] == 9 and results["val"]["num_bags"] == 6
     assert 1 <= results["best_epoch"] <= 4 and results["left_out"] == []
     rows = list(csv.DictReader((run_dir / "predictions.csv").open()))
-    assert list(rows[0]) == ["key", "split", "label", "logit", "probability", "num_instances"]
+    assert list(rows[0]) == ["key", "split", "label", "logit", "probability", "num_instances", "patient"]
     assert [row["key"] for row in rows if row["split"] == "test"] == [f"test.{i}" for i in range(9)]
     for row in rows:
         assert float(row["probability"]) == pytest.approx(torch.tensor(float(row["logit"])).sigmoid().item(), abs=1e-6)

@@ -312,7 +312,11 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("predictions.csv", "key,split,label\na,test,1\n", "expected the columns num_instances, logit, got key, split"),
+        (
+            "predictions.csv",
+            "key,split,label\na,test,1\n",
+            "expected a column logit or probability, or numbered ones, got key, split",
+        ),
         ("predictions.csv", "key,split,label,logit,num_instances\na,test,1,oops,5\n", r"csv:2: logit: .*'oops'"),
         ("predictions.csv", "key,split,label,logit,num_instances\na,test,7,0.5,5\n", r"labels 0 to 1, got \[7.0\]"),
         ("results.json", "{\n oops", "results.json:2: not JSON"),

@@ -12,15 +12,15 @@ from bigbag.engine.metrics.calibration import reliability_curve
 from bigbag.engine.metrics.concordance import concordance_index
 from bigbag.engine.metrics.instances import instance_metrics
 from bigbag.engine.metrics.probabilities import TASKS, THRESHOLD, probabilities, risk_of
-from bigbag.engine.metrics.tasks import HEADLINE, bag_metrics, check_bags, weighted_metrics, why_undefined
+from bigbag.engine.metrics.tasks import bag_metrics, check_bags, headline, weighted_metrics, why_undefined
 
 __all__ = [
-    "HEADLINE",
     "TASKS",
     "THRESHOLD",
     "bag_metrics",
     "check_bags",
     "concordance_index",
+    "headline",
     "instance_metrics",
     "probabilities",
     "reliability_curve",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -13,10 +14,14 @@ from bigbag.engine.metrics.probabilities import check_task, probabilities, risk_
 from bigbag.engine.metrics.ranking import ranking
 from bigbag.engine.metrics.undefined import leave_out
 
-HEADLINE = ("auroc", "accuracy", "f1", "quadratic_kappa", "mae", "r2", "c_index")
-"""Metrics that fit on one line, whatever the task."""
+_HEADLINE = ("auroc", "accuracy", "f1", "quadratic_kappa", "mae", "r2", "c_index", "loss", "instance_auroc")
 
 Values = dict[str, np.ndarray]
+
+
+def headline(metrics: Mapping[str, Any], *more: str) -> dict[str, float]:
+    """Those metrics that fit on one line, whatever the task, and ``more``."""
+    return {name: metrics[name] for name in metrics if name in (*_HEADLINE, *more)}
 
 
 def bag_metrics(labels: np.ndarray, logits: np.ndarray, task: str) -> dict[str, float]:

@@ -1,0 +1,64 @@
+"""What a run predicts, as files: ``predictions.csv``, one row per evaluated bag, and ``instances.npz``."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping
+
+import numpy as np
+
+from bigbag.config import Config
+from bigbag.data import BagStore
+from bigbag.engine.evaluate import Predictions
+from bigbag.engine.metrics import probabilities
+from bigbag.files import write_atomically
+
+
+def write_predictions(config: Config, store: BagStore, predictions: Mapping[str, Predictions]) -> None:
+    """Write ``predictions.csv`` and, with ``report.instance_scores``, ``instances.npz`` into the run's folder.
+
+    The table has the columns key, split, label, logit, probability (numbered where there are several outputs),
+    num_instances and patient. Its numbers are read back as they were.
+
+    Args:
+        config: the settings of the run.
+        store: where the bags are.
+        predictions: of each evaluated split.
+    """
+    num = config.task.num_outputs
+    suffixes = [""] if num == 1 else [f"_{k}" for k in range(num)]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    columns = [f"{name}{suffix}" for name in ("logit", "probability") for suffix in suffixes]
+    writer.writerow(["key", "split", "label", *columns, "num_instances", "patient"])
+    for split, part in predictions.items():
+        chances = probabilities(part.logits, config.task.type)
+        for bag, logits, row in zip(part.bags, part.logits, chances):
+            info = store.infos[bag]
+            label = info.label if isinstance(info.label, int | float) else json.dumps(info.label)
+            numbers = [*(f"{value:.9g}" for value in logits), *(f"{value:.17g}" for value in row)]
+            writer.writerow([info.name, split, label, *numbers, info.num_instances, info.patient or ""])
+    write_atomically(config.run_dir / "predictions.csv", text.getvalue())
+    if config.report.instance_scores:
+        _write_instances(config, store, predictions)
+
+
+def _write_instances(config: Config, store: BagStore, predictions: Mapping[str, Predictions]) -> None:
+    """The instances of the bags that have instance labels, end to end: ``key (n,)``, ``split (n,)``, ``sizes (n,)``,
+    ``scores (T,)`` float32, ``y_inst (T,)`` int8 and, where every bag has them, ``coords (T, c)``."""
+    parts = list(predictions.items())
+    arrays = {
+        "key": np.array([store.infos[bag].name for _, part in parts for bag in part.bags], dtype=str),
+        "split": np.array([split for split, part in parts for _ in part.bags], dtype=str),
+        "sizes": np.concatenate([part.sizes for _, part in parts] or [np.empty(0, np.int64)]),
+        "scores": np.concatenate([part.scores for _, part in parts] or [np.empty(0, np.float32)]),
+        "y_inst": np.concatenate([part.y_inst for _, part in parts] or [np.empty(0, np.int64)]).astype(np.int8),
+    }
+    coords = [part.coords for _, part in parts if len(part.scores)]
+    if coords and all(c is not None for c in coords):
+        arrays["coords"] = np.concatenate(coords)  # type: ignore[arg-type]
+    content = io.BytesIO()
+    np.savez(content, **arrays)  # type: ignore[arg-type]
+    write_atomically(config.run_dir / "instances.npz", content.getvalue())

@@ -1,0 +1,145 @@
+"""Tables of predictions, as runs write them (``predictions.csv``) or as others do."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_FIELDS = ("label", "logit", "probability")
+
+
+@dataclass(frozen=True)
+class PredictionTable:
+    """The rows of ``predictions.csv``, B bags.
+
+    Attributes:
+        keys: names of the bags.
+        splits: the split of each bag.
+        labels: float64 ``(B,)`` or ``(B, K)``, NaN = unknown.
+        logits: float64 ``(B,)`` or ``(B, K)``.
+        probabilities: as ``logits``.
+        sizes: int64 ``(B,)``, instances per bag; 0 where the file does not say.
+        patients: the patient of each bag, "" where unknown.
+    """
+
+    keys: tuple[str, ...]
+    splits: tuple[str, ...]
+    labels: np.ndarray
+    logits: np.ndarray
+    probabilities: np.ndarray
+    sizes: np.ndarray
+    patients: tuple[str, ...]
+
+    def take(self, index: np.ndarray) -> PredictionTable:
+        """The rows ``index`` (integers)."""
+        chosen = [int(i) for i in index]
+        texts = (tuple(column[i] for i in chosen) for column in (self.keys, self.splits, self.patients))
+        keys, splits, patients = texts
+        rest = (values[chosen] for values in (self.labels, self.logits, self.probabilities, self.sizes))
+        return PredictionTable(keys, splits, *rest, patients=patients)
+
+    def labelled(self, split: str) -> PredictionTable:
+        """The bags of ``split`` whose labels are known."""
+        unknown = np.isnan(self.labels)
+        known = ~(unknown.any(1) if unknown.ndim == 2 else unknown)
+        return self.take(np.flatnonzero(known & (np.array(self.splits) == split)))
+
+    def likely_task(self) -> str:
+        """The task that the table looks like, for want of a config that says it. Survival cannot be told."""
+        if self.labels.ndim == 2:
+            chances = self.logits.shape == self.labels.shape and not np.array_equal(self.logits, self.probabilities)
+            return "multilabel" if chances else "regression"
+        if self.logits.ndim == 2:
+            return "multiclass"
+        known = self.labels[~np.isnan(self.labels)]
+        return "binary" if np.isin(known, [0, 1]).all() else "regression"
+
+
+def _numbers(rows: list[dict[str, str]], names: list[str], path: Path) -> np.ndarray:
+    """Columns of a table as float64 ``(B,)``, or ``(B, K)`` where they are numbered or their cells are JSON lists."""
+    values: list[list[float]] = []
+    for number, row in enumerate(rows, 2):
+        cells: list[Any] = [row[name] for name in names]
+        try:
+            if len(cells) == 1 and cells[0] and cells[0].startswith("["):
+                cells = json.loads(cells[0])
+            values.append([float("nan" if cell in ("", None, "None") else cell) for cell in cells])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}:{number}: {names[0]}: expected a number, got {row[names[0]]!r}") from error
+    width = max((len(row) for row in values), default=1)
+    array = np.full((len(rows), width), np.nan)
+    for i, row_values in enumerate(values):
+        array[i, : len(row_values)] = row_values
+    return array[:, 0] if width == 1 and names[0] in (*_FIELDS, "num_instances") else array
+
+
+def read_predictions(path: str | Path) -> PredictionTable:
+    """Read a table of predictions: columns key, label and logit or probability; split, num_instances and patient where
+    there are such.
+
+    Without a split all rows are "test". Columns of several outputs or labels are numbered (``logit_0``, ``logit_1``,
+    ...); a label may also be a JSON list. Where only probabilities are given, their log-odds, or their logarithms for
+    the classes of one label, serve as logits.
+
+    Raises:
+        ValueError: a column is missing or a cell is no number; file and line are named.
+    """
+    path = Path(path)
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        rows, columns = list(reader), list(reader.fieldnames or ())
+    fields = {name: _numbered(name, columns) for name in _FIELDS}
+    absent = [] if fields["label"] else ["label"]
+    absent += [] if fields["logit"] or fields["probability"] else ["logit or probability"]
+    if absent:
+        expected, got = " and ".join(absent), ", ".join(columns) or "an empty file"
+        raise ValueError(f"{path}: expected a column {expected}, or numbered ones, got {got}")
+    labels = _numbers(rows, fields["label"], path)
+    logits = _numbers(rows, fields["logit"], path) if fields["logit"] else None
+    probabilities = logits if logits is not None else labels
+    if fields["probability"]:
+        probabilities = _numbers(rows, fields["probability"], path)
+    sizes = _numbers(rows, ["num_instances"], path) if "num_instances" in columns else np.zeros(len(rows))
+    if not np.isfinite(sizes).all():
+        raise ValueError(f"{path}:{int(np.flatnonzero(~np.isfinite(sizes))[0]) + 2}: num_instances is missing")
+    return PredictionTable(
+        keys=tuple(row.get("key") or str(i) for i, row in enumerate(rows)),
+        splits=tuple(row.get("split") or "test" for row in rows),
+        labels=labels,
+        logits=_logits_of(probabilities, labels) if logits is None else logits,
+        probabilities=probabilities,
+        sizes=sizes.astype(np.int64),
+        patients=tuple(row.get("patient") or "" for row in rows),
+    )
+
+
+def _logits_of(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Log-odds; logarithms for the K classes of one label."""
+    inside = np.clip(probabilities, 1e-300, None)
+    if probabilities.ndim == 2 and labels.ndim == 1:
+        return np.log(inside)
+    return np.log(inside) - np.log1p(-np.clip(probabilities, None, 1 - 2.0**-53))
+
+
+def _numbered(name: str, columns: list[str]) -> list[str]:
+    """``[name]`` if there is such a column, else ``name_0, name_1, ...`` in order of their numbers."""
+    if name in columns:
+        return [name]
+    return sorted((c for c in columns if re.fullmatch(rf"{name}_\d+", c)), key=lambda c: int(c.rsplit("_", 1)[1]))
+
+
+def check_task_fits(task: str, predictions: PredictionTable, path: str | Path) -> None:
+    """Refuse a task that the labels and logits cannot be of (ValueError)."""
+    labels, logits = predictions.labels, predictions.logits
+    top = {"binary": 1, "multilabel": 1, "multiclass": logits.shape[-1] - 1}.get(task)
+    if (task == "multiclass") != (logits.ndim == 2 and labels.ndim == 1) or (task == "binary" and labels.ndim == 2):
+        raise ValueError(f"{path}: task {task} does not go with labels {labels.shape} and logits {logits.shape}")
+    known = labels[~np.isnan(labels)]
+    if top is not None and not np.isin(known, np.arange(top + 1)).all():
+        raise ValueError(f"{path}: task {task}: expected labels 0 to {top}, got {np.unique(known)[:8].tolist()}")

@@ -1,0 +1,160 @@
+"""Intervals: every resample by a plain loop, coverage in simulation; tests of two models against their definitions."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn import metrics as sk
+
+from bigbag.engine.metrics import weighted_metrics
+from bigbag.evaluation.bootstrap import Bootstrap, Statistic, groups_of, intervals, resample, strata_of
+from bigbag.evaluation.significance import delong_test, paired_bootstrap
+
+
+def binary(labels: np.ndarray, logits: np.ndarray) -> Statistic:
+    return lambda weights: weighted_metrics(labels, logits, "binary", weights)
+
+
+def draw(rng: np.random.Generator, num: int) -> tuple[np.ndarray, np.ndarray]:
+    labels = (rng.random(num) < 0.4).astype(int)
+    return labels, rng.normal(size=num) + 1.2 * labels - 0.6
+
+
+def test_resamples_are_whole_patients_and_equal_a_loop() -> None:
+    rng = np.random.default_rng(0)
+    labels, logits = draw(rng, 60)
+    groups = groups_of([f"p{i % 20}" for i in range(50)] + [""] * 10)
+    assert groups.max() == 29 and len(set(groups[50:])) == 10
+    seen = []
+
+    def statistic(weights: np.ndarray) -> dict[str, np.ndarray]:
+        seen.append(weights)
+        return binary(labels, logits)(weights)
+
+    values = resample(statistic, groups, options=Bootstrap(50, seed=3))
+    (weights,) = seen
+    assert (weights.sum(1) > 0).all() and all(len(set(weights[r][groups == g])) == 1 for r in range(5) for g in (0, 7))
+    for row in range(50):
+        chosen = np.repeat(np.arange(60), weights[row].astype(int))
+        assert values["auroc"][row] == pytest.approx(sk.roc_auc_score(labels[chosen], logits[chosen]), abs=1e-12)
+        assert values["f1"][row] == pytest.approx(sk.f1_score(labels[chosen], logits[chosen] >= 0), abs=1e-12)
+
+
+def test_strata_keep_their_sizes() -> None:
+    labels, groups = np.array([0, 1, 0, 0, 1, 0]), np.array([0, 0, 1, 2, 3, 4])
+    strata = strata_of(labels, groups)
+    assert strata.tolist() == [1, 0, 0, 1, 0]
+    positive = resample(lambda w: {"n": w @ (strata[groups] == 1)}, groups, strata, Bootstrap(200, stratified=True))
+    assert set(positive["n"]) <= {2.0, 3.0, 4.0}  # two patients, of two bags and of one
+    loose = resample(lambda w: {"n": w @ (strata[groups] == 1)}, groups, strata, Bootstrap(200))
+    assert 0.0 in loose["n"]
+
+
+def test_undefined_values_have_no_interval_and_undefined_resamples_do_not_count() -> None:
+    labels, logits = np.array([0, 0, 0]), np.array([1.0, 2, 3])
+    assert np.isnan(intervals(binary(labels, logits), np.arange(3))["auroc"]).all()
+    labels = np.array([0, 0, 0, 1])
+    low, high = intervals(binary(labels, np.arange(4.0)), np.arange(4))["auroc"]
+    assert low == high == 1.0
+
+
+def test_bca_against_scipy() -> None:
+    values = np.random.default_rng(1).exponential(size=40)
+    options = Bootstrap(20_000, method="bca")
+    low, high = intervals(lambda w: {"mean": w @ values / w.sum(1)}, np.arange(40), options=options)["mean"]
+    found = stats.bootstrap((values,), np.mean, n_resamples=20_000, method="BCa", rng=np.random.default_rng(2))
+    spread = found.confidence_interval.high - found.confidence_interval.low
+    assert low == pytest.approx(found.confidence_interval.low, abs=0.03 * spread)
+    assert high == pytest.approx(found.confidence_interval.high, abs=0.03 * spread)
+    plain = intervals(lambda w: {"mean": w @ values / w.sum(1)}, np.arange(40), options=Bootstrap(20_000))["mean"]
+    assert high - plain[1] > 0.05 * spread  # the shift that a skewed sample calls for
+
+
+@pytest.mark.parametrize("method", ["percentile", "bca"])
+def test_intervals_cover_at_the_nominal_rate(method: str) -> None:
+    rng = np.random.default_rng(5)
+    truth = {"auroc": stats.norm.cdf(1.2 / np.sqrt(2)), "accuracy": stats.norm.cdf(0.6)}
+    covered: dict[str, list[bool]] = {name: [] for name in truth}
+    num = 400
+    for seed in range(num):
+        found = intervals(
+            _auroc_and_accuracy(*draw(rng, 150)), np.arange(150), options=Bootstrap(400, method=method, seed=seed)
+        )
+        for name, true in truth.items():
+            covered[name].append(found[name][0] <= true <= found[name][1])
+    # 0.95 within three standard errors, sqrt(0.95 * 0.05 / 400) = 0.011
+    assert all(0.917 <= np.mean(hits) <= 0.983 for hits in covered.values()), covered
+
+
+def _auroc_and_accuracy(labels: np.ndarray, logits: np.ndarray) -> Statistic:
+    from bigbag.engine.metrics.ranking import ranking
+
+    right = (logits >= 0) == labels
+    return lambda w: {"auroc": ranking(labels == 1, logits, w)[0], "accuracy": w @ right / w.sum(1)}
+
+
+def test_patients_widen_intervals_where_their_bags_are_alike() -> None:
+    rng = np.random.default_rng(6)
+    labels, logits = (np.repeat(part, 4) for part in draw(rng, 60))
+    by_bag = intervals(binary(labels, logits), np.arange(240))["auroc"]
+    by_patient = intervals(binary(labels, logits), np.arange(240) // 4)["auroc"]
+    ratio = (by_patient[1] - by_patient[0]) / (by_bag[1] - by_bag[0])
+    assert ratio == pytest.approx(2.0, rel=0.15)  # a quarter of the independent observations
+
+
+def test_all_metrics_of_400_bags_in_a_second_or_so() -> None:
+    labels, logits = draw(np.random.default_rng(7), 400)
+    started = time.process_time()
+    intervals(binary(labels, logits), np.arange(400), options=Bootstrap(1000))
+    assert time.process_time() - started < 3
+
+
+def _delong_by_pairs(labels: np.ndarray, scores: list[np.ndarray]) -> tuple[float, float]:
+    """Difference and z by the double sums of the paper."""
+    pairs = [
+        (s[labels == 1][:, None] > s[labels == 0]) + 0.5 * (s[labels == 1][:, None] == s[labels == 0]) for s in scores
+    ]
+    over_negatives, over_positives = np.array([p.mean(1) for p in pairs]), np.array([p.mean(0) for p in pairs])
+    covariance = np.cov(over_negatives) / over_negatives.shape[1] + np.cov(over_positives) / over_positives.shape[1]
+    contrast = np.array([1, -1])
+    difference = pairs[0].mean() - pairs[1].mean()
+    return difference, difference / np.sqrt(contrast @ covariance @ contrast)
+
+
+@pytest.mark.parametrize("digits", [1, 9])
+def test_delong_by_pairs(digits: int) -> None:
+    rng = np.random.default_rng(8)
+    labels, common = draw(rng, 80)
+    scores = [(common + rng.normal(size=80) * noise).round(digits) for noise in (0.3, 1.0)]
+    difference, z = _delong_by_pairs(labels, scores)
+    found = delong_test(labels, *scores)
+    assert found.value == pytest.approx(difference, abs=1e-12)
+    assert found.p_value == pytest.approx(2 * stats.norm.sf(abs(z)), abs=1e-12)
+    assert found.high - found.low == pytest.approx(2 * 1.959963985 * difference / z, rel=1e-8)
+    assert delong_test(labels, scores[0], scores[0]).p_value == 1.0
+    with pytest.raises(ValueError, match="1 positive and 3 negative bags"):
+        delong_test(np.array([1, 0, 0, 0]), np.arange(4), np.arange(4))
+
+
+def test_delong_and_the_paired_bootstrap_agree_and_are_calibrated() -> None:
+    rng = np.random.default_rng(9)
+    p_values = []
+    for _ in range(400):
+        labels, common = draw(rng, 100)
+        first, second = (common + 0.5 * rng.normal(size=100) for _ in range(2))
+        p_values.append(delong_test(labels, first, second).p_value)
+    assert np.mean(np.array(p_values) < 0.05) == pytest.approx(0.05, abs=0.033)  # three standard errors
+    assert stats.kstest(p_values, "uniform").pvalue > 0.01
+    labels, common = draw(rng, 200)
+    first, second = common + 0.2 * rng.normal(size=200), common + 1.5 * rng.normal(size=200)
+    found = paired_bootstrap(binary(labels, first), binary(labels, second), np.arange(200))["auroc"]
+    expected = delong_test(labels, first, second)
+    assert found.value == pytest.approx(expected.value, abs=1e-12)
+    width = expected.high - expected.low
+    assert found.low == pytest.approx(expected.low, abs=0.1 * width)
+    assert found.high == pytest.approx(expected.high, abs=0.1 * width)
+    same = paired_bootstrap(binary(labels, first), binary(labels, first), np.arange(200), options=Bootstrap(100))
+    assert same["auroc"].value == 0 and same["auroc"].p_value == 1
