@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bigbag.config import Config, ConfigError, load_config
+from bigbag.evaluation.command import add_evaluation_options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,10 +54,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bigbag", description="Deep multiple-instance learning on whole bags.")
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    def add(name: str, function: Any, text: str) -> argparse.ArgumentParser:
+    def add(name: str, function: Any, text: str, needs_config: bool = True) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(command=function)
-        command.add_argument("--config", required=True, help="YAML file of the run")
+        command.add_argument("--config", required=needs_config, help="YAML file of the run")
         command.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
         command.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings over those of the file")
         return command
@@ -66,7 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--overwrite", action="store_true", help="replace a finished set of other bags")
     train = add("train", _train, "Train, evaluate and report; resume where the run's folder holds a checkpoint.")
     train.add_argument("--restart", action="store_true", help="delete the run's folder and start again")
-    evaluate = add("evaluate", _evaluate, "Evaluate the best model of a run again, and report.")
+    text = "Evaluate the best model of a run again and report; or only what is saved, with --predictions."
+    evaluate = add("evaluate", _evaluate, text, needs_config=False)
+    add_evaluation_options(evaluate)
     report = add("report", _report, "Write report.html of a run from the files in its folder.")
     report.set_defaults(local_rank=0)
     compare = add("compare", _compare, "Train several models on one packed set and make a table of them.")
@@ -124,6 +127,13 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    if options.predictions:
+        from bigbag.evaluation.command import evaluate_predictions
+
+        evaluate_predictions(options)
+        return
+    if not options.config:
+        raise ConfigError("evaluate: expected --config FILE, or --predictions FILE for saved predictions")
     from bigbag.engine.backend import choose_backend
     from bigbag.engine.run import evaluate
     from bigbag.engine.world import start_world
@@ -157,14 +167,17 @@ def _conclude(config: Config, results: dict[str, Any], is_main: bool) -> None:
     """Write the report and say how it went."""
     if not is_main:
         return
+    from bigbag.engine.metrics import headline
+    from bigbag.evaluation.command import evaluate_run
     from bigbag.visualize import write_report
 
+    evaluate_run(config)
     path = write_report(config.run_dir)
     for split in ("val", "test"):
         if split in results:
-            shown = "  ".join(f"{k} {v:.4f}" for k, v in results[split].items() if isinstance(v, float))
+            shown = "  ".join(f"{k} {v:.4f}" for k, v in headline(results[split], config.monitor).items())
             print(f"{split:<5} {results[split]['num_bags']} bags  {shown}")
-    print(f"report: {path}", flush=True)
+    print(f"metrics with intervals: {config.run_dir / 'metrics.csv'}\nreport: {path}", flush=True)
 
 
 if __name__ == "__main__":

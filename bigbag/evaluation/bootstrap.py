@@ -1,7 +1,7 @@
 """Confidence intervals of metrics by resampling patients.
 
-A resample is a weighting: the weight of a bag is how often its patient was drawn. So all resamples of all metrics are a
-few matrix products and cumulative sums (:func:`bigbag.engine.metrics.weighted_metrics`), and never a loop over resamples.
+A resample is a weighting: the weight of a bag is how often its patient was drawn. So all resamples of all metrics are
+a few matrix products and cumulative sums (:func:`bigbag.engine.metrics.weighted_metrics`), and no loop.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class Bootstrap:
         num_resamples: resamples, R.
         level: probability of covering the true value.
         method: "percentile": the quantiles of the resampled values. "bca": those quantiles shifted for bias and for how
-            the spread changes with the value (Efron, JASA 1987), at the cost of one more evaluation per patient.
+            the spread changes with the value (Efron, JASA 1987), at the cost of one more evaluation per patient; it
+            covers at the nominal rate from fewer patients on.
         stratified: draw the patients of each label on their own, as many as there are: for sets whose share of
             positives was fixed when they were made. A patient with several labels counts by the largest.
         seed: seed of the draws.
@@ -35,7 +36,7 @@ class Bootstrap:
 
     num_resamples: int = 2000
     level: float = 0.95
-    method: Literal["percentile", "bca"] = "percentile"
+    method: Literal["percentile", "bca"] = "bca"
     stratified: bool = False
     seed: int = 0
 

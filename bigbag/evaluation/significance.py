@@ -54,7 +54,7 @@ def delong_test(labels: np.ndarray, first: np.ndarray, second: np.ndarray, level
     positive = np.asarray(labels) == 1
     counts = int(positive.sum()), int((~positive).sum())
     if min(counts) < 2:
-        raise ValueError(f"delong_test: {counts[0]} positive and {counts[1]} negative bags, expected at least 2 of each")
+        raise ValueError(f"delong_test: {counts[0]} positive and {counts[1]} negative bags, expected 2 or more")
     above, below = zip(*(_placements(positive, np.asarray(scores)) for scores in (first, second)))
     difference = float(above[0].mean() - above[1].mean())
     variance = np.var(above[0] - above[1], ddof=1) / counts[0] + np.var(below[0] - below[1], ddof=1) / counts[1]

@@ -1,4 +1,4 @@
-"""Every metric of saved predictions, with intervals: per bag, per patient, per instance, per lesion; and two models compared.
+"""Every metric of saved predictions, with intervals, per bag, patient, instance and lesion; and two models compared.
 
 Nothing is computed by a model here: ``predictions.csv``, and ``instances.npz`` where there is one, say it all.
 """
@@ -29,6 +29,7 @@ from bigbag.evaluation.predictions import PredictionTable, check_task_fits
 from bigbag.evaluation.significance import Difference, delong_test, paired_bootstrap
 from bigbag.files import write_atomically, write_json
 
+_NO_INTERVAL = ("ece",)
 PatientRule = Literal["mean", "max"]
 
 
@@ -87,7 +88,8 @@ def summarise(
 ) -> Summary:
     """All metrics of the labelled bags of every split.
 
-    - Bags: the metrics of the task; intervals by patient, a bag without a patient being one of its own.
+    - Bags: the metrics of the task; intervals by patient, a bag without a patient being one of its own. The calibration
+      error has none: binning biases it upwards, by more in a resample, and no such interval would cover it.
     - Patients, where some have several bags: the same metrics of :func:`by_patient`.
     - Instances: AUROC, average precision, F1; no intervals. A split "val" gives the threshold of F1 in "test".
     - Lesions, where instances have coordinates: FROC, see :mod:`bigbag.evaluation.froc`; intervals by slide.
@@ -117,7 +119,7 @@ def summarise(
             rows += _patient_rows(split, bags, task, options, patient_rule)
         if task == "binary":
             curve = reliability_curve(bags.labels, probabilities(bags.logits, task))
-            mean, observed, count = (np.where(np.isnan(v), None, v).tolist() for v in curve)
+            mean, observed, count = ([None if v != v else v for v in part.tolist()] for part in curve)
             reliability[split] = {"probability": mean, "observed": observed, "count": count}
     if instances is not None:
         rows += _instance_rows(instances, options, min_diameter)
@@ -212,12 +214,11 @@ def _bag_rows(split: str, unit: str, bags: PredictionTable, task: str, options: 
     ends = intervals(statistic, groups, strata_of(_strata_labels(bags, task), groups), options)
     for name, (value,) in statistic(np.ones((1, len(labels)))).items():
         reason = why_undefined(name, labels, logits, task) if np.isnan(value) else ""
-        yield Row(split, unit, name, float(value), *ends[name], count=len(labels), reason=reason)
+        low, high = (math.nan, math.nan) if name in _NO_INTERVAL else ends[name]
+        yield Row(split, unit, name, float(value), low, high, count=len(labels), reason=reason)
 
 
-def _patient_rows(
-    split: str, bags: PredictionTable, task: str, options: Bootstrap, rule: PatientRule
-) -> Iterator[Row]:
+def _patient_rows(split: str, bags: PredictionTable, task: str, options: Bootstrap, rule: PatientRule) -> Iterator[Row]:
     try:
         patients = by_patient(bags, task, rule)
     except ValueError as error:

@@ -1,0 +1,71 @@
+"""``bigbag evaluate`` on what is saved: options, and the files written."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+from dataclasses import asdict
+from pathlib import Path
+
+import yaml
+
+from bigbag.config import Config
+from bigbag.engine.metrics import TASKS
+from bigbag.evaluation.bootstrap import Bootstrap
+from bigbag.evaluation.predictions import read_predictions
+from bigbag.evaluation.summary import compare_models, markdown, summarise
+from bigbag.files import write_atomically
+
+
+def add_evaluation_options(parser: argparse.ArgumentParser) -> None:
+    """The options of ``bigbag evaluate`` that are about saved predictions."""
+    group = parser.add_argument_group("saved predictions, without a model")
+    group.add_argument("--predictions", type=Path, help="predictions.csv: key, label, logit or probability, ...")
+    group.add_argument("--task", choices=TASKS, help="default: that of the config.yaml beside it, else as it looks")
+    group.add_argument("--instances", type=Path, help="instances.npz, for instances and FROC; default: beside it")
+    group.add_argument("--against", type=Path, help="predictions.csv of another model on the same bags, to be compared")
+    group.add_argument("--split", default="test", help="split of the comparison")
+    group.add_argument("--folder", type=Path, help="where metrics.csv and metrics.json go; default: beside it")
+    group.add_argument("--resamples", type=int, default=2000, help="bootstrap resamples of patients")
+    group.add_argument("--interval", choices=("percentile", "bca"), default="bca", help="kind of the interval")
+    group.add_argument("--stratified", action="store_true", help="resample the patients of each label on their own")
+    group.add_argument("--patient-rule", choices=("mean", "max"), default="mean", help="from slides to a patient")
+    group.add_argument("--min-diameter", type=float, default=0.0, help="FROC: leave smaller lesions out, in patches")
+
+
+def evaluate_predictions(options: argparse.Namespace) -> None:
+    """Write and print the metrics of ``--predictions``, and of its difference from ``--against``."""
+    path: Path = options.predictions
+    table = read_predictions(path)
+    task = options.task or _task_beside(path) or table.likely_task()
+    how = Bootstrap(options.resamples, method=options.interval, stratified=options.stratified)
+    beside = path.with_name("instances.npz")
+    instances = options.instances or (beside if beside.is_file() else None)
+    summary = summarise(table, task, instances, how, options.patient_rule, options.min_diameter)
+    folder = options.folder or path.parent
+    summary.write(folder)
+    print(markdown(summary.rows) + f"task: {task}\nmetrics: {folder / 'metrics.csv'}")
+    if options.against is None:
+        return
+    differences = compare_models(table, read_predictions(options.against), task, options.split, how)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["metric", "value", "low", "high", "p_value"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({"metric": name, **asdict(difference)} for name, difference in differences.items())
+    write_atomically(folder / "difference.csv", text.getvalue())
+    for name, found in differences.items():
+        print(f"{name:<26} {found.value:+.4f}  {found.low:+.4f} to {found.high:+.4f}  p = {found.p_value:.4f}")
+    print(f"differences: {folder / 'difference.csv'}")
+
+
+def evaluate_run(config: Config) -> None:
+    """Write ``metrics.csv`` and ``metrics.json`` of a run from the predictions in its folder."""
+    instances = config.run_dir / "instances.npz"
+    saved = instances if config.report.instance_scores else None
+    summarise(read_predictions(config.run_dir / "predictions.csv"), config.task.type, saved).write(config.run_dir)
+
+
+def _task_beside(path: Path) -> str | None:
+    config = path.with_name("config.yaml")
+    return yaml.safe_load(config.read_text())["task"]["type"] if config.is_file() else None
