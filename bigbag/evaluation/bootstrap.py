@@ -138,14 +138,14 @@ def _bca_tails(values: np.ndarray, point: float, left_out: np.ndarray, level: fl
     """``Phi(z0 + (z0 + z) / (1 - a (z0 + z)))`` for both ends: z0 the bias, a the acceleration."""
     from scipy.stats import norm
 
-    known = values[~np.isnan(values)]
+    known, left_out = values[~np.isnan(values)], left_out[~np.isnan(left_out)]
     plain = np.array([1 - level, 1 + level]) / 2
-    if not len(known):
+    if not len(known) or not len(left_out):
         return plain
     below = (np.count_nonzero(known < point) + np.count_nonzero(known == point) / 2) / len(known)
     if not 0 < below < 1:
         return plain  # all on one side: the bias is beyond measuring
-    deviation = np.nanmean(left_out) - left_out[~np.isnan(left_out)]
+    deviation = left_out.mean() - left_out
     spread = (deviation**2).sum() ** 1.5
     acceleration = (deviation**3).sum() / (6 * spread) if spread > 0 else 0.0
     shifted = norm.ppf(below) + norm.ppf(plain)

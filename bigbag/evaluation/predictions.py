@@ -41,8 +41,10 @@ class PredictionTable:
         chosen = [int(i) for i in index]
         texts = (tuple(column[i] for i in chosen) for column in (self.keys, self.splits, self.patients))
         keys, splits, patients = texts
-        rest = (values[chosen] for values in (self.labels, self.logits, self.probabilities, self.sizes))
-        return PredictionTable(keys, splits, *rest, patients=patients)
+        labels, logits, chances, sizes = (
+            values[chosen] for values in (self.labels, self.logits, self.probabilities, self.sizes)
+        )
+        return PredictionTable(keys, splits, labels, logits, chances, sizes, patients)
 
     def labelled(self, split: str) -> PredictionTable:
         """The bags of ``split`` whose labels are known."""
