@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bigbag.config import Config, ConfigError, load_config
+from bigbag.datasets.command import add_pack_options, data_config, say_what_was_found
 from bigbag.evaluation.command import add_evaluation_options
 
 
@@ -62,7 +63,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings over those of the file")
         return command
 
-    pack = add("pack", _pack, "Pack the bags of data.source into shards.")
+    pack = add("pack", _pack, "Pack bags into shards: those of --from, or of data.source in a config.", False)
+    add_pack_options(pack)
     pack.add_argument("--workers", type=int, default=1, help="threads that load bags")
     pack.add_argument("--overwrite", action="store_true", help="replace a finished set of other bags")
     train = add("train", _train, "Train, evaluate and report; resume where the run's folder holds a checkpoint.")
@@ -94,20 +96,26 @@ def _config(options: argparse.Namespace) -> Config:
 
 
 def _pack(options: argparse.Namespace) -> None:
-    from bigbag.data import pack
+    from bigbag.data import pack, parse_splits_option
+    from bigbag.data.sources.resplit import Resplit
     from bigbag.datasets import open_source
 
-    config = _config(options)
-    if config.data.source is None:
-        raise ConfigError(f"{options.config}: data.source says what to pack, and is missing")
+    data = data_config(options)
+    if data.source is None:
+        raise ConfigError(f"{options.config}: data.source says what to pack, and is missing; or give --from")
+    source = open_source(data.source.name, **data.source.arguments)
+    say_what_was_found(source)
+    if options.splits is not None:
+        source = Resplit(source, parse_splits_option(options.splits))
     pack(
-        open_source(config.data.source.name, **config.data.source.arguments),
-        config.data.shards,
-        dtype=config.data.storage_dtype,
-        shard_bytes=config.data.shard_bytes,
-        empty=config.data.empty_bags,
-        left_out_ok=config.data.missing_bags == "leave_out",
-        graph=config.data.graph,
+        source,
+        data.shards,
+        dtype=data.storage_dtype,
+        shard_bytes=data.shard_bytes,
+        empty=data.empty_bags,
+        left_out_ok=data.missing_bags == "leave_out",
+        unlabelled=options.unlabelled,
+        graph=data.graph,
         workers=options.workers,
         overwrite=options.overwrite,
     )

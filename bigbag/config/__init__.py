@@ -6,7 +6,7 @@ nearest name. DeepSpeed's own configuration is derived from this one and never w
 """
 
 from bigbag.config.data import DataConfig, GraphConfig, SourceConfig, SplitsConfig
-from bigbag.config.load import ConfigError, build_config, check_arguments, load_config
+from bigbag.config.load import ConfigError, build_config, check_arguments, load_config, load_data_config
 from bigbag.config.sections import (
     CompareConfig,
     Config,
@@ -35,4 +35,5 @@ __all__ = [
     "build_config",
     "check_arguments",
     "load_config",
+    "load_data_config",
 ]

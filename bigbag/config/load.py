@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from bigbag.config.data import DataConfig
 from bigbag.config.sections import Config
 
 
@@ -56,6 +57,35 @@ def build_config(settings: Mapping[str, Any]) -> Config:
         return Config.model_validate(dict(settings))
     except ValidationError as error:
         raise ConfigError(_explain(error, settings, {}, "config")) from None
+
+
+def load_data_config(path: str | Path | None, overrides: Sequence[str], changes: Mapping[str, Any]) -> DataConfig:
+    """The section ``data`` of a config, or without a file of the overrides alone.
+
+    Args:
+        path: the YAML file, or None.
+        overrides: ``data.key=value`` strings.
+        changes: settings of the section that take the place of both.
+
+    Raises:
+        ConfigError: as :func:`load_config`.
+    """
+    if path is not None:
+        fields = load_config(path, overrides).data.model_dump(exclude_unset=True)
+    else:
+        settings: dict[str, Any] = {}
+        for override in overrides:
+            _apply_override(settings, override)
+        if settings.keys() - {"data"}:
+            raise ConfigError(f"{overrides[0]!r}: without --config only settings of data.* can be given")
+        fields = settings.get("data") or {}
+    try:
+        return DataConfig.model_validate({**fields, **changes})
+    except ValidationError as error:
+        missing = [problem["loc"][0] for problem in error.errors() if problem["type"] == "missing"]
+        if "shards" in missing:
+            raise ConfigError("where the packed set goes is missing: give --out, or data.shards in a config") from None
+        raise ConfigError(_explain(error, {}, {}, "data")) from None
 
 
 def check_arguments(what: str, arguments: Mapping[str, Any], known: Sequence[str]) -> None:

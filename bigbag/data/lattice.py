@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -9,6 +10,11 @@ import numpy as np
 
 from bigbag.bags import Bag
 from bigbag.graphs import infer_stride
+
+# Stated and true stride differ by no more than this where only their rounding differs.
+_ROUNDING = 0.02
+# Patches from the end of one slide to the start of the next: more than the radius of any sensible graph.
+_GAP = 10
 
 
 def on_lattice(bag: Bag, stride: float | Literal["infer"] | None = None) -> Bag:
@@ -30,7 +36,7 @@ def on_lattice(bag: Bag, stride: float | Literal["infer"] | None = None) -> Bag:
     """
     if bag.coords is None or bag.positions is not None:
         return bag
-    step = bag.stride if stride is None else infer_stride(bag.coords) if stride == "infer" else stride
+    step: float | None = bag.stride if stride is None else infer_stride(bag.coords) if stride == "infer" else stride
     if step is None:
         return bag
     return replace(bag, coords=count_patches(bag.coords, step), positions=bag.coords, stride=float(step))
@@ -55,3 +61,76 @@ def count_patches(coords: np.ndarray, stride: float) -> np.ndarray:
     if not largest < 2**31:
         raise ValueError(f"coords reach {largest:.3g} strides of {stride:g}, expected finite ones, below 2**31")
     return np.rint(places, out=places).astype(np.int32)
+
+
+def settled_stride(coords: np.ndarray, stated: float | None) -> float | None:
+    """The stride that is stated, unless the coordinates show a smaller one; the measured one where nothing is stated.
+
+    What is stated may be rounded otherwise than the coordinates were, and the pixels add up over a slide; or it may be
+    the size of patches that overlap. A larger stride than the stated one only shows that tissue is sparse.
+
+    Returns:
+        The stride, or None where nothing is stated and nothing can be measured.
+    """
+    if len(coords) < 2:
+        return stated
+    try:
+        measured = infer_stride(coords)
+    except ValueError:
+        return stated
+    return measured if stated is None or measured <= (1 + _ROUNDING) * stated else stated
+
+
+def join_slides(bags: Sequence[Bag], names: Sequence[str]) -> Bag:
+    """One bag of several slides, laid side by side on the lattice, too far apart to be joined by a graph.
+
+    Args:
+        bags: the slides, each with ``stride`` where it has coordinates.
+        names: what they are called; kept in ``attributes`` with their sizes and strides.
+
+    Raises:
+        ValueError: widths or types of features that differ, or coordinates whose stride is not known.
+    """
+    placed = [on_lattice(bag) for bag in bags]
+    first = placed[0]
+    for bag, name in zip(placed, names):
+        if bag.num_instances and (bag.x.shape[1:], bag.x.dtype) != (first.x.shape[1:], first.x.dtype):
+            raise ValueError(
+                f"slide {name!r} has features {bag.x.shape[1:]} {bag.x.dtype}, slide {names[0]!r} {first.x.shape[1:]} "
+                f"{first.x.dtype}: the slides of a patient need the same extractor and precision"
+            )
+    filled = [bag for bag in placed if bag.num_instances]
+    about = {
+        "slides": list(names),
+        "sizes": [bag.num_instances for bag in bags],
+        "strides": [bag.stride for bag in bags],
+    }
+    strides = {bag.stride for bag in filled}
+    if not filled:
+        return replace(first, attributes=about)
+    coords = None
+    if all(bag.coords is not None for bag in filled):
+        unknown = [name for bag, name in zip(placed, names) if bag.num_instances and bag.positions is None]
+        if unknown:
+            raise ValueError(
+                f"slide {unknown[0]!r}: the stride of its coordinates is not known, so that it cannot be laid "
+                "beside the other slides of its patient: state it (stride=), or pack a bag for each slide (bags=slide)"
+            )
+        coords = _side_by_side([bag.coords for bag in filled if bag.coords is not None])
+    return Bag(
+        x=np.concatenate([bag.x for bag in filled]),
+        coords=coords,
+        positions=None if coords is None else np.concatenate([bag.positions for bag in filled]),
+        stride=strides.pop() if len(strides) == 1 else None,
+        attributes={**first.attributes, **about},
+    )
+
+
+def _side_by_side(places: Sequence[np.ndarray]) -> np.ndarray:
+    shifted, end = [], 0
+    for part in places:
+        shift = np.zeros(part.shape[1], part.dtype)
+        shift[0] = end
+        shifted.append(part + shift)
+        end = int(shifted[-1][:, 0].max()) + _GAP
+    return np.concatenate(shifted)

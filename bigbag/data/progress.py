@@ -41,13 +41,16 @@ def entries_digest(entries: Sequence[SourceEntry]) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
+def _files(entries: Sequence[SourceEntry]) -> list[str]:
+    return [path for entry in entries for path in (entry.path, *entry.parts) if path and os.path.isfile(path)]
+
+
 def fingerprint(source: Source, options: dict[str, Any], entries: Sequence[SourceEntry]) -> str:
     """Digest of all that determines the shards; a file that was touched since changes it."""
     stats = []
-    for entry in entries:
-        if entry.path and os.path.isfile(entry.path):
-            status = os.stat(entry.path)
-            stats.append([status.st_size, status.st_mtime_ns])
+    for path in _files(entries):
+        status = os.stat(path)
+        stats.append([status.st_size, status.st_mtime_ns])
     content = json.dumps([source.description(), options, entries_digest(entries), stats], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
@@ -69,9 +72,9 @@ def finished_set(
     if not same_source or manifest.options != {**options, "entries": entries_digest(entries)}:
         raise ValueError(f"{folder}: already holds a finished set of another source or other options: {remedy}")
     packed_ns = path.stat().st_mtime_ns
-    for entry in entries:
-        if entry.path and os.path.isfile(entry.path) and os.stat(entry.path).st_mtime_ns > packed_ns:
-            raise ValueError(f"{folder}: already packed, but {entry.path} has changed since: {remedy}")
+    for file in _files(entries):
+        if os.stat(file).st_mtime_ns > packed_ns:
+            raise ValueError(f"{folder}: already packed, but {file} has changed since: {remedy}")
     logger.info("pack: %s is already packed from this source with these options", folder)
     return manifest
 

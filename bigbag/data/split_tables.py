@@ -96,12 +96,12 @@ def parse_splits(file: Path, fold: int) -> Assigned:
     folds = {int(match[1]): name for name in columns if (match := _FOLD.fullmatch(name))}
     parts = {_SPLITS[name]: name for name in columns if name in _SPLITS}
     if split is not None and names is not None:
-        return [(row[names], _split(row[split]), line) for line, row in rows if row[split].lower() not in _NONE]
+        return [(row[names], split_name(row[split]), line) for line, row in rows if row[split].lower() not in _NONE]
     if folds and names is not None:
         if fold not in folds:
             raise ValueError(f"{file}: has the folds {', '.join(map(str, sorted(folds)))}, but not fold {fold}")
         cells = [(row[names], row[folds[fold]], line) for line, row in rows]
-        return [(name, _split(cell), line) for name, cell, line in cells if cell.lower() not in _NONE]
+        return [(name, split_name(cell), line) for name, cell, line in cells if cell.lower() not in _NONE]
     if "train" in parts:
         return _by_parts(rows, parts, columns[0] if names is None else names)
     if "fold" in columns and names is not None:
@@ -182,7 +182,8 @@ def _name_column(columns: Sequence[str]) -> str | None:
     return found[0] if found else "" if columns[0] == "" else None
 
 
-def _split(cell: str) -> str:
+def split_name(cell: str) -> str:
+    """train, val or test for their many names; other names as they are."""
     return _SPLITS.get(cell.lower(), cell)
 
 

@@ -5,20 +5,25 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import logging
+from collections.abc import Mapping
 from typing import Any
 
 from bigbag.data.sources.base import Source
+from bigbag.data.sources.detect import FORMATS, detect_format
+
+logger = logging.getLogger(__name__)
 
 SOURCES = {
     "camelyon16": ("bigbag.data.sources.torchmil", "TorchmilFolder"),
     "digits": ("bigbag.datasets.digits", "Digits"),
     "musk1": ("bigbag.data.sources.tables", "Musk1"),
     "musk2": ("bigbag.data.sources.tables", "Musk2"),
-    "torchmil_folder": ("bigbag.data.sources.torchmil", "TorchmilFolder"),
+    **{name: (f"bigbag.data.sources.{module}", cls) for name, (module, cls) in FORMATS.items()},
 }
 """Name of each source and where its class is; imported when asked for, since some need scikit-learn."""
 
-__all__ = ["SOURCES", "open_source"]
+__all__ = ["SOURCES", "open_source", "recognise"]
 
 
 def open_source(name: str, **params: Any) -> Source:
@@ -43,6 +48,23 @@ def open_source(name: str, **params: Any) -> Source:
     if missing:
         raise ValueError(f"source {name} needs {missing[0]!r}; give it in the config under data.source")
     return cls(**params)
+
+
+def recognise(root: str, name: str | None, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the source that reads ``root``: ``name``, or the layout that is recognised, which is logged.
+
+    Args:
+        root: folder, or table that lists files.
+        name: one of ``SOURCES``; None: recognised.
+        params: other arguments of its class.
+
+    Raises:
+        ValueError: no known layout.
+    """
+    if name is None:
+        name, reason = detect_format(root, params.get("labels"))
+        logger.info("format:  %s: %s", name, reason)
+    return {"name": name, "root": root, **params}
 
 
 def _nearest(name: str, known: Any) -> str:

@@ -23,6 +23,7 @@ class SourceEntry:
         label: label of the bag, or None where it is missing.
         patient: patient or case, or None.
         path: file or folder that the bag is read from, for error messages; "" for generated bags.
+        parts: other files that it is read from.
     """
 
     name: str
@@ -30,6 +31,7 @@ class SourceEntry:
     label: Label | None = None
     patient: str | None = None
     path: str = ""
+    parts: tuple[str, ...] = ()
 
 
 @runtime_checkable
@@ -48,7 +50,11 @@ class Source(Protocol):
         ...
 
     def load(self, entry: SourceEntry) -> Bag:
-        """Read one bag; its ``key`` and ``y`` are the entry's name and label."""
+        """Read one bag; its ``key`` and ``y`` are the entry's name and label.
+
+        ``coords`` are in the source's own unit, and ``stride`` is the distance of adjacent patches in it, None where
+        that is unknown or where they count patches already.
+        """
         ...
 
     def description(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -12,10 +12,10 @@ from bigbag.data.sources.base import SourceEntry
 
 
 class MemorySource:
-    """A list of bags (a :class:`bigbag.data.sources.Source`).
+    """Bags that Python code has made (a :class:`bigbag.data.sources.Source`).
 
     Args:
-        bags: the bags; their ``key`` is their name and ``y`` their label.
+        bags: the bags, any iterable; their ``key`` is their name and ``y`` their label.
         splits: split of each bag, or None.
         patients: patient of each bag, or None.
         patch_shape: ``(height, width)`` where the features are the pixels of a patch.
@@ -26,16 +26,17 @@ class MemorySource:
 
     def __init__(
         self,
-        bags: Sequence[Bag],
+        bags: Iterable[Bag],
         splits: Sequence[str | None] | None = None,
         patients: Sequence[str | None] | None = None,
         patch_shape: tuple[int, int] | None = None,
     ) -> None:
+        bags = tuple(bags)
         for name, values in (("splits", splits), ("patients", patients)):
             if values is not None and len(values) != len(bags):
                 raise ValueError(f"MemorySource: {len(values)} {name} for {len(bags)} bags")
         self.patch_shape = patch_shape
-        self._bags = tuple(bags)
+        self._bags = bags
         self._entries = tuple(
             SourceEntry(
                 name=bag.key,

@@ -129,6 +129,98 @@ class Musk2(TableSource):
         super().__init__(x, ids, labels, "musk2", str(path), fold, num_folds, seed)
 
 
+_BAGS = ("bag", "bag_id", "bag_name", "bags", "molecule_name", "molecule")
+_LABELS = ("label", "class", "bag_label", "y", "target")
+
+
+class MilTable(TableSource):
+    """A classic MIL data set in one table, plain or gzipped.
+
+    Three layouts are told apart by their first line: a header that names bag and label, other columns of text being
+    dropped; the UCI repository's ``clean1.data`` (bag, instance, features, label); and label, bag, features.
+
+    Args:
+        root: the table.
+        fold: number of the test fold, as are the arguments after it; see :class:`TableSource`.
+        num_folds: number of folds.
+        seed: seed of the folds.
+
+    Raises:
+        ValueError: another layout, or a feature that is no number.
+    """
+
+    def __init__(self, root: str, fold: int | None = None, num_folds: int = 10, seed: int = 0) -> None:
+        path = Path(root)
+        if not path.is_file():
+            raise ValueError(f"{root}: no such table; expected one line for each instance, with its bag and label")
+        x, ids, labels = _split_columns(path)
+        name = path.name.partition(".")[0]
+        super().__init__(x, ids, labels, name, str(path), fold, num_folds, seed)
+
+    @classmethod
+    def detect(cls, root: Path) -> str | None:
+        if not root.is_file() or not {".csv", ".data", ".tsv"} & set(root.suffixes):
+            return None
+        try:
+            bags, label, drop, header = _layout(_lines(root), root)
+        except (ValueError, OSError):
+            return None
+        return "one line for each instance, with its bag and label" if header else "lines of bag, label and features"
+
+
+def _layout(lines: list[list[str]], path: Path) -> tuple[int, int, list[int], bool]:
+    """Columns of bag and label, columns of text, and whether there is a header."""
+    if not lines or len(lines[0]) < 3:
+        raise ValueError(f"{path}: expected at least a bag, a label and a feature in each line")
+    first, width = [cell.strip().lower() for cell in lines[0]], len(lines[0])
+    bags, labels = ([i for i, cell in enumerate(first) if cell in names] for names in (_BAGS, _LABELS))
+    if bags and labels and len(lines) > 1:
+        text = [i for i in range(width) if not _is_number(lines[1][i]) and i not in (bags[0], labels[0])]
+        return bags[0], labels[0], text, True
+    if not _is_number(first[0]) and _is_number(first[-1]) and all(_is_number(cell) for cell in first[2:]):
+        return 0, width - 1, [1], False
+    if all(_is_number(cell) for cell in first):
+        return 1, 0, [], False
+    raise ValueError(
+        f"{path}: its first line is neither a header with bag and label, nor bag, instance, features, label, nor "
+        "label, bag, features"
+    )
+
+
+def _split_columns(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Features, bag and label of every line."""
+    lines = _lines(path)
+    bag, label, drop, header = _layout(lines, path)
+    rows = lines[1:] if header else lines
+    if any(len(row) != len(rows[0]) for row in rows):
+        raise ValueError(f"{path}: lines have different numbers of cells")
+    columns = [i for i in range(len(rows[0])) if i not in (bag, label, *drop)]
+    try:
+        x = np.array([[row[i] for i in columns] for row in rows], np.float64).astype(np.float32)
+        labels = np.array([row[label] for row in rows], np.float64)
+    except ValueError as error:
+        raise ValueError(f"{path}: a feature or label is not a number ({error})") from None
+    whole = labels.astype(np.int64)
+    return x, np.array([row[bag] for row in rows]), whole if np.array_equal(whole, labels) else labels
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def _lines(path: Path) -> list[list[str]]:
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt") as file:
+            return [line.replace(",", "\t").split("\t") for line in file.read().splitlines() if line.strip()]
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: not a readable table of text ({error})") from None
+
+
 def read_table(path: Path) -> np.ndarray:
     """A table of numbers without a header, its columns divided by tabs or commas, plain or gzipped.
 
@@ -138,11 +230,8 @@ def read_table(path: Path) -> np.ndarray:
     Raises:
         ValueError: a cell that is no number, or lines of different lengths.
     """
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt") as file:
-        lines = [line.replace(",", "\t").split("\t") for line in file.read().splitlines() if line.strip()]
     try:
-        return np.array(lines, dtype=np.float64)
+        return np.array(_lines(path), dtype=np.float64)
     except ValueError as error:
         raise ValueError(f"{path}: not a table of numbers ({error})") from None
 

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,25 +14,31 @@ from typing import Any
 import numpy as np
 
 from bigbag.bags import Bag, Label
+from bigbag.data.lattice import settled_stride
 from bigbag.data.sources.base import SourceEntry
+from bigbag.data.sources.h5 import need_dataset, open_h5, read_dataset
 
 
 class TorchmilFolder:
     r"""Bags in torchmil's layout (a :class:`bigbag.data.sources.Source`)::
 
-        root/splits.csv                                                  columns bag_name, split
+        root/splits.csv                                                  columns bag_name, split; optional
         root/patches_512/features/features_UNI/<bag>.npy                 (N, P)
         root/patches_512/labels/<bag>.npy                                the bag's label, one number or (K,) of them
         root/patches_512/patch_labels/<bag>.npy                          (N,) or (N, 1), optional
         root/patches_512/coords/<bag>.npy                                (N, 2) in pixels, optional
 
-    Coordinates become places on a lattice of patches, ``floor(coords / patch_size)`` less their smallest per axis.
-    A bag without instance labels has none; torchmil would mark all of them unknown.
+    The folders ``features``, ``labels``, ``inst_labels`` and ``coords`` may also lie in ``root`` itself, and bags may
+    be ``.h5`` files with the keys 'features', 'labels' and 'coords'; instance labels are ``.npy`` then, too.
+
+    Coordinates become places on a lattice of patches, ``floor(coords / patch_size)`` less their smallest per axis;
+    where no patch size is known, the stride is measured. A bag without instance labels has none; torchmil would mark
+    all of them unknown.
 
     Args:
         root: folder of ``splits.csv``.
-        features: name of the extractor, ``UNI`` or ``resnet50_bt`` in the published set.
-        patch_size: side of a patch in the pixels that ``coords`` are in.
+        features: name of the extractor, ``UNI`` or ``resnet50_bt`` in the published set; None: the only one.
+        patch_size: side of a patch in the pixels that ``coords`` are in; None: that of the only ``patches_<size>``.
 
     Raises:
         ValueError: a file or column that is missing, a bag in two splits, a bag without a label.
@@ -39,24 +46,26 @@ class TorchmilFolder:
 
     patch_shape: tuple[int, int] | None = None
 
-    def __init__(self, root: str, features: str = "UNI", patch_size: int = 512) -> None:
+    def __init__(self, root: str, features: str | None = None, patch_size: int | None = None) -> None:
         self.root = Path(root)
-        self.features = features
-        self.patch_size = patch_size
-        self.folder = self.root / f"patches_{patch_size}"
-        self._features_folder = self.folder / "features" / f"features_{features}"
-        if not self._features_folder.is_dir():
-            raise ValueError(
-                f"{self._features_folder}: no such folder, expected the features there; check root, features and "
-                "patch_size of the source"
-            )
+        self.folder, self.patch_size = _patches_folder(self.root, patch_size)
+        self._features_folder = _features_folder(self.folder, features)
+        self.features = self._features_folder.name.removeprefix("features_")
+
+    @classmethod
+    def detect(cls, root: Path) -> str | None:
+        for folder in (*sorted(root.glob("patches_*")), root) if root.is_dir() else ():
+            if (folder / "features").is_dir() and (folder / "labels").is_dir():
+                place = folder.relative_to(root.parent)
+                return f"{place}/features and {place}/labels are there"
+        return None
 
     @cached_property
-    def _splits(self) -> dict[str, str]:
+    def _splits(self) -> dict[str, str | None]:
         path = self.root / "splits.csv"
         if not path.is_file():
-            raise ValueError(f"{path}: no such file, expected a CSV with the columns bag_name and split")
-        splits: dict[str, str] = {}
+            return dict.fromkeys(sorted(self._present))
+        splits: dict[str, str | None] = {}
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             if not {"bag_name", "split"} <= set(reader.fieldnames or ()):
@@ -72,11 +81,17 @@ class TorchmilFolder:
         return splits
 
     @cached_property
+    def _present(self) -> dict[str, Path]:
+        """Bags with features, and their files."""
+        found = [*self._features_folder.glob("*.npy"), *self._features_folder.glob("*.h5")]
+        return {path.name.removesuffix(path.suffix): path for path in found}
+
+    @cached_property
     def left_out(self) -> list[dict[str, str]]:
         """Bags of ``splits.csv`` without features, and features without a line in it."""
-        present = {path.name.removesuffix(".npy") for path in self._features_folder.glob("*.npy")}
+        present = self._present.keys()
         missing = [
-            {"name": name, "reason": f"in splits.csv, but {self._file('features', name)} does not exist"}
+            {"name": name, "reason": f"in splits.csv, but {self._features_folder / name}.npy does not exist"}
             for name in self._splits
             if name not in present
         ]
@@ -96,17 +111,20 @@ class TorchmilFolder:
         )
 
     def load(self, entry: SourceEntry) -> Bag:
-        y_inst = self._read("patch_labels", entry.name)
-        coords = self._read("coords", entry.name)
-        x = self._read("features", entry.name)
+        y_inst, coords, x = (self._read(kind, entry.name) for kind in ("patch_labels", "coords", "features"))
         assert x is not None
-        return Bag(
+        bag = Bag(
             x=x,
             y=entry.label,
             key=entry.name,
-            coords=None if coords is None or not len(coords) else to_lattice(coords, self.patch_size),
             y_inst=None if y_inst is None else _to_integers(y_inst, self._file("patch_labels", entry.name)),
         )
+        if coords is None or not len(coords):
+            return bag
+        if self.patch_size is None:
+            return replace(bag, coords=coords, stride=settled_stride(coords, None))
+        places = to_lattice(coords, self.patch_size)
+        return replace(bag, coords=places, positions=coords, stride=float(self.patch_size))
 
     def description(self) -> dict[str, Any]:
         """The arguments (without the place of the folder) and a digest of names, splits, labels and file sizes."""
@@ -122,11 +140,22 @@ class TorchmilFolder:
         }
 
     def _file(self, kind: str, name: str) -> Path:
-        return (self._features_folder if kind == "features" else self.folder / kind) / f"{name}.npy"
+        if kind == "features":
+            return self._present[name]
+        folder = self.folder / kind
+        if kind == "patch_labels" and not folder.is_dir():
+            folder = self.folder / "inst_labels"
+        h5 = folder / f"{name}.h5"
+        return h5 if h5.exists() else folder / f"{name}.npy"
 
     def _read(self, kind: str, name: str) -> np.ndarray | None:
         path = self._file(kind, name)
-        return read_npy(path) if path.exists() else None
+        if not path.exists():
+            return None
+        if path.suffix == ".npy":
+            return read_npy(path)
+        with open_h5(path) as file:
+            return read_dataset(need_dataset(file, (kind,)))
 
     def _label(self, name: str) -> Label:
         path = self._file("labels", name)
@@ -137,6 +166,39 @@ class TorchmilFolder:
             raise ValueError(f"bag {name!r}: {path} holds {value.shape} of {value.dtype}, expected numbers in a row")
         numbers = [int(v) if float(v).is_integer() else float(v) for v in value.reshape(-1).tolist()]
         return numbers[0] if len(numbers) == 1 else numbers
+
+
+def _patches_folder(root: Path, patch_size: int | None) -> tuple[Path, int | None]:
+    """The folder of features, labels and coordinates, and the patch size."""
+    folders = {int(path.name[8:]): path for path in root.glob("patches_*") if path.is_dir() and path.name[8:].isdigit()}
+    if not folders and (root / "features").is_dir():
+        return root, patch_size
+    if patch_size is None and len(folders) == 1:
+        patch_size = next(iter(folders))
+    if patch_size not in folders:
+        found = ", ".join(path.name for path in folders.values()) or "neither patches_<size> nor features"
+        raise ValueError(
+            f"{root / f'patches_{patch_size or 512}'}: no such folder, expected the features there; {root} holds "
+            f"{found}: check root and patch_size of the source"
+        )
+    return folders[patch_size], patch_size
+
+
+def _features_folder(folder: Path, features: str | None) -> Path:
+    """The folder of one extractor's features."""
+    whole = folder / "features"
+    found = sorted(path for path in whole.glob("features_*") if path.is_dir())
+    if features is not None and (wanted := whole / f"features_{features}") in found:
+        return wanted
+    if features is None and len(found) == 1:
+        return found[0]
+    if not found and whole.is_dir() and features is None:
+        return whole
+    there = ", ".join(path.name.removeprefix("features_") for path in found) or "none"
+    raise ValueError(
+        f"{whole / f'features_{features}' if features else whole}: no such folder, expected the features there; check "
+        f"root, features (there are: {there}) and patch_size of the source"
+    )
 
 
 def read_npy(path: Path) -> np.ndarray:
