@@ -1,4 +1,4 @@
-"""The command line: ``bigbag pack | train | evaluate | report | compare | bench``.
+"""The command line: ``bigbag pack | train | evaluate | report | compare | cap-curve | bench``.
 
 ``launch/*.py`` call the same functions. Whatever a user can cause ends in one line on standard error and exit status 2.
 """
@@ -10,12 +10,15 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from bigbag.config import Config, ConfigError, load_config
 from bigbag.datasets.command import add_pack_options, data_config, say_what_was_found
-from bigbag.evaluation.command import add_evaluation_options
+from bigbag.evaluation.options import add_evaluation_options, add_grid_options, add_study_options, numbers
+
+if TYPE_CHECKING:
+    from bigbag.evaluation.study import Outcome
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[:1] == ["bench"]:
         return _bench(arguments[1:])
     options = _parser().parse_args(arguments)
+    options.command_line = arguments
     _quiet_known_noise()
     try:
         options.command(options)
@@ -76,7 +80,11 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(local_rank=0)
     compare = add("compare", _compare, "Train several models on one packed set and make a table of them.")
     compare.add_argument("--models", default="all", help="names with commas between them, or all")
-    compare.add_argument("--seeds", type=int, default=1, help="runs of each model, with the seeds from seed on")
+    add_grid_options(compare)
+    add_study_options(compare)
+    cap_curve = add("cap-curve", _cap_curve, "Show what a cap on the instances of a bag costs, as table and figure.")
+    cap_curve.add_argument("--caps", type=numbers, help="with commas between them; default: 256, 512, ..., 16384")
+    add_study_options(cap_curve)
     for command in (train, evaluate):
         command.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the DeepSpeed launcher appends it
     commands.add_parser("bench", help="Benchmarks: `bench ops`, `bench models`, `bench loader`.")
@@ -158,17 +166,55 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from bigbag.evaluation.compare import compare
+    from bigbag.evaluation.compare import plan_comparison, shown_metrics, with_mean, write_comparison
+    from bigbag.evaluation.study import parse_grid
+    from bigbag.evaluation.study_command import carry_out
     from bigbag.models import MODELS
+    from bigbag.visualize.comparison import draw_comparison
 
+    config = _config(options)
     models = list(MODELS) if options.models == "all" else options.models.split(",")
+    seeds = range(config.seed, config.seed + options.seeds)
+    grid = parse_grid(options.grid)
+    study = plan_comparison(options.config, options.overrides, models, seeds, options.folds, options.inner, grid)
+    names = shown_metrics(config.task.type)
+
+    def show(outcome: Outcome) -> str:
+        return _outcome_line(outcome, with_mean(outcome.test), (*names, "instance_auroc"))
+
+    def finish(outcomes: Sequence[Outcome]) -> None:
+        lines = write_comparison(study, outcomes)
+        figure = draw_comparison(lines, names, study.folder)
+        print(f"\n{(study.folder / 'table.md').read_text()}\ntable: {study.folder / 'table.csv'}\nfigure: {figure}")
+
+    carry_out(study, options, options.command_line, show, finish)
+
+
+def _cap_curve(options: argparse.Namespace) -> None:
+    from bigbag.evaluation.cap_curve import plan_cap_curve, write_cap_curve
+    from bigbag.evaluation.compare import shown_metrics
+    from bigbag.evaluation.study_command import carry_out
+    from bigbag.visualize.comparison import draw_cap_curve
+
     config = _config(options)
     seeds = range(config.seed, config.seed + options.seeds)
-    runs = compare(options.config, options.overrides, models, seeds)
-    print(f"\n{(config.run_dir / 'table.md').read_text()}\ntable: {config.run_dir / 'table.csv'}")
-    failed = [run for run in runs if run.error]
-    if failed:
-        raise ValueError(f"{len(failed)} of {len(runs)} runs failed; the first, {failed[0].model}: {failed[0].error}")
+    study = plan_cap_curve(options.config, options.overrides, options.caps, seeds, options.folds)
+    names = shown_metrics(config.task.type)
+
+    def show(outcome: Outcome) -> str:
+        return _outcome_line(outcome, outcome.test, (*names, "instance_auroc"))
+
+    def finish(outcomes: Sequence[Outcome]) -> None:
+        figure = draw_cap_curve(write_cap_curve(study, outcomes), names[0], study.folder)
+        print(f"\n{(study.folder / 'table.md').read_text()}\ntable: {study.folder / 'table.csv'}\nfigure: {figure}")
+
+    carry_out(study, options, options.command_line, show, finish)
+
+
+def _outcome_line(outcome: Outcome, metrics: Mapping[str, Any], names: Sequence[str]) -> str:
+    shown = [f"{name} {metrics[name]:.3f}" for name in names if name in metrics]
+    seconds = "resumed" if outcome.seconds is None else f"{outcome.seconds:.0f} s"
+    return "  ".join([*shown, seconds, f"{outcome.peak_rss_bytes / 2**20:.0f} MiB"])
 
 
 def _conclude(config: Config, results: dict[str, Any], is_main: bool) -> None:

@@ -1,4 +1,4 @@
-"""``bigbag evaluate`` on what is saved: options, and the files written."""
+"""``bigbag evaluate`` on what is saved."""
 
 from __future__ import annotations
 
@@ -11,27 +11,10 @@ from pathlib import Path
 import yaml
 
 from bigbag.config import Config
-from bigbag.engine.metrics import TASKS
 from bigbag.evaluation.bootstrap import Bootstrap
 from bigbag.evaluation.predictions import read_predictions
 from bigbag.evaluation.summary import compare_models, markdown, summarise
 from bigbag.files import write_atomically
-
-
-def add_evaluation_options(parser: argparse.ArgumentParser) -> None:
-    """The options of ``bigbag evaluate`` that are about saved predictions."""
-    group = parser.add_argument_group("saved predictions, without a model")
-    group.add_argument("--predictions", type=Path, help="predictions.csv: key, label, logit or probability, ...")
-    group.add_argument("--task", choices=TASKS, help="default: that of the config.yaml beside it, else as it looks")
-    group.add_argument("--instances", type=Path, help="instances.npz, for instances and FROC; default: beside it")
-    group.add_argument("--against", type=Path, help="predictions.csv of another model on the same bags, to be compared")
-    group.add_argument("--split", default="test", help="split of the comparison")
-    group.add_argument("--folder", type=Path, help="where metrics.csv and metrics.json go; default: beside it")
-    group.add_argument("--resamples", type=int, default=2000, help="bootstrap resamples of patients")
-    group.add_argument("--interval", choices=("percentile", "bca"), default="bca", help="kind of the interval")
-    group.add_argument("--stratified", action="store_true", help="resample the patients of each label on their own")
-    group.add_argument("--patient-rule", choices=("mean", "max"), default="mean", help="from slides to a patient")
-    group.add_argument("--min-diameter", type=float, default=0.0, help="FROC: leave smaller lesions out, in patches")
 
 
 def evaluate_predictions(options: argparse.Namespace) -> None:

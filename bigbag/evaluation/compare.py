@@ -1,91 +1,133 @@
-"""All models on one data set, by one command: train each of them, and make a table.
-
-Every run is a process of its own, so that its peak memory is its own. A run that has finished is not repeated; one that
-was interrupted goes on.
-"""
+"""All models on one data set, by one command: train each of them with several seeds and folds, and make a table."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import numpy as np
+
 from bigbag.config import Config, ConfigError, load_config
-from bigbag.data import BagStore, split_bags
-from bigbag.engine.run import open_configured_store, run_identity
-from bigbag.files import write_atomically, write_json
+from bigbag.engine.metrics import probabilities
+from bigbag.evaluation.bootstrap import Bootstrap
+from bigbag.evaluation.predictions import PredictionTable, read_predictions
+from bigbag.evaluation.study import Outcome, Planned, Study, fold_settings, nested
+from bigbag.evaluation.summary import compare_models
+from bigbag.files import write_atomically
 from bigbag.models import MODELS
 from bigbag.models.build import arguments_of
 
-_COST = "cost.json"
-_METRICS = {
-    "auroc": "Test AUROC",
+_SHOWN = {
+    "regression": ("mae", "rmse", "r2"),
+    "survival": ("c_index", "c_index_ipcw"),
+    "survival_discrete": ("c_index", "c_index_ipcw"),
+}
+_CLASSES = ("auroc", "accuracy", "f1", "mean")
+NAMES = {
+    "auroc": "AUROC",
     "accuracy": "Accuracy",
     "f1": "F1",
+    "mean": "Mean",
     "instance_auroc": "Instance AUROC",
+    "c_index": "c-index",
+    "c_index_ipcw": "c-index (IPCW)",
+    "mae": "MAE",
+    "rmse": "RMSE",
+    "r2": "R²",
 }
 
 
 @dataclass(frozen=True)
-class Run:
-    """One model with one seed, and what came of it.
+class Spread:
+    """Mean of a metric over runs and its 95 % interval: that of Student's t over the runs, or, of a single run, the
+    bootstrap interval over its test bags. NaN where there is none."""
+
+    mean: float
+    low: float = math.nan
+    high: float = math.nan
+
+
+@dataclass(frozen=True)
+class Line:
+    """One model of the comparison.
 
     Attributes:
         model: its name.
-        seed: its seed.
-        test: test metrics by name.
-        seconds: wall time of training, evaluation and report.
-        peak_rss_bytes: largest resident memory of the process, mapped shards included.
-        error: why there is no result, or "".
+        metrics: of the test bags, by name.
+        seconds: mean wall time of its uninterrupted runs, or None.
+        peak_rss_bytes: largest of its runs.
+        num_runs: runs that finished.
+        num_failed: runs that failed.
+        difference: the main metric less that of the best model, both from the predictions of all its runs; None for
+            the best model, and where these are not of the same bags.
+        p_value: two-sided, of that difference.
     """
 
     model: str
-    seed: int
-    test: dict[str, Any]
-    seconds: float = 0.0
-    peak_rss_bytes: int = 0
-    error: str = ""
+    metrics: Mapping[str, Spread]
+    seconds: float | None
+    peak_rss_bytes: int
+    num_runs: int
+    num_failed: int
+    difference: Spread | None = None
+    p_value: float = math.nan
 
 
-def compare(path: str | Path, overrides: Sequence[str], models: Sequence[str], seeds: Sequence[int]) -> list[Run]:
-    """Train and evaluate models on the packed set of a config, and write ``table.csv`` and ``table.md``.
+def plan_comparison(
+    path: str | Path,
+    overrides: Sequence[str],
+    models: Sequence[str],
+    seeds: Sequence[int],
+    folds: int | None = None,
+    inner: int | None = None,
+    grid: Mapping[str, Sequence[str]] | None = None,
+) -> Study:
+    """The runs of models x seeds x folds.
 
-    Run k of model M lies in ``out/name/M-seed<k>``, the tables in ``out/name``. A model gets those arguments of
-    ``compare.common`` that it takes, and over them ``compare.models[M]``. A run that fails is listed with its error.
+    Run k of model M lies in ``out/name/M-seed<k>`` or ``out/name/M-seed<k>-fold<i>``. A model gets those arguments of
+    ``compare.common`` that it takes, and over them ``compare.models[M]``; its runs have the settings of the config, and
+    over them ``compare.overrides[M]``.
 
     Args:
         path: the config file.
         overrides: ``key.sub=value`` settings over it.
         models: names of models.
         seeds: seeds of each model.
-
-    Returns:
-        the runs, in order of model and seed.
+        folds: parts of all bags, by patient and balanced by label, of which each tests once (``data.splits``); None:
+            the splits of the config.
+        inner: nested cross-validation: so many inner folds choose the epoch and the values of ``grid``, see
+            :func:`bigbag.evaluation.study.nested`; None: the validation bags choose the epoch.
+        grid: setting -> values to choose from.
 
     Raises:
         ConfigError: a model that there is not.
     """
     config = load_config(path, overrides)
-    unknown = [name for name in (*models, *config.compare.models) if name not in MODELS]
+    named = (*models, *config.compare.models, *config.compare.overrides)
+    unknown = [name for name in named if name not in MODELS]
     if unknown:
         raise ConfigError(f"compare: unknown model {unknown[0]!r}; known models: {', '.join(MODELS)}")
-    store = open_configured_store(config)
-    runs = []
-    for name in models:
+    if grid and inner is None:
+        raise ConfigError(
+            "compare: --grid gives values to choose from, and --inner the folds that choose: expected both"
+        )
+    runs: list[Planned] = []
+    for model in models:
         for seed in seeds:
-            runs.append(_run(path, overrides, config, store, name, seed))
-            print(_line(runs[-1]), flush=True)
-            _write_tables(config.run_dir, runs)
-    return runs
+            for labels, settings in fold_settings(config, folds):
+                name = f"{model}-seed{seed}" + (f"-fold{labels['fold']}" if labels else "")
+                own = (f"seed={seed}", f"model={json.dumps(model_settings(config, model))}", *settings)
+                own = (*config.compare.overrides.get(model, ()), *own)
+                planned = Planned(name, {"model": model, "seed": seed, **labels}, own)
+                runs += [planned] if inner is None else nested(config, planned, grid or {}, inner)
+    return Study(path, overrides, sorted(runs, key=lambda run: bool(run.after)))
 
 
 def model_settings(config: Config, name: str) -> dict[str, Any]:
@@ -95,88 +137,167 @@ def model_settings(config: Config, name: str) -> dict[str, Any]:
     return {"name": name, **common, **config.compare.models.get(name, {})}
 
 
-def _run(path: str | Path, overrides: Sequence[str], config: Config, store: BagStore, model: str, seed: int) -> Run:
-    settings = [
-        *overrides,
-        f"name={config.name}/{model}-seed{seed}",
-        f"seed={seed}",
-        f"model={json.dumps(model_settings(config, model))}",
+def shown_metrics(task: str) -> tuple[str, ...]:
+    """The metrics of a comparison, the main one first."""
+    return _SHOWN.get(task, _CLASSES)
+
+
+def summarise_comparison(study: Study, outcomes: Sequence[Outcome]) -> list[Line]:
+    """One line per model, the best first by the main metric; the others compared with it on the same bags."""
+    task = study.config.task.type
+    main, *_ = names = shown_metrics(task)
+    final = [outcome for outcome in outcomes if "inner" not in outcome.planned.labels]
+    models = dict.fromkeys(str(outcome.planned.labels["model"]) for outcome in final)
+    of = {model: [o for o in final if o.planned.labels["model"] == model] for model in models}
+    lines = {model: _line(study, model, of[model], (*names, "instance_auroc")) for model in models}
+    sign = -1 if main in ("mae", "rmse") else 1
+    nothing = Spread(-sign * math.inf)
+    ranked = sorted(lines.values(), key=lambda line: -sign * line.metrics.get(main, nothing).mean)
+    tables = {model: _pooled(study, of[model]) for model in models}
+    best = tables[ranked[0].model] if ranked else None
+    return [line if i == 0 else _compared(line, tables[line.model], best, task, main) for i, line in enumerate(ranked)]
+
+
+def with_mean(test: Mapping[str, Any]) -> dict[str, Any]:
+    """Test metrics with the mean of AUROC, accuracy and F1, where all three are defined."""
+    parts = [test[name] for name in _CLASSES[:3] if name in test]
+    return {**test, "mean": mean(parts)} if len(parts) == 3 else dict(test)
+
+
+def _line(study: Study, model: str, outcomes: Sequence[Outcome], names: Sequence[str]) -> Line:
+    done = [outcome for outcome in outcomes if not outcome.error]
+    values = {name: [with_mean(o.test)[name] for o in done if name in with_mean(o.test)] for name in names}
+    spreads = {name: spread(found) for name, found in values.items() if found}
+    if len(done) == 1:
+        spreads |= _intervals_of_run(study.folder / done[0].planned.name, spreads)
+    seconds = [outcome.seconds for outcome in done if outcome.seconds is not None]
+    return Line(
+        model,
+        spreads,
+        mean(seconds) if seconds else None,
+        max((outcome.peak_rss_bytes for outcome in done), default=0),
+        num_runs=len(done),
+        num_failed=sum(bool(outcome.error) and not outcome.waiting for outcome in outcomes),
+    )
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Mean and Student's 95 % interval of the mean, ``t_{0.975, n-1} s / sqrt(n)``."""
+    if len(values) < 2:
+        return Spread(values[0])
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+    return Spread(mean(values), mean(values) - half, mean(values) + half)
+
+
+def _intervals_of_run(folder: Path, spreads: Mapping[str, Spread]) -> dict[str, Spread]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if (row["split"], row["unit"]) == ("test", "bag")]
+    ends = {row["metric"]: (float(row["low"]), float(row["high"])) for row in rows}
+    return {name: Spread(own.mean, *ends[name]) for name, own in spreads.items() if name in ends}
+
+
+def _pooled(study: Study, outcomes: Sequence[Outcome]) -> PredictionTable | None:
+    """Test predictions of all runs of a model: each bag once, its logits the mean over the runs that test it."""
+    tables = [
+        read_predictions(study.folder / o.planned.name / "predictions.csv").labelled("test")
+        for o in outcomes
+        if not o.error
     ]
-    own = load_config(path, settings)
-    if not _is_finished(own, store):
-        started = time.perf_counter()
-        status, peak = _train(path, settings, own.run_dir / "output.txt")
-        if status:
-            lines = (own.run_dir / "output.txt").read_text(errors="replace").strip().splitlines()
-            return Run(model, seed, {}, error=lines[-1] if lines else f"exit status {status}")
-        write_json(own.run_dir / _COST, {"seconds": time.perf_counter() - started, "peak_rss_bytes": peak})
-    results = json.loads((own.run_dir / "results.json").read_text())
-    return Run(model, seed, results["test"], **json.loads((own.run_dir / _COST).read_text()))
+    if not tables or any(outcome.error for outcome in outcomes):
+        return None
+    rows: dict[str, list[tuple[PredictionTable, int]]] = {}
+    for table in tables:
+        for i, key in enumerate(table.keys):
+            rows.setdefault(key, []).append((table, i))
+    firsts = [found[0] for found in rows.values()]
+    logits = np.stack([np.mean([table.logits[i] for table, i in found], axis=0) for found in rows.values()])
+    return PredictionTable(
+        keys=tuple(rows),
+        splits=("test",) * len(rows),
+        labels=np.stack([table.labels[i] for table, i in firsts]),
+        logits=logits,
+        probabilities=probabilities(logits, study.config.task.type),
+        sizes=np.array([table.sizes[i] for table, i in firsts]),
+        patients=tuple(table.patients[i] for table, i in firsts),
+    )
 
 
-def _train(path: str | Path, settings: Sequence[str], output: Path) -> tuple[int, int]:
-    """Run ``bigbag train`` in a process of its own; exit status and the most resident bytes it had."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "bigbag.cli", "train", "--config", str(path), *settings]
-    with open(output, "wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
-        try:
-            _, status, usage = os.wait4(process.pid, 0)
-        except BaseException:
-            process.kill()
-            raise
-    process.returncode = os.waitstatus_to_exitcode(status)
-    return process.returncode, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def _compared(line: Line, own: PredictionTable | None, best: PredictionTable | None, task: str, main: str) -> Line:
+    if own is None or best is None or set(own.keys) != set(best.keys):
+        return line
+    found = compare_models(own, best, task, options=Bootstrap(1000))
+    # DeLong's test takes bags for independent, which those of one patient are not.
+    several = len(set(own.patients) - {""}) < sum(map(bool, own.patients))
+    difference = found[main] if several or "auroc_delong" not in found else found["auroc_delong"]
+    spread_of = Spread(difference.value, difference.low, difference.high)
+    return Line(**{**line.__dict__, "difference": spread_of, "p_value": difference.p_value})
 
 
-def _is_finished(config: Config, store: BagStore) -> bool:
-    """Whether the run's folder holds the whole run of these settings on these bags and splits."""
-    identity = config.run_dir / "identity.json"
-    if not (identity.is_file() and (config.run_dir / _COST).is_file()):
-        return False
-    wanted = run_identity(config, store, split_bags(store, config.data.splits))
-    return json.loads(identity.read_text()) == wanted
-
-
-def _line(run: Run) -> str:
-    if run.error:
-        return f"{run.model:<28} seed {run.seed}  failed: {run.error}"
-    shown = "  ".join(f"{key} {run.test[key]:.3f}" for key in _METRICS if key in run.test)
-    return f"{run.model:<28} seed {run.seed}  {shown}  {run.seconds:.0f} s  {run.peak_rss_bytes / 2**20:.0f} MiB"
-
-
-def _write_tables(folder: Path, runs: Sequence[Run]) -> None:
+def write_comparison(study: Study, outcomes: Sequence[Outcome]) -> list[Line]:
+    """Write ``runs.csv``, one row a run, and ``table.csv`` and ``table.md``, one row a model."""
+    lines = summarise_comparison(study, outcomes)
+    names = [*shown_metrics(study.config.task.type), "instance_auroc"]
+    study.folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(study.folder / "runs.csv", runs_csv(outcomes, names))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["model", "seed", *_METRICS, "seconds", "peak_rss_bytes", "error"])
-    for run in runs:
-        numbers = [f"{run.test[key]:.9g}" if key in run.test else "" for key in _METRICS]
-        writer.writerow([run.model, run.seed, *numbers, f"{run.seconds:.1f}", run.peak_rss_bytes, run.error])
-    write_atomically(folder / "table.csv", text.getvalue())
-    write_atomically(folder / "table.md", _markdown(runs))
+    columns = [f"{name}{part}" for name in names for part in ("", "_low", "_high")]
+    comparison = ["difference", "difference_low", "difference_high", "p_value"]
+    writer.writerow(["model", *columns, *comparison, "seconds", "peak_rss_bytes", "num_runs", "num_failed"])
+    for line in lines:
+        spreads = [line.metrics.get(name, Spread(math.nan)) for name in names]
+        spreads.append(line.difference or Spread(math.nan))
+        numbers = [_csv(value) for own in spreads for value in (own.mean, own.low, own.high)]
+        seconds = "" if line.seconds is None else f"{line.seconds:.1f}"
+        cost = [seconds, line.peak_rss_bytes, line.num_runs, line.num_failed]
+        writer.writerow([line.model, *numbers, _csv(line.p_value), *cost])
+    write_atomically(study.folder / "table.csv", text.getvalue())
+    write_atomically(study.folder / "table.md", markdown(lines, names))
+    return lines
 
 
-def _markdown(runs: Sequence[Run]) -> str:
-    """One row per model, the best test AUROC first; mean and standard deviation where there are several seeds."""
-    columns = ["Model", *_METRICS.values(), "Seconds", "Peak RSS, MiB"]
+def runs_csv(outcomes: Sequence[Outcome], names: Sequence[str]) -> str:
+    """One row per run: what it is, its test metrics, its cost, why it has none."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    labels = list(dict.fromkeys(key for outcome in outcomes for key in outcome.planned.labels))
+    writer.writerow(["run", *labels, *names, "best_epoch", "seconds", "peak_rss_bytes", "error"])
+    for outcome in outcomes:
+        test = with_mean(outcome.test)
+        cells = [outcome.planned.name, *(outcome.planned.labels.get(key, "") for key in labels)]
+        cells += [_csv(test.get(name, math.nan)) for name in names]
+        seconds = "" if outcome.seconds is None else f"{outcome.seconds:.1f}"
+        cost = [outcome.results.get("best_epoch", ""), seconds, outcome.peak_rss_bytes or "", outcome.error]
+        writer.writerow([*cells, *cost])
+    return text.getvalue()
+
+
+def markdown(lines: Sequence[Line], names: Sequence[str]) -> str:
+    """One row per model, the best first; mean, and 95 % interval where there is one."""
+    names = [name for name in names if any(name in line.metrics for line in lines)]
+    compared = [f"{NAMES[names[0]]} less the best's", "p"] if any(line.difference for line in lines) else []
+    columns = ["Model", *(NAMES[name] for name in names), *compared, "Seconds", "Peak RSS, MiB"]
     rows = []
-    for model in dict.fromkeys(run.model for run in runs):
-        own = [run for run in runs if run.model == model and not run.error]
-        cells = [_spread([run.test[key] for run in own if key in run.test]) for key in _METRICS]
-        if own:
-            cells += [
-                f"{mean(run.seconds for run in own):.0f}",
-                f"{max(run.peak_rss_bytes for run in own) / 2**20:.0f}",
-            ]
-        failed = sum(bool(run.error) for run in runs if run.model == model)
-        name = f"{model} ({failed} failed)" if failed else model
-        order = mean(run.test.get("auroc", 0.0) for run in own) if own else -1.0
-        rows.append((order, [name, *cells, *[""] * (len(columns) - 1 - len(cells))]))
-    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *(row for _, row in sorted(rows, key=lambda r: -r[0]))]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    for line in lines:
+        cells = [spread_text(line.metrics[name]) if name in line.metrics else "" for name in names]
+        if compared and line.difference is not None:
+            cells += [spread_text(line.difference, "+"), f"{line.p_value:.3f}"]
+        elif compared:
+            cells += ["", ""]
+        cells.append("" if line.seconds is None else f"{line.seconds:.0f}")
+        cells.append(f"{line.peak_rss_bytes / 2**20:.0f}" if line.num_runs else "")
+        rows.append([f"{line.model} ({line.num_failed} failed)" if line.num_failed else line.model, *cells])
+    table = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+    return "".join(f"| {' | '.join(row)} |\n" for row in table)
 
 
-def _spread(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+def spread_text(own: Spread, sign: str = "") -> str:
+    """0.912 [0.874, 0.950]"""
+    ends = "" if math.isnan(own.low) else f" [{own.low:{sign}.3f}, {own.high:{sign}.3f}]"
+    return f"{own.mean:{sign}.3f}{ends}"
+
+
+def _csv(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.9g}"

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 NEGATIVE, POSITIVE, INK, MUTED = "#3b6ea8", "#b5332e", "#1d2733", "#8a95a3"
 CLASS_COLOURS = ("#3b6ea8", "#b5332e", "#2f8f5b", "#8a5ab0", "#c98a1b", "#3aa3a8", "#7a5b45", "#d0609a")
 _SIZE_INCHES = (4.0, 3.0)
-_STYLE: Any = {
+STYLE: Any = {
     "font.size": 9.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -39,7 +39,7 @@ def _svg(draw: Callable[[Axes], None]) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
         FigureCanvasSVG(figure)
         draw(figure.add_subplot())

@@ -1,0 +1,48 @@
+"""Options of the commands that evaluate and compare; light, since every command line is read with them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from bigbag.engine.metrics import TASKS
+
+
+def add_evaluation_options(parser: argparse.ArgumentParser) -> None:
+    """The options of ``bigbag evaluate`` that are about saved predictions."""
+    group = parser.add_argument_group("saved predictions, without a model")
+    group.add_argument("--predictions", type=Path, help="predictions.csv: key, label, logit or probability, ...")
+    group.add_argument("--task", choices=TASKS, help="default: that of the config.yaml beside it, else as it looks")
+    group.add_argument("--instances", type=Path, help="instances.npz, for instances and FROC; default: beside it")
+    group.add_argument("--against", type=Path, help="predictions.csv of another model on the same bags, to be compared")
+    group.add_argument("--split", default="test", help="split of the comparison")
+    group.add_argument("--folder", type=Path, help="where metrics.csv and metrics.json go; default: beside it")
+    group.add_argument("--resamples", type=int, default=2000, help="bootstrap resamples of patients")
+    group.add_argument("--interval", choices=("percentile", "bca"), default="bca", help="kind of the interval")
+    group.add_argument("--stratified", action="store_true", help="resample the patients of each label on their own")
+    group.add_argument("--patient-rule", choices=("mean", "max"), default="mean", help="from slides to a patient")
+    group.add_argument("--min-diameter", type=float, default=0.0, help="FROC: leave smaller lesions out, in patches")
+
+
+def add_study_options(parser: argparse.ArgumentParser) -> None:
+    """Seeds, folds, and what to do with the runs in place of doing all of them here."""
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each, with the seeds from seed on")
+    parser.add_argument("--folds", type=int, help="cross-validate: folds by patient, each of which tests once")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--list", action="store_true", help="list the runs with their index and state, start none")
+    group.add_argument("--index", type=int, help="do the run of this index only")
+    group.add_argument("--collect", action="store_true", help="make table and figure of what has finished, start none")
+    group.add_argument("--slurm", choices=("write", "submit"), help="write, or write and submit, a job array")
+    parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="e.g. --sbatch=--partition=gpu")
+    parser.add_argument("--limit", type=int, help="most tasks of a job array that run at a time")
+
+
+def add_grid_options(parser: argparse.ArgumentParser) -> None:
+    """Nested cross-validation."""
+    parser.add_argument("--inner", type=int, help="nested: inner folds that choose the epoch and the values of --grid")
+    parser.add_argument("--grid", action="append", default=[], metavar="key=value,value", help="values to choose from")
+
+
+def numbers(text: str) -> list[int]:
+    """``"256,512"`` as ``[256, 512]``."""
+    return [int(part) for part in text.split(",")]

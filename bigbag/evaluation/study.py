@@ -1,0 +1,241 @@
+"""Many runs of one config as one piece of work: planned at once, each in a process of its own, resumable, countable.
+
+A study is a list of planned runs. Each has its folder under ``out/name``; a run that has finished is not repeated, one
+that was interrupted goes on from its checkpoint. Runs can be started in order here, or one by one by their index, on
+any machine that sees the folder; what is there is collected at any time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from bigbag.config import Config, ConfigError, load_config
+from bigbag.data import BagStore, split_bags
+from bigbag.engine.run import open_configured_store, run_identity
+from bigbag.files import write_json
+
+_COST, _FAILED = "cost.json", "failed.json"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run to be done.
+
+    Attributes:
+        name: its folder below that of the study.
+        labels: what it is, for tables: model, seed, fold, ...
+        settings: ``key.sub=value`` settings over those of the study.
+        choose: None, or how settings follow from the outcome of other runs, ``after``.
+        after: names of the runs that must have finished before it starts.
+    """
+
+    name: str
+    labels: Mapping[str, Any]
+    settings: tuple[str, ...]
+    after: tuple[str, ...] = ()
+    choose: Callable[[Sequence[Outcome]], tuple[str, ...]] | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a run.
+
+    Attributes:
+        planned: the run.
+        results: its ``results.json``; empty where there is none.
+        seconds: wall time of training, evaluation and report; None where the run was interrupted in between.
+        peak_rss_bytes: largest resident memory of the process, mapped shards included.
+        error: why there are no results, or "".
+        waiting: True for a run that has not been tried, or is under way.
+    """
+
+    planned: Planned
+    results: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float | None = None
+    peak_rss_bytes: int = 0
+    error: str = ""
+    waiting: bool = False
+
+    @property
+    def test(self) -> Mapping[str, Any]:
+        """The metrics of the test bags."""
+        return self.results.get("test", {})
+
+
+class Study:
+    """Runs of one config.
+
+    Args:
+        path: the config file.
+        overrides: ``key.sub=value`` settings over it.
+        runs: what is planned; a run comes after those it waits for.
+    """
+
+    def __init__(self, path: str | Path, overrides: Sequence[str], runs: Sequence[Planned]) -> None:
+        self.path, self.overrides, self.runs = path, tuple(overrides), tuple(runs)
+        self.config = load_config(path, overrides)
+        self._by_name = {run.name: run for run in self.runs}
+
+    @property
+    def folder(self) -> Path:
+        return self.config.run_dir
+
+    def run(self, report: Callable[[Outcome], None]) -> list[Outcome]:
+        """Do all runs, in order; ``report`` hears of each when it is done."""
+        outcomes = []
+        for planned in self.runs:
+            outcomes.append(self.run_one(planned))
+            report(outcomes[-1])
+        return outcomes
+
+    def run_one(self, planned: Planned) -> Outcome:
+        """Do one run, unless it has finished."""
+        settings = self.settings_of(planned)
+        if isinstance(settings, Outcome):
+            return settings
+        config = load_config(self.path, settings)
+        if not self._is_finished(config):
+            resumed = (config.run_dir / "identity.json").is_file()
+            (config.run_dir / _FAILED).unlink(missing_ok=True)
+            started = time.perf_counter()
+            status, peak = _train(self.path, settings, config.run_dir / "output.txt")
+            if status:
+                lines = (config.run_dir / "output.txt").read_text(errors="replace").strip().splitlines()
+                write_json(config.run_dir / _FAILED, {"error": lines[-1] if lines else f"exit status {status}"})
+            else:
+                seconds = None if resumed else time.perf_counter() - started
+                write_json(config.run_dir / _COST, {"seconds": seconds, "peak_rss_bytes": peak})
+        return self.outcome(planned)
+
+    def collect(self) -> list[Outcome]:
+        """What came of all runs so far; starts nothing."""
+        return [self.outcome(planned) for planned in self.runs]
+
+    def outcome(self, planned: Planned) -> Outcome:
+        """What came of a run so far."""
+        settings = self.settings_of(planned)
+        if isinstance(settings, Outcome):
+            return settings
+        config = load_config(self.path, settings)
+        if self._is_finished(config):
+            results = json.loads((config.run_dir / "results.json").read_text())
+            return Outcome(planned, results, **json.loads((config.run_dir / _COST).read_text()))
+        if (config.run_dir / _FAILED).is_file():
+            return Outcome(planned, error=json.loads((config.run_dir / _FAILED).read_text())["error"])
+        return Outcome(planned, error="not finished", waiting=True)
+
+    def settings_of(self, planned: Planned) -> list[str] | Outcome:
+        """All settings of a run; or why it cannot start yet."""
+        settings = [*self.overrides, f"name={self.config.name}/{planned.name}", *planned.settings]
+        if planned.choose is None:
+            return settings
+        before = [self.outcome(self._by_name[name]) for name in planned.after]
+        missing = [outcome for outcome in before if outcome.error]
+        if missing:
+            reason = f"waits for {len(missing)} of {len(before)} runs; {missing[0].planned.name}: {missing[0].error}"
+            return Outcome(planned, error=reason, waiting=all(outcome.waiting for outcome in missing))
+        return [*settings, *planned.choose(before)]
+
+    @cached_property
+    def store(self) -> BagStore:
+        """The packed set."""
+        return open_configured_store(self.config)
+
+    def _is_finished(self, config: Config) -> bool:
+        """Whether the run's folder holds the whole run of these settings on these bags and splits."""
+        identity = config.run_dir / "identity.json"
+        if not (identity.is_file() and (config.run_dir / _COST).is_file()):
+            return False
+        wanted = run_identity(config, self.store, split_bags(self.store, config.data.splits))
+        return json.loads(identity.read_text()) == wanted
+
+
+def _train(path: str | Path, settings: Sequence[str], output: Path) -> tuple[int, int]:
+    """Run ``bigbag train`` in a process of its own; exit status and the most resident bytes it had."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "bigbag.cli", "train", "--config", str(path), *settings]
+    with open(output, "wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:
+            process.kill()
+            raise
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def fold_settings(config: Config, folds: int | None) -> Iterator[tuple[dict[str, Any], tuple[str, ...]]]:
+    """Labels and settings of each fold; one without either where ``folds`` is None.
+
+    A fifth of the training bags validates where the config does not say.
+    """
+    if folds is None:
+        yield {}, ()
+        return
+    own = config.data.splits
+    validate = () if own.val_fraction or own.val_folds else ("data.splits.val_fraction=0.2",)
+    for fold in range(folds):
+        yield {"fold": fold}, (f"data.splits.folds={folds}", f"data.splits.fold={fold}", *validate)
+
+
+def nested(config: Config, outer: Planned, grid: Mapping[str, Sequence[str]], inner: int) -> list[Planned]:
+    """A run whose settings inner folds choose: the runs of the inner folds, then the run itself.
+
+    Every combination of the values of ``grid`` is trained with each inner fold as validation bags. The combination of
+    the best mean of ``train.monitor``, and the mean of its best epochs, are what the run is trained with, on the bags
+    of all inner folds; it has no validation bags of its own, and its last epoch counts.
+
+    Args:
+        config: the config of the study.
+        outer: the run.
+        grid: setting -> values, as text.
+        inner: number of inner folds.
+    """
+    settings = [setting for setting in outer.settings if not setting.startswith("data.splits.val_")]
+    combinations: list[tuple[str, ...]] = [()]
+    for key, values in grid.items():
+        combinations = [(*before, f"{key}={value}") for before in combinations for value in values]
+    runs = []
+    for number, combination in enumerate(combinations):
+        for fold in range(inner):
+            folds = (f"data.splits.val_folds={inner}", f"data.splits.val_fold={fold}")
+            name = f"{outer.name}/try{number}-inner{fold}"
+            labels = {**outer.labels, "try": number, "inner": fold}
+            runs.append(Planned(name, labels, (*settings, "data.splits.val_fraction=null", *folds, *combination)))
+
+    def choose(before: Sequence[Outcome]) -> tuple[str, ...]:
+        sign = 1 if config.monitor_mode == "max" else -1
+        of = [[o for o in before if o.planned.labels["try"] == number] for number in range(len(combinations))]
+        values = [sign * mean(o.results["val"][config.monitor] for o in tried) for tried in of]
+        best = max(range(len(combinations)), key=values.__getitem__)
+        epochs = max(1, round(mean(outcome.results["best_epoch"] for outcome in of[best])))
+        return (*combinations[best], f"train.epochs={epochs}")
+
+    last = (*settings, "data.splits.val_fraction=null", "data.splits.val_folds=null")
+    return [*runs, Planned(outer.name, outer.labels, last, tuple(run.name for run in runs), choose)]
+
+
+def parse_grid(texts: Sequence[str]) -> dict[str, list[str]]:
+    """``["optim.lr=1e-3,1e-4"]`` as ``{"optim.lr": ["1e-3", "1e-4"]}``.
+
+    Raises:
+        ConfigError: no values.
+    """
+    grid = {}
+    for text in texts:
+        key, _, values = text.partition("=")
+        grid[key] = [value for value in values.split(",") if value]
+        if not grid[key]:
+            raise ConfigError(f"--grid {text}: expected key.sub=value,value,...")
+    return grid
