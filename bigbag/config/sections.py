@@ -217,7 +217,7 @@ class CompareConfig(Section):
     """Arguments for every model that takes them, e.g. ``{att_dim: 64, feat_ext: {name: MLP, ...}}``."""
     models: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Arguments of single models, by name, over those in common."""
-    overrides: dict[str, list[str]] = {}
+    overrides: dict[str, list[str]] = Field(default_factory=dict)
     """Further settings of the runs of single models, by name, e.g. ``{SmABMIL: [optim.lr=1e-4]}``."""
 
 
