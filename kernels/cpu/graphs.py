@@ -13,10 +13,15 @@ Columns come out sorted within a row. Rows are int64 offsets ``crow``, columns i
 
 from __future__ import annotations
 
+import functools
+import os
+import types
+
 import numba
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from bigbag.kernels.cpu.segments import _widen, array
 
@@ -25,12 +30,28 @@ FEW_COLUMNS = 16
 NO_WEIGHT = np.empty(0, dtype=np.float32)
 
 # No fast-math: a distance equal to the radius must be one on every machine.
-_jit = numba.njit(parallel=True, cache=True, nogil=True, error_model="numpy")
+_jit_threads = numba.njit(parallel=True, cache=True, nogil=True, error_model="numpy")
 _jit_sums = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})
 _jit_serial = numba.njit(cache=True, nogil=True, error_model="numpy")
+_PROCESS = os.getpid()
+
+
+def _must_stay_serial():
+    """Whether this is a process forked from one that may have used OpenMP, which would end it at the first thread."""
+    return os.getpid() != _PROCESS or get_worker_info() is not None
+
+
+def _jit(kernel):
+    """``kernel`` on threads, and without them in the workers of a loader."""
+    alone = types.FunctionType(kernel.__code__, kernel.__globals__)
+    alone.__qualname__ = f"{kernel.__name__}_alone"  # Numba's cache goes by this name
+    threaded, serial = _jit_threads(kernel), _jit_serial(alone)
+    return functools.wraps(kernel)(lambda *args: (serial if _must_stay_serial() else threaded)(*args))
 
 
 def _use_threads_for(rows: int) -> None:
+    if _must_stay_serial():
+        return
     # Numba keeps its own number of threads; torch's is the one that users set. Waking them up costs more than a small
     # bag does.
     wanted = torch.get_num_threads()
