@@ -42,11 +42,6 @@ def collate_fn(batch_list: Sequence[Mapping[str, Tensor]], sparse: bool = True) 
     Raises:
         ImportError: tensordict is not installed.
     """
-    try:
-        from tensordict import TensorDict
-    except ImportError:
-        raise ImportError("collate_fn returns a TensorDict: install bigbag[torchmil]") from None
-
     batch: dict[str, Tensor] = {}
     masks: dict[str, Tensor] = {}
     for key in batch_list[0].keys():  # noqa: SIM118  (a TensorDict iterates over rows)
@@ -60,7 +55,20 @@ def collate_fn(batch_list: Sequence[Mapping[str, Tensor]], sparse: bool = True) 
             batch[key], masks[key] = pad_tensors(tensors)
     if masks and "mask" not in batch:
         batch["mask"] = masks.get("X", next(iter(masks.values())))
-    return TensorDict(batch)
+    return as_tensordict(batch)
+
+
+def as_tensordict(tensors: Mapping[str, Tensor]) -> Any:
+    """What torchmil's scripts get as a bag and as a batch: a ``tensordict.TensorDict``.
+
+    Raises:
+        ImportError: tensordict is not installed.
+    """
+    try:
+        from tensordict import TensorDict
+    except ImportError:
+        raise ImportError("bags and batches are TensorDicts, as torchmil's are: install bigbag[torchmil]") from None
+    return TensorDict(dict(tensors))
 
 
 def seq_to_spatial(X: Tensor, coords: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -1,72 +1,41 @@
-"""Named data sets and generators: what ``data.source`` of a config may name."""
+"""Named data sets with torchmil's names, for a ``DataLoader`` and for packing; generators; the hub."""
 
-from __future__ import annotations
+from bigbag.datasets.algorithmic import FalseFrequencyMILDataset, MCStandardMILDataset, SCStandardMILDataset
+from bigbag.datasets.base import MILDataset, SourceDataset
+from bigbag.datasets.binary import BinaryClassificationDataset
+from bigbag.datasets.hgsc import HGSC
+from bigbag.datasets.hub import download
+from bigbag.datasets.mnist import MNISTBags
+from bigbag.datasets.processed import ProcessedMILDataset
+from bigbag.datasets.registry import SOURCES, open_source, recognise
+from bigbag.datasets.sequences import CTScanDataset, RSNAMILDataset, TADMILDataset, VideoClassificationDataset
+from bigbag.datasets.shifted_mean import ShiftedMeanMILDataset
+from bigbag.datasets.slides import CAMELYON16MILDataset, PANDAMILDataset, WSIDataset
+from bigbag.datasets.toy import ToyDataset
+from bigbag.datasets.trident import TridentWSIDataset
 
-import difflib
-import importlib
-import inspect
-import logging
-from collections.abc import Mapping
-from typing import Any
-
-from bigbag.data.sources.base import Source
-from bigbag.data.sources.detect import FORMATS, detect_format
-
-logger = logging.getLogger(__name__)
-
-SOURCES = {
-    "camelyon16": ("bigbag.data.sources.torchmil", "TorchmilFolder"),
-    "digits": ("bigbag.datasets.digits", "Digits"),
-    "musk1": ("bigbag.data.sources.tables", "Musk1"),
-    "musk2": ("bigbag.data.sources.tables", "Musk2"),
-    **{name: (f"bigbag.data.sources.{module}", cls) for name, (module, cls) in FORMATS.items()},
-}
-"""Name of each source and where its class is; imported when asked for, since some need scikit-learn."""
-
-__all__ = ["SOURCES", "open_source", "recognise"]
-
-
-def open_source(name: str, **params: Any) -> Source:
-    """The source ``name`` with the constructor arguments ``params``.
-
-    Args:
-        name: one of ``SOURCES``.
-        params: arguments of its class.
-
-    Raises:
-        ValueError: no such source, an argument it does not take, or one that it needs and is not given.
-    """
-    if name not in SOURCES:
-        raise ValueError(f"no source is called {name!r}{_nearest(name, SOURCES)}; there are {', '.join(SOURCES)}")
-    module, class_name = SOURCES[name]
-    cls = getattr(importlib.import_module(module), class_name)
-    known = inspect.signature(cls).parameters
-    for key in params:
-        if key not in known:
-            raise ValueError(f"source {name} takes no {key!r}{_nearest(key, known)}; it takes {', '.join(known)}")
-    missing = [key for key, value in known.items() if value.default is value.empty and key not in params]
-    if missing:
-        raise ValueError(f"source {name} needs {missing[0]!r}; give it in the config under data.source")
-    return cls(**params)
-
-
-def recognise(root: str, name: str | None, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of the source that reads ``root``: ``name``, or the layout that is recognised, which is logged.
-
-    Args:
-        root: folder, or table that lists files.
-        name: one of ``SOURCES``; None: recognised.
-        params: other arguments of its class.
-
-    Raises:
-        ValueError: no known layout.
-    """
-    if name is None:
-        name, reason = detect_format(root, params.get("labels"))
-        logger.info("format:  %s: %s", name, reason)
-    return {"name": name, "root": root, **params}
-
-
-def _nearest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f", did you mean {close[0]!r}?" if close else ""
+__all__ = [
+    "HGSC",
+    "SOURCES",
+    "BinaryClassificationDataset",
+    "CAMELYON16MILDataset",
+    "CTScanDataset",
+    "FalseFrequencyMILDataset",
+    "MCStandardMILDataset",
+    "MILDataset",
+    "MNISTBags",
+    "PANDAMILDataset",
+    "ProcessedMILDataset",
+    "RSNAMILDataset",
+    "SCStandardMILDataset",
+    "ShiftedMeanMILDataset",
+    "SourceDataset",
+    "TADMILDataset",
+    "ToyDataset",
+    "TridentWSIDataset",
+    "VideoClassificationDataset",
+    "WSIDataset",
+    "download",
+    "open_source",
+    "recognise",
+]

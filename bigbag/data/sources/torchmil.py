@@ -66,18 +66,9 @@ class TorchmilFolder:
         if not path.is_file():
             return dict.fromkeys(sorted(self._present))
         splits: dict[str, str | None] = {}
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            if not {"bag_name", "split"} <= set(reader.fieldnames or ()):
-                raise ValueError(f"{path}: columns {reader.fieldnames}, expected bag_name and split")
-            for row in reader:
-                name, split = (row["bag_name"] or "").strip(), (row["split"] or "").strip()
-                if not name or not split:
-                    raise ValueError(f"{path}, line {reader.line_num}: bag_name or split is empty")
-                if splits.setdefault(name, split) != split:
-                    raise ValueError(
-                        f"{path}, line {reader.line_num}: bag {name!r} is in {splits[name]} and in {split}"
-                    )
+        for line, name, split in read_split_rows(path):
+            if splits.setdefault(name, split) != split:
+                raise ValueError(f"{path}, line {line}: bag {name!r} is in {splits[name]} and in {split}")
         return splits
 
     @cached_property
@@ -117,7 +108,7 @@ class TorchmilFolder:
             x=x,
             y=entry.label,
             key=entry.name,
-            y_inst=None if y_inst is None else _to_integers(y_inst, self._file("patch_labels", entry.name)),
+            y_inst=None if y_inst is None else to_inst_labels(y_inst, str(self._file("patch_labels", entry.name))),
         )
         if coords is None or not len(coords):
             return bag
@@ -162,10 +153,7 @@ class TorchmilFolder:
         value = self._read("labels", name)
         if value is None:
             raise ValueError(f"bag {name!r}: label is missing, expected it in {path}")
-        if value.size == 0 or value.size != max(value.shape, default=1) or value.dtype.kind not in "biuf":
-            raise ValueError(f"bag {name!r}: {path} holds {value.shape} of {value.dtype}, expected numbers in a row")
-        numbers = [int(v) if float(v).is_integer() else float(v) for v in value.reshape(-1).tolist()]
-        return numbers[0] if len(numbers) == 1 else numbers
+        return to_label(value, f"bag {name!r}: {path}")
 
 
 def _patches_folder(root: Path, patch_size: int | None) -> tuple[Path, int | None]:
@@ -201,6 +189,27 @@ def _features_folder(folder: Path, features: str | None) -> Path:
     )
 
 
+def read_split_rows(path: Path) -> list[tuple[int, str, str]]:
+    """The lines of a ``splits.csv``: their number, ``bag_name`` and ``split``.
+
+    Raises:
+        ValueError: no such file, a column that is missing, or an empty cell.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file, expected a CSV with the columns bag_name and split")
+    rows = []
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        if not {"bag_name", "split"} <= set(reader.fieldnames or ()):
+            raise ValueError(f"{path}: columns {reader.fieldnames}, expected bag_name and split")
+        for row in reader:
+            name, split = (row["bag_name"] or "").strip(), (row["split"] or "").strip()
+            if not name or not split:
+                raise ValueError(f"{path}, line {reader.line_num}: bag_name or split is empty")
+            rows.append((reader.line_num, name, split))
+    return rows
+
+
 def read_npy(path: Path) -> np.ndarray:
     """The array of an ``.npy`` file of plain numbers.
 
@@ -219,10 +228,27 @@ def to_lattice(coords: np.ndarray, patch_size: float) -> np.ndarray:
     return (places - places.min(axis=0)).astype(np.int32)
 
 
-def _to_integers(values: np.ndarray, path: Path) -> np.ndarray:
+def to_label(values: np.ndarray, where: str) -> Label:
+    """A label from a file: one number, or several in a row; whole numbers become integers.
+
+    Raises:
+        ValueError: no numbers, or a table of them.
+    """
+    if values.size == 0 or values.size != max(values.shape, default=1) or values.dtype.kind not in "biuf":
+        raise ValueError(f"{where} holds {values.shape} of {values.dtype}, expected numbers in a row")
+    numbers = [int(v) if float(v).is_integer() else float(v) for v in values.reshape(-1).tolist()]
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def to_inst_labels(values: np.ndarray, where: str) -> np.ndarray:
+    """Instance labels ``(N,)`` int64 from an array ``(N,)`` or ``(N, 1)`` of whole numbers.
+
+    Raises:
+        ValueError: anything else.
+    """
     flat = values.reshape(len(values), -1)
     if flat.shape[1] != 1 or not np.array_equal(flat, np.rint(flat)):
-        raise ValueError(f"{path}: {values.shape} of {values.dtype}, expected one integer label per instance")
+        raise ValueError(f"{where}: {values.shape} of {values.dtype}, expected one integer label per instance")
     return flat[:, 0].astype(np.int64)
 
 
