@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from bigbag.kernels.cpu.segments import _widen, array
+from bigbag.kernels.cpu.half import _widen
+from bigbag.kernels.cpu.segments import array
 
 PIECE_ROWS = 4096
 FEW_COLUMNS = 16

@@ -21,9 +21,9 @@ from functools import cache
 import numba
 import numpy as np
 import torch
-from numba.extending import overload
 from torch import Tensor
 
+from bigbag.kernels.cpu.half import _widen
 from bigbag.kernels.cpu.memory import huge_pages
 
 PIECE_ROWS = 2048
@@ -35,29 +35,6 @@ _SERIAL_ELEMENTS = 1 << 18
 _BLOCK_ROWS = 32
 
 _jit = numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")
-
-
-def _widen(value):
-    raise NotImplementedError("compiled code only")
-
-
-@overload(_widen, inline="always")
-def _widen_overload(value):
-    """float32 of a 16-bit float: Numba knows neither, so bfloat16 comes as int16 and float16 as uint16."""
-    if value == numba.types.int16:
-        return lambda value: np.uint32(np.uint32(np.uint16(value)) << np.uint32(16)).view(np.float32)
-    if value == numba.types.uint16:
-
-        def from_half(value):
-            bits = np.uint32(value)
-            magnitude = np.uint32((bits & np.uint32(0x7FFF)) << np.uint32(13))
-            small = np.float32(magnitude.view(np.float32) * np.float32(2.0**112))
-            special = np.uint32(magnitude | np.uint32(0x7F800000)).view(np.float32)
-            wide = special if magnitude >= np.uint32(0x0F800000) else small
-            return -wide if bits >> np.uint32(15) else wide
-
-        return from_half
-    return lambda value: value
 
 
 @_jit

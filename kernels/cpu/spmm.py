@@ -19,215 +19,150 @@ from __future__ import annotations
 import numba
 import numpy as np
 import torch
-from numba.extending import overload
 from torch import Tensor
 
 from bigbag.kernels.cpu.memory import huge_pages
-from bigbag.kernels.cpu.segments import _launch, _widen, accumulation_dtype, array
+from bigbag.kernels.cpu.segments import _launch, accumulation_dtype, array
+from bigbag.kernels.cpu.vectors import (
+    LINE_BYTES,
+    broadcast,
+    fence,
+    lane_sum,
+    lanes,
+    load,
+    multiply_add,
+    prefetch,
+    store,
+    stream,
+)
+
+# Lanes of the blocks of columns: as many registers of AVX-512 as it takes to hide the latency of a sum, or one.
+WIDE, NARROW = 128, 16
+# Outputs larger than caches are written past them: what a cache would read first, only to overwrite it, stays unread.
+_LARGE_BYTES = 32 << 20
 
 _jit = numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")
+# Inlined by force: a call would put all the arrays on the stack. These functions call none with arrays in turn, for which
+# Numba would count references in the inner loop.
+_block = numba.njit(cache=True, nogil=True, error_model="numpy", forceinline=True)
 _jit_serial = numba.njit(cache=True, nogil=True, error_model="numpy")
 
 
-def _narrow(value, like):
-    raise NotImplementedError("compiled code only")
-
-
-@overload(_narrow)
-def _narrow_overload(value, like):
-    """``value`` rounded to nearest even in the format of ``like``: int16 stands for bfloat16, uint16 for float16."""
-    if like == numba.types.int16:
-
-        def to_bfloat(value, like):
-            bits = np.float32(value).view(np.uint32)
-            rounded = np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
-            isnan = np.uint32(bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-            return np.int16((np.uint32(0x7FC00000) if isnan else rounded) >> np.uint32(16))
-
-        return to_bfloat
-    if like == numba.types.uint16:
-
-        def to_half(value, like):
-            bits = np.float32(value).view(np.uint32)
-            magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
-            normal = np.uint32(magnitude - np.uint32(0x38000000))
-            normal = np.uint32(normal + np.uint32(0xFFF) + ((normal >> np.uint32(13)) & np.uint32(1))) >> np.uint32(13)
-            # Adding 0.5 aligns the last bit of a number below 2^-14 with the last bit of a float16 subnormal.
-            small = np.uint32(
-                np.float32(magnitude.view(np.float32) + np.float32(0.5)).view(np.uint32) - np.uint32(0x3F000000)
-            )
-            half = small if magnitude < np.uint32(0x38800000) else normal
-            half = np.uint32(0x7C00) if magnitude >= np.uint32(0x47800000) else half
-            half = np.uint32(0x7E00) if magnitude > np.uint32(0x7F800000) else half
-            return np.uint16(half | ((bits >> np.uint32(16)) & np.uint32(0x8000)))
-
-        return to_half
-    return lambda value, like: value
-
-
-@_jit
-def _wide(value):
-    # A call, since Numba's own inlining of the same expression twice in a function confuses its scopes.
-    return _widen(value)
-
-
-def _accumulator(out):
-    raise NotImplementedError("compiled code only")
-
-
-@overload(_accumulator)
-def _accumulator_overload(out):
-    """Where rows of ``out`` are summed: in place, or in one row of float32 if ``out`` is narrower."""
-    if out.dtype in (numba.types.int16, numba.types.uint16):
-        return lambda out: np.empty((1, out.shape[1], out.shape[2]), np.float32)
-    return lambda out: out
-
-
-def _store(out, i, acc, a):
-    raise NotImplementedError("compiled code only")
-
-
-@overload(_store)
-def _store_overload(out, i, acc, a):
-    """Round row ``a`` of ``acc`` into row i of ``out``, if it is not there already."""
-    if out.dtype == acc.dtype:
-        return lambda out, i, acc, a: None
-
-    def store(out, i, acc, a):
-        for h in range(out.shape[1]):
-            for c in range(out.shape[2]):
-                out[i, h, c] = _narrow(acc[a, h, c], out[i, h, c])
-
-    return store
-
-
-@_jit
-def _add(acc, a, h, x, j, u):
-    for c in range(x.shape[2]):
-        acc[a, h, c] += u * _wide(x[j, h, c])
-
-
-@_jit
-def _add_two(acc, a, h, x, j, k, u, v):
-    for c in range(x.shape[2]):
-        acc[a, h, c] += u * _wide(x[j, h, c]) + v * _wide(x[k, h, c])
-
-
-@_jit
-def _add_four(acc, a, h, x, rows, e, u, v, w, z):
-    i, j, k, m = rows[e], rows[e + 1], rows[e + 2], rows[e + 3]
-    for c in range(x.shape[2]):
-        first = u * _wide(x[i, h, c]) + v * _wide(x[j, h, c])
-        acc[a, h, c] += first + (w * _wide(x[k, h, c]) + z * _wide(x[m, h, c]))
-
-
-@_jit
-def _set_two(acc, a, h, x, j, y, k, u, v):
-    for c in range(x.shape[2]):
-        acc[a, h, c] = u * _wide(x[j, h, c]) + v * _wide(y[k, h, c])
-
-
-@_jit
-def _set(acc, a, h, x, j, u):
-    for c in range(x.shape[2]):
-        acc[a, h, c] = u * _wide(x[j, h, c])
-
-
-@_jit
-def _gather(acc, a, h, first, last, col, weight, x, factor):
-    """acc[a, h] += factor * weighted neighbours' rows; four at a time quarter the traffic of acc."""
-    weighted = weight.shape[0] > 0
-    e = first
-    while e + 3 < last:
-        u = factor * weight[e, h] if weighted else factor
-        v = factor * weight[e + 1, h] if weighted else factor
-        w = factor * weight[e + 2, h] if weighted else factor
-        z = factor * weight[e + 3, h] if weighted else factor
-        _add_four(acc, a, h, x, col, e, u, v, w, z)
-        e += 4
-    if e + 1 < last:
-        u = factor * weight[e, h] if weighted else factor
-        v = factor * weight[e + 1, h] if weighted else factor
-        _add_two(acc, a, h, x, col[e], col[e + 1], u, v)
-        e += 2
-    if e < last:
-        _add(acc, a, h, x, col[e], factor * weight[e, h] if weighted else factor)
-
-
-@_jit
-def _spmm(begin, end, crow, col, weight, x, scale, diagonal, extra, beta, out):
-    acc = _accumulator(out)
-    zero = beta.dtype.type(0)
-    for i in range(begin, end):
-        a = i if len(acc) == len(out) else 0
-        factor = scale[i] if len(scale) > 1 else scale[0]
-        for h in range(x.shape[1]):
-            # What is not a neighbour's comes first, so that ``extra`` may be ``out``.
-            if len(extra) and len(diagonal):
-                _set_two(acc, a, h, x, i, extra, i, diagonal[i], beta[0])
-            elif len(extra):
-                _set(acc, a, h, extra, i, beta[0])
-            elif len(diagonal):
-                _set(acc, a, h, x, i, diagonal[i])
-            else:
-                for c in range(x.shape[2]):
-                    acc[a, h, c] = zero
-            _gather(acc, a, h, crow[i], crow[i + 1], col, weight, x, factor)
-        _store(out, i, acc, a)
-
-
-@_jit
-def _dot(x, i, y, j, h, zero):
-    total = zero
-    for c in range(x.shape[2]):
-        total += _wide(x[i, h, c]) * _wide(y[j, h, c])
-    return total
-
-
-@_jit
-def _square_distance(x, i, j, zero):
-    total = zero
-    for c in range(x.shape[2]):
-        difference = _wide(x[i, 0, c]) - _wide(x[j, 0, c])
-        total += difference * difference
-    return total
-
-
-@_jit
-def _edge_dots(begin, end, crow, col, x, y, out):
-    for i in range(begin, end):
+@_block
+def _spmm_row(zero, c, i, end, h, crow, col, weight, x, scale, diagonal, extra, beta, out, past_caches):
+    """As many blocks as fit from column c on; returns where they end. So do the functions below."""
+    factor, one = scale[i] if len(scale) > 1 else scale[0], scale.dtype.type(1)
+    while c + lanes(zero) <= x.shape[2]:
+        if i + 1 < end:
+            # What row i + 1 reads and row i does not: on a lattice, the last of each run of consecutive columns.
+            for e in range(crow[i + 1], crow[i + 2]):
+                if e + 1 == crow[i + 2] or col[e + 1] != col[e] + 1:
+                    prefetch(zero, x, col[e], h, c)
+        acc = zero
+        if len(diagonal):
+            acc = multiply_add(acc, diagonal[i], load(zero, x, i, h, c))
+        if len(extra):
+            acc = multiply_add(acc, beta[0], load(zero, extra, i, h, c))
+        neighbours = zero
         for e in range(crow[i], crow[i + 1]):
-            for h in range(out.shape[1]):
-                out[e, h] = _dot(x, i, y, col[e], h, out.dtype.type(0))
-
-
-@_jit
-def _edge_distances(begin, end, crow, col, x, out):
-    for i in range(begin, end):
-        for e in range(crow[i], crow[i + 1]):
-            out[e, 0] = _square_distance(x, i, col[e], out.dtype.type(0))
-
-
-@_jit
-def _power_step(begin, end, crow, col, weight, w, f, coefficients, step, v, total, dots):
-    acc = _accumulator(v)
-    sums = np.empty((1, 1, w.shape[2]), dots.dtype)
-    zero, one = dots.dtype.type(0), dots.dtype.type(1)
-    for i in range(begin, end):
-        a = i if len(acc) == len(v) else 0
-        if step == 1:
-            dots[i, 0] = _dot(w, i, f, i, 0, zero)
-            _set(sums, 0, 0, w, i, coefficients[0])
+            u = weight[e, h] if len(weight) else one
+            neighbours = multiply_add(neighbours, u, load(zero, x, col[e], h, c))
+        acc = multiply_add(acc, factor, neighbours)
+        if past_caches:
+            stream(acc, out, i, h, c)
         else:
-            _set(sums, 0, 0, total, i, one)
-        for c in range(w.shape[2]):
-            acc[a, 0, c] = zero
-        _gather(acc, a, 0, crow[i], crow[i + 1], col, weight, w, one)
-        dots[i, 1] = _dot(acc, a, f, i, 0, zero)
-        _store(v, i, acc, a)
-        for c in range(w.shape[2]):
-            value = sums[0, 0, c] + coefficients[step] * acc[a, 0, c]
-            total[i, 0, c] = _narrow(value, total[i, 0, c])
+            store(acc, out, i, h, c)
+        c += lanes(zero)
+    return c
+
+
+@_jit
+def _spmm(begin, end, crow, col, weight, x, scale, diagonal, extra, beta, out, past_caches):
+    zero = scale.dtype.type(0)
+    wide, narrow, single = broadcast(zero, WIDE), broadcast(zero, NARROW), broadcast(zero, 1)
+    for i in range(begin, end):
+        for h in range(x.shape[1]):
+            c = 0
+            c = _spmm_row(wide, c, i, end, h, crow, col, weight, x, scale, diagonal, extra, beta, out, past_caches)
+            c = _spmm_row(narrow, c, i, end, h, crow, col, weight, x, scale, diagonal, extra, beta, out, past_caches)
+            c = _spmm_row(single, c, i, end, h, crow, col, weight, x, scale, diagonal, extra, beta, out, past_caches)
+    fence()
+
+
+@_block
+def _dots_row(zero, c, i, end, h, crow, col, x, y, distance, out):
+    while c + lanes(zero) <= x.shape[2]:
+        if i + 1 < end:
+            for e in range(crow[i + 1], crow[i + 2]):
+                if e + 1 == crow[i + 2] or col[e + 1] != col[e] + 1:
+                    prefetch(zero, y, col[e], h, c)
+        own = load(zero, x, i, h, c)
+        for e in range(crow[i], crow[i + 1]):
+            other = load(zero, y, col[e], h, c)
+            if distance:
+                other = multiply_add(other, np.float32(-1), own)
+                out[e, h] += lane_sum(multiply_add(zero, other, other))
+            else:
+                out[e, h] += lane_sum(multiply_add(zero, own, other))
+        c += lanes(zero)
+    return c
+
+
+@_jit
+def _edge_dots(begin, end, crow, col, x, y, distance, out):
+    zero = out.dtype.type(0)
+    wide, narrow, single = broadcast(zero, WIDE), broadcast(zero, NARROW), broadcast(zero, 1)
+    for i in range(begin, end):
+        for h in range(x.shape[1]):
+            for e in range(crow[i], crow[i + 1]):
+                out[e, h] = zero
+            c = 0
+            c = _dots_row(wide, c, i, end, h, crow, col, x, y, distance, out)
+            c = _dots_row(narrow, c, i, end, h, crow, col, x, y, distance, out)
+            c = _dots_row(single, c, i, end, h, crow, col, x, y, distance, out)
+
+
+@_block
+def _power_row(zero, c, i, end, crow, col, weight, w, f, coefficients, step, v, total, dots, past_caches):
+    one = dots.dtype.type(1)
+    while c + lanes(zero) <= w.shape[2]:
+        if i + 1 < end:
+            for e in range(crow[i + 1], crow[i + 2]):
+                if e + 1 == crow[i + 2] or col[e + 1] != col[e] + 1:
+                    prefetch(zero, w, col[e], 0, c)
+        neighbours = zero
+        for e in range(crow[i], crow[i + 1]):
+            u = weight[e, 0] if len(weight) else one
+            neighbours = multiply_add(neighbours, u, load(zero, w, col[e], 0, c))
+        own = load(zero, f, i, 0, c)
+        dots[i, 1] += lane_sum(multiply_add(zero, neighbours, own))
+        if step == 1:
+            first = load(zero, w, i, 0, c)
+            dots[i, 0] += lane_sum(multiply_add(zero, first, own))
+            acc = multiply_add(zero, coefficients[0], first)
+        else:
+            acc = load(zero, total, i, 0, c)
+        acc = multiply_add(acc, coefficients[step], neighbours)
+        if past_caches:
+            stream(neighbours, v, i, 0, c)
+            stream(acc, total, i, 0, c)
+        else:
+            store(neighbours, v, i, 0, c)
+            store(acc, total, i, 0, c)
+        c += lanes(zero)
+    return c
+
+
+@_jit
+def _power_step(begin, end, crow, col, weight, w, f, coefficients, step, v, total, dots, past_caches):
+    zero = dots.dtype.type(0)
+    wide, narrow, single = broadcast(zero, WIDE), broadcast(zero, NARROW), broadcast(zero, 1)
+    for i in range(begin, end):
+        c = 0
+        c = _power_row(wide, c, i, end, crow, col, weight, w, f, coefficients, step, v, total, dots, past_caches)
+        c = _power_row(narrow, c, i, end, crow, col, weight, w, f, coefficients, step, v, total, dots, past_caches)
+        c = _power_row(single, c, i, end, crow, col, weight, w, f, coefficients, step, v, total, dots, past_caches)
+    fence()
 
 
 @_jit
@@ -283,6 +218,12 @@ def _split(x: Tensor, heads: int = 1) -> np.ndarray:
     return array(x).reshape(x.shape[0], heads, x.shape[1] // max(heads, 1))
 
 
+def _past_caches(out: Tensor, heads: int = 1) -> bool:
+    """Whether ``out`` is large, and its rows and heads begin at cache lines."""
+    line = out.element_size() * out.shape[1] // max(heads, 1)
+    return out.nbytes >= _LARGE_BYTES and out.data_ptr() % LINE_BYTES == 0 and line % LINE_BYTES == 0
+
+
 def _values(x: Tensor | None, dtype: torch.dtype, dims: int = 1) -> np.ndarray:
     """Scalars, row or edge values as an array of the accumulation dtype; an empty one stands for None."""
     if x is None:
@@ -312,24 +253,25 @@ def spmm(
     extra = rows[:0] if h is None else _split(h, heads)
     args = (crow.numpy(), col.numpy(), _values(weight, dtype, 2), rows, _values(one if scale is None else scale, dtype))
     factors = (_values(diagonal, dtype), extra, _values(one if beta is None else beta, dtype))
-    _launch(_spmm, num_rows, (col.shape[0] + num_rows) * x.shape[1], *args, *factors, _split(out, heads))
+    work = (col.shape[0] + num_rows) * x.shape[1]
+    _launch(_spmm, num_rows, work, *args, *factors, _split(out, heads), _past_caches(out, heads))
     return out
 
 
 def edge_dots(crow: Tensor, col: Tensor, x: Tensor, y: Tensor, heads: int) -> Tensor:
     """x, y (T, D) of one dtype -> (E, heads) in the accumulation dtype."""
-    out = huge_pages(torch.empty(col.shape[0], heads, dtype=accumulation_dtype(x.dtype)))
-    args = (crow.numpy(), col.numpy(), _split(x, heads), _split(y, heads), out.numpy())
-    _launch(_edge_dots, crow.shape[0] - 1, col.shape[0] * x.shape[1], *args)
-    return out
+    return _along_edges(crow, col, x, y, heads, False)
 
 
 def edge_distances(crow: Tensor, col: Tensor, x: Tensor) -> Tensor:
     """x (T, D) -> (E, 1) in the accumulation dtype."""
-    out = torch.empty(col.shape[0], 1, dtype=accumulation_dtype(x.dtype))
-    _launch(
-        _edge_distances, crow.shape[0] - 1, col.shape[0] * x.shape[1], crow.numpy(), col.numpy(), _split(x), out.numpy()
-    )
+    return _along_edges(crow, col, x, x, 1, True)
+
+
+def _along_edges(crow: Tensor, col: Tensor, x: Tensor, y: Tensor, heads: int, distance: bool) -> Tensor:
+    out = huge_pages(torch.empty(col.shape[0], heads, dtype=accumulation_dtype(x.dtype)))
+    args = (crow.numpy(), col.numpy(), _split(x, heads), _split(y, heads), distance, out.numpy())
+    _launch(_edge_dots, crow.shape[0] - 1, col.shape[0] * x.shape[1], *args)
     return out
 
 
@@ -352,7 +294,8 @@ def power_step(
     dots = torch.zeros(w.shape[0], 2, dtype=dtype)
     args = (crow.numpy(), col.numpy(), _values(weight, dtype, 2), _split(w), _split(f), _values(coefficients, dtype))
     work = (col.shape[0] + w.shape[0]) * w.shape[1]
-    _launch(_power_step, w.shape[0], work, *args, step, _split(v), _split(total), dots.numpy())
+    outs = (_split(v), _split(total), dots.numpy(), _past_caches(v))
+    _launch(_power_step, w.shape[0], work, *args, step, *outs)
     return dots.sum(0, dtype=torch.float64)
 
 

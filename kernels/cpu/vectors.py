@@ -1,0 +1,201 @@
+"""Vectors of a fixed number of lanes in Numba, for kernels whose sums must stay in registers.
+
+    acc = broadcast(zero, 64)                               # 64 lanes of the type of ``zero``
+    acc = multiply_add(acc, u, load(acc, x, i, h, c))       # acc + u * x[i, h, c : c + 64]
+    store(acc, out, i, h, c)
+
+Numba leaves vectorising to LLVM, which guards every loop over several rows with tests that they do not overlap, and
+keeps sums in memory. These functions are LLVM's own vector operations; it cuts them to what the machine has (64 lanes of
+float32 are four registers of AVX-512, eight of AVX2, sixteen of NEON). A kernel is compiled for the lanes of the vector
+among its arguments; a vector of one lane is a number. Loads widen 16-bit floats, stores round to nearest even: int16
+stands for bfloat16, uint16 for float16.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic, models, register_model
+
+LINE_BYTES = 64
+_FAST = ("reassoc", "contract", "nsz")
+_DOUBLE, _FLOAT, _HALF = ir.DoubleType(), ir.FloatType(), ir.HalfType()
+_BYTE, _INT, _LONG = ir.IntType(8), ir.IntType(32), ir.IntType(64)
+
+
+class Vector(types.Type):
+    """``lanes`` numbers of ``dtype``, float32 or float64."""
+
+    def __init__(self, dtype, lanes):
+        self.dtype, self.lanes = dtype, lanes
+        super().__init__(name=f"Vector({dtype}, {lanes})")
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager, kind):
+        super().__init__(manager, kind, ir.VectorType(_DOUBLE if kind.dtype == types.float64 else _FLOAT, kind.lanes))
+
+
+def _all(vector, value):
+    """A constant, ``value`` in each lane."""
+    return ir.Constant(vector, [value] * vector.count)
+
+
+def _splat(builder, value, lanes):
+    first = builder.insert_element(ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined), value, _INT(0))
+    return builder.shuffle_vector(first, first, _all(ir.VectorType(_INT, lanes), 0))
+
+
+def _address(context, builder, kind, value, indices):
+    """Address of ``array[indices]`` in bytes; an index widens before it is multiplied."""
+    array = context.make_array(kind)(context, builder, value)
+    address = builder.bitcast(array.data, _BYTE.as_pointer())
+    for index, stride in zip(indices, cgutils.unpack_tuple(builder, array.strides, kind.ndim)):
+        address = builder.gep(address, [builder.mul(builder.sext(index, _LONG), stride)])
+    return address
+
+
+def _stored(kind, lanes):
+    """What lies in an array of ``kind``, as a vector."""
+    element = {types.int16: ir.IntType(16), types.uint16: _HALF, types.float64: _DOUBLE}.get(kind.dtype, _FLOAT)
+    return ir.VectorType(element, lanes)
+
+
+def _widened(builder, value, kind):
+    if kind.dtype == types.int16:
+        bits = ir.VectorType(_INT, value.type.count)
+        return builder.bitcast(
+            builder.shl(builder.zext(value, bits), _all(bits, 16)), ir.VectorType(_FLOAT, bits.count)
+        )
+    return builder.fpext(value, ir.VectorType(_FLOAT, value.type.count)) if kind.dtype == types.uint16 else value
+
+
+def _narrowed(builder, value, kind):
+    if kind.dtype == types.int16:
+        wide = ir.VectorType(_INT, value.type.count)
+        bits = builder.bitcast(value, wide)
+        last = builder.and_(builder.lshr(bits, _all(wide, 16)), _all(wide, 1))
+        rounded = builder.add(builder.add(bits, _all(wide, 0x7FFF)), last)
+        chosen = builder.select(builder.fcmp_unordered("uno", value, value), _all(wide, 0x7FC00000), rounded)
+        return builder.trunc(builder.lshr(chosen, _all(wide, 16)), ir.VectorType(ir.IntType(16), wide.count))
+    return builder.fptrunc(value, ir.VectorType(_HALF, value.type.count)) if kind.dtype == types.uint16 else value
+
+
+@intrinsic(prefer_literal=True)
+def broadcast(typing, value, lanes):
+    """A vector of ``lanes`` (a constant), ``value`` in each."""
+    kind = Vector(types.unliteral(value), lanes.literal_value)
+
+    def code(context, builder, signature, args):
+        return _splat(builder, args[0], kind.lanes)
+
+    return kind(types.unliteral(value), lanes), code
+
+
+@intrinsic
+def lanes(typing, value):
+    """The number of lanes, a constant."""
+    return types.int64(value), lambda context, builder, signature, args: _LONG(value.lanes)
+
+
+@intrinsic
+def load(typing, like, x, i, h, c):
+    """``x[i, h, c : c + lanes]`` as a vector of the kind of ``like``; the last dimension is contiguous."""
+
+    def code(context, builder, signature, args):
+        kind = signature.args[1]
+        vector = _stored(kind, like.lanes)
+        pointer = builder.bitcast(_address(context, builder, kind, args[1], args[2:]), vector.as_pointer())
+        return _widened(builder, builder.load(pointer, align=kind.dtype.bitwidth // 8), kind)
+
+    return like(like, x, i, h, c), code
+
+
+def _store_as(streamed):
+    def typed(typing, value, out, i, h, c):
+        def code(context, builder, signature, args):
+            kind = signature.args[1]
+            narrow = _narrowed(builder, args[0], kind)
+            pointer = builder.bitcast(
+                _address(context, builder, kind, args[1], args[2:]), narrow.type.as_pointer()
+            )
+            if streamed:
+                # Blocks smaller than a line begin at multiples of their own size.
+                size = value.lanes * kind.dtype.bitwidth // 8
+                stored = builder.store(narrow, pointer, align=min(LINE_BYTES, size))
+                stored.set_metadata("nontemporal", builder.module.add_metadata([_INT(1)]))
+            else:
+                builder.store(narrow, pointer, align=kind.dtype.bitwidth // 8)
+            return context.get_dummy_value()
+
+        return types.void(value, out, i, h, c), code
+
+    return typed
+
+
+@intrinsic
+def store(typing, value, out, i, h, c):
+    """Write a vector to ``out[i, h, c : c + lanes]``."""
+    return _store_as(False)(typing, value, out, i, h, c)
+
+
+@intrinsic
+def stream(typing, value, out, i, h, c):
+    """The same past the caches, for rows that nobody reads soon; they must begin at multiples of 64 bytes."""
+    return _store_as(True)(typing, value, out, i, h, c)
+
+
+@intrinsic
+def multiply_add(typing, acc, u, v):
+    """``acc + u * v``; u is a vector or a number."""
+
+    def code(context, builder, signature, args):
+        total, factor, value = args
+        if not isinstance(u, Vector):
+            factor = _splat(builder, context.cast(builder, factor, u, acc.dtype), acc.lanes)
+        return builder.fadd(total, builder.fmul(factor, value, flags=_FAST), flags=_FAST)
+
+    return acc(acc, u, v), code
+
+
+@intrinsic
+def lane_sum(typing, value):
+    """The sum of all lanes."""
+
+    def code(context, builder, signature, args):
+        element, lanes = args[0].type.element, value.lanes
+        name = f"llvm.vector.reduce.fadd.v{lanes}f{32 if element == _FLOAT else 64}"
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(element, [element, args[0].type]), name
+        )
+        return builder.call(function, [element(-0.0), args[0]], fastmath=_FAST)
+
+    return value.dtype(value), code
+
+
+@intrinsic
+def prefetch(typing, like, x, i, h, c):
+    """Ask for the lines of ``load(like, x, i, h, c)``."""
+
+    def code(context, builder, signature, args):
+        kind = signature.args[1]
+        start = _address(context, builder, kind, args[1], args[2:])
+        shape = ir.FunctionType(ir.VoidType(), [start.type, _INT, _INT, _INT])
+        fetch = cgutils.get_or_insert_function(builder.module, shape, "llvm.prefetch.p0")
+        for line in range(0, like.lanes * kind.dtype.bitwidth // 8, LINE_BYTES):
+            builder.call(fetch, [builder.gep(start, [_LONG(line)]), _INT(0), _INT(3), _INT(1)])
+        return context.get_dummy_value()
+
+    return types.void(like, x, i, h, c), code
+
+
+@intrinsic
+def fence(typing):
+    """After it, other threads see what :func:`stream` wrote."""
+
+    def code(context, builder, signature, args):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), code
