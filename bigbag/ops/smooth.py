@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from bigbag.adjacency import Adjacency
-from bigbag.kernels.cpu.memory import huge_pages
 from bigbag.ops.registry import Operator
 from bigbag.ops.spmm import (
     DTYPES,
@@ -28,13 +27,13 @@ def smooth(adj: Adjacency, f: Tensor, alpha: float | Tensor, num_steps: int = 10
 
         g_0 = f,   g_t = (1 - alpha) f + alpha A g_{t-1},   returns g_T = sum_k p_k A^k f
 
-    The map is linear, so its gradient is the same map with A^T: no step is stored. With gradient to ``alpha``, backward
-    walks through w_k = (A^T)^k grad instead, sums p_k w_k, and takes dalpha = sum_k p_k'(alpha) <w_k, f>. Where
-    ``adj.weight`` requires grad, every step is a :func:`spmm`, and all T steps are stored.
+    The map is linear, so its gradient is the same map with A^T: no step is stored. The gradient to ``alpha`` is
+    <grad, sum_k p_k'(alpha) A^k f>, a polynomial by Horner's rule: T steps more. Where ``adj.weight`` requires grad,
+    every step is a :func:`spmm`, and all T steps are stored.
 
-    Cost: 2 T E D FLOP forward and backward. Bytes per step: the state twice and f once; with gradient to alpha, the
-    state and the sum twice and f once. It holds two (T, D) states in the dtype of f, one of them the result, and f if
-    ``alpha`` requires grad. States are rounded to the dtype of f, sums are accumulated in float32 or float64.
+    Cost: 2 T E D FLOP forward and backward, as much for the gradient to alpha. Bytes per step: the state twice and f
+    once. It holds two (T, D) states in the dtype of f, one of them the result, and f if ``alpha`` requires grad. States
+    are rounded to the dtype of f, sums are accumulated in float32 or float64.
 
     Args:
         adj: (T, T) adjacency, as a rule normalised so that rows sum to about one.
@@ -90,69 +89,56 @@ def _by_steps(adj: Adjacency, f: Tensor, a: Tensor, num_steps: int, impl: str) -
     return g
 
 
-def _coefficients(a: Tensor, num_steps: int) -> Tensor:
-    """p_0 .. p_T: (1 - a) a^k, and a^T for the last."""
-    powers = a ** torch.arange(num_steps + 1, device=a.device, dtype=a.dtype)
-    return torch.cat([(1 - a) * powers[:-1], powers[-1:]])
-
-
-def _coefficient_slopes(a: Tensor, num_steps: int) -> Tensor:
-    """dp_k / da, written without a division by a."""
+def _slopes(a: Tensor, num_steps: int) -> Tensor:
+    """p_k'(a) for p_k = (1 - a) a^k, and p_T = a^T; written without a division by a."""
     k = torch.arange(num_steps + 1, device=a.device, dtype=a.dtype)
     slopes = torch.where(k > 0, k * a ** (k - 1).clamp_min(0), 0)
     return torch.cat([(1 - a) * slopes[:-1] - a ** k[:-1], slopes[-1:]])
 
 
-def _steps(impl: str, f: Tensor, a: Tensor, weight: Tensor | None, crow: Tensor, col: Tensor, num_steps: int) -> Tensor:
+def _recursion(
+    impl: str, f: Tensor, scales: Tensor, betas: Tensor, weight: Tensor | None, crow: Tensor, col: Tensor
+) -> Tensor:
+    """``g <- scales[k] A g + betas[k] f`` for each k, from g = f."""
     f = f.contiguous()
     # Two buffers in turn; the first step reads f, which is not ours to write.
     g, spare = f, None
-    for step in range(num_steps):
-        out = kernels(impl).spmm(crow, col, weight, g, a.view(1), None, f, (1 - a).view(1), spare)
-        g, spare = out, (g if step > 0 else None)
+    for k in range(len(scales)):
+        out = kernels(impl).spmm(crow, col, weight, g, scales[k : k + 1], None, f, betas[k : k + 1], spare)
+        g, spare = out, (g if k else None)
     return g
 
 
-def _moments(
-    impl: str, grad: Tensor, f: Tensor, a: Tensor, weight_t: Any, crow_t: Tensor, col_t: Tensor, num_steps: int
-) -> tuple[Tensor, Tensor]:
-    """sum_k p_k w_k (T, D), and <w_k, f> for k = 0 .. T, where w_k = (A^T)^k grad."""
-    grad, f = grad.contiguous(), f.contiguous()
-    coefficients = _coefficients(a, num_steps)
-    total, w, spare = huge_pages(torch.empty_like(grad)), grad, huge_pages(torch.empty_like(grad))
-    moments = []
-    for step in range(1, num_steps + 1):
-        dots = kernels(impl).power_step(crow_t, col_t, weight_t, w, f, coefficients, step, spare, total)
-        moments += [dots[0], dots[1]] if step == 1 else [dots[1]]
-        w, spare = spare, (huge_pages(torch.empty_like(grad)) if w is grad and step < num_steps else w)
-    return total, torch.stack(moments)
-
-
 _STEPS = "Tensor? weight, Tensor? weight_t, Tensor crow, Tensor col, Tensor crow_t, Tensor col_t, int num_steps"
+_ROWS = 8192
 
 
 def _register(impl: str) -> None:
-    """Custom operators ``bigbag::smooth_{impl}`` and ``bigbag::smooth_moments_{impl}``."""
+    """Custom operators ``bigbag::smooth_{impl}`` and ``bigbag::smooth_{impl}_alpha``, its gradient to alpha."""
 
-    def run(f: Tensor, a: Tensor, w: Any, w_t: Any, crow: Tensor, col: Tensor, *rest: Any) -> Tensor:
-        return _steps(impl, f, a, w, crow, col, rest[-1])
+    def run(f: Tensor, a: Tensor, weight: Any, weight_t: Any, crow: Tensor, col: Tensor, *rest: Any) -> Tensor:
+        ones = a.new_ones(rest[-1])
+        return _recursion(impl, f, a * ones, (1 - a) * ones, weight, crow, col)
 
-    def run_moments(grad: Tensor, f: Tensor, a: Tensor, w_t: Any, crow_t: Tensor, col_t: Tensor, n: int) -> Any:
-        return _moments(impl, grad, f, a, w_t, crow_t, col_t, n)
+    def run_alpha(grad: Tensor, f: Tensor, a: Tensor, weight: Any, crow: Tensor, col: Tensor, num_steps: int) -> Tensor:
+        slopes = _slopes(a.double(), num_steps).to(a.dtype).flip(0)
+        scales = torch.cat([slopes[:1], slopes.new_ones(num_steps - 1)])
+        derivative = _recursion(impl, f, scales, slopes[1:], weight, crow, col)
+        total = torch.zeros((), dtype=torch.float64, device=f.device)
+        for g, d in zip(grad.split(_ROWS), derivative.split(_ROWS)):
+            total += (g.to(a.dtype) * d.to(a.dtype)).sum(dtype=torch.float64)
+        return total.to(a.dtype)
 
     name = f"bigbag::smooth_{impl}"
     steps = torch.library.custom_op(name, run, mutates_args=(), schema=f"(Tensor f, Tensor a, {_STEPS}) -> Tensor")
-    moments = torch.library.custom_op(
-        f"bigbag::smooth_moments_{impl}",
-        run_moments,
+    to_alpha = torch.library.custom_op(
+        f"{name}_alpha",
+        run_alpha,
         mutates_args=(),
-        schema="(Tensor grad, Tensor f, Tensor a, Tensor? weight_t, Tensor crow_t, Tensor col_t, int num_steps)"
-        " -> (Tensor, Tensor)",
+        schema="(Tensor grad, Tensor f, Tensor a, Tensor? weight, Tensor crow, Tensor col, int num_steps) -> Tensor",
     )
     steps.register_fake(lambda f, *rest: f.new_empty(f.shape))
-    moments.register_fake(
-        lambda grad, f, a, w, crow, col, n: (grad.new_empty(grad.shape), a.new_empty(n + 1, dtype=torch.float64))
-    )
+    to_alpha.register_fake(lambda grad, f, a, *rest: a.new_empty(()))
 
     def setup(ctx: Any, inputs: Any, output: Any) -> None:
         f, a, weight, weight_t, *graph, ctx.num_steps = inputs
@@ -160,12 +146,12 @@ def _register(impl: str) -> None:
 
     def differentiate(ctx: Any, grad: Tensor) -> Any:
         f, a, weight, weight_t, crow, col, crow_t, col_t = ctx.saved_tensors
-        if f is None:
+        # The smaller result first: its states are gone before the other's are there.
+        grad_a = None if f is None else to_alpha(grad, f, a, weight, crow, col, ctx.num_steps)
+        grad_f = None
+        if ctx.needs_input_grad[0]:
             grad_f = steps(grad, a, weight_t, weight, crow_t, col_t, crow, col, ctx.num_steps)
-            return grad_f, *[None] * 8
-        grad_f, found = moments(grad, f, a, weight_t, crow_t, col_t, ctx.num_steps)
-        grad_a = (_coefficient_slopes(a.double(), ctx.num_steps) * found).sum().to(a.dtype)
-        return grad_f if ctx.needs_input_grad[0] else None, grad_a, *[None] * 7
+        return grad_f, grad_a, *[None] * 7
 
     steps.register_autograd(differentiate, setup_context=setup)
     _OPS["smooth", impl] = steps

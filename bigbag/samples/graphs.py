@@ -177,6 +177,10 @@ def _samples() -> Iterator[GraphSample]:
         yield _sample(op, "lattice", graph="lattice", shape=shape, weighted=op != "neighbor_attention")
         if op != "smooth":
             yield _sample(op, "star", graph="star", shape=shape, weighted=op == "spmm")
+    # The CPU's kernels take columns 128, 16 and 1 at a time.
+    for op, shape in (("spmm", (150,)), ("neighbor_attention", (2, 150)), ("dirichlet_energy", (150,))):
+        yield _sample(op, "wide", shape=shape, weighted=op != "neighbor_attention")
+    yield _sample("smooth", "wide lattice", graph="lattice", shape=(150,), constant_weights=True, scalar="alpha")
     yield _sample("spmm", "binary", weighted=False)
     yield _sample("spmm", "no edges", graph="none")
     yield _sample("spmm", "one-dimensional", shape=())

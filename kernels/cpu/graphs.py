@@ -7,61 +7,30 @@
     permute    rows and columns in another order
     hilbert    place of an integer point along Hilbert's curve (Skilling, AIP Conf. Proc. 707, 2004)
 
-One thread owns a piece of rows and alone writes them, so results do not depend on the number of threads.
+A thread owns a range of rows (in cells: of pieces of rows) and alone writes them, so results do not depend on the
+number of threads.
 Columns come out sorted within a row. Rows are int64 offsets ``crow``, columns int32.
 """
 
 from __future__ import annotations
 
-import functools
-import os
-import types
-
 import numba
 import numpy as np
-import torch
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
 from bigbag.kernels.cpu.half import _widen
-from bigbag.kernels.cpu.segments import array
+from bigbag.kernels.cpu.segments import _launch, array
 
 PIECE_ROWS = 4096
 FEW_COLUMNS = 16
 NO_WEIGHT = np.empty(0, dtype=np.float32)
 
 # No fast-math: a distance equal to the radius must be one on every machine.
-_jit_threads = numba.njit(parallel=True, cache=True, nogil=True, error_model="numpy")
+_jit = numba.njit(cache=True, nogil=True, error_model="numpy")
 _jit_sums = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})
-_jit_serial = numba.njit(cache=True, nogil=True, error_model="numpy")
-_PROCESS = os.getpid()
 
 
-def _must_stay_serial():
-    """Whether this is a process forked from one that may have used OpenMP, which would end it at the first thread."""
-    return os.getpid() != _PROCESS or get_worker_info() is not None
-
-
-def _jit(kernel):
-    """``kernel`` on threads, and without them in the workers of a loader."""
-    alone = types.FunctionType(kernel.__code__, kernel.__globals__)
-    alone.__qualname__ = f"{kernel.__name__}_alone"  # Numba's cache goes by this name
-    threaded, serial = _jit_threads(kernel), _jit_serial(alone)
-    return functools.wraps(kernel)(lambda *args: (serial if _must_stay_serial() else threaded)(*args))
-
-
-def _use_threads_for(rows: int) -> None:
-    if _must_stay_serial():
-        return
-    # Numba keeps its own number of threads; torch's is the one that users set. Waking them up costs more than a small
-    # bag does.
-    wanted = torch.get_num_threads()
-    numba.set_num_threads(min(wanted, numba.config.NUMBA_NUM_THREADS) if rows > 2 * PIECE_ROWS else 1)
-    if torch.get_num_threads() != wanted:  # Numba's first call resets OpenMP, which torch shares.
-        torch.set_num_threads(wanted)
-
-
-@_jit_serial
+@_jit
 def _sort_columns(col, weight, start, end):
     """Shell sort: insertion sort for the usual few columns, n**1.3 for many. It compiles in a tenth of the time."""
     gap = 1
@@ -83,7 +52,7 @@ def _sort_columns(col, weight, start, end):
         gap //= 3
 
 
-@_jit_serial
+@_jit
 def _write_sorted(found, count, col, start):
     """Put each of a few different columns where its rank says; without branches, so random ones cost no more."""
     for e in range(count):
@@ -93,7 +62,7 @@ def _write_sorted(found, count, col, start):
         col[start + rank] = found[e]
 
 
-@_jit_serial
+@_jit
 def _lower_bound(keys, value):
     """First place whose key is at least ``value``."""
     low, high = 0, len(keys)
@@ -106,7 +75,7 @@ def _lower_bound(keys, value):
     return low
 
 
-@_jit_serial
+@_jit
 def _counting_sort(keys, points, starts, sorted_keys, sorted_points, order):
     for k in range(len(keys)):
         starts[keys[k] + 1] += 1
@@ -122,10 +91,10 @@ def _counting_sort(keys, points, starts, sorted_keys, sorted_points, order):
 
 
 @_jit
-def _cells(keys, points, order, shifts, limit, crow, col, no_weight, fill):
+def _cells(begin, end, keys, points, order, shifts, limit, crow, col, no_weight, fill):
     # A shift leads to a row of three cells; their points lie end to end, keys[k] + shift - 1 .. keys[k] + shift + 1.
     # Both ends move forward with k, so no search is needed after the first point of a piece.
-    for piece in numba.prange((len(keys) + PIECE_ROWS - 1) // PIECE_ROWS):
+    for piece in range(begin, end):
         first, last = piece * PIECE_ROWS, min((piece + 1) * PIECE_ROWS, len(keys))
         low = np.empty_like(shifts)
         for s in range(len(shifts)):
@@ -181,8 +150,8 @@ def _square_distance(row, x, j):
 
 
 @_jit
-def _distances(x, crow, col, out):
-    for i in numba.prange(len(crow) - 1):
+def _distances(begin, end, x, crow, col, out):
+    for i in range(begin, end):
         row = np.empty(x.shape[1], out.dtype)
         _widen_row(x, i, row)
         for e in range(crow[i], crow[i + 1]):
@@ -190,16 +159,16 @@ def _distances(x, crow, col, out):
 
 
 @_jit
-def _has_diagonal(crow, col, out):
-    for i in numba.prange(len(crow) - 1):
+def _has_diagonal(begin, end, crow, col, out):
+    for i in range(begin, end):
         for e in range(crow[i], crow[i + 1]):
             if col[e] == i:
                 out[i] = True
 
 
 @_jit
-def _add_diagonal(crow, col, weight, has, new_crow, new_col, new_weight):
-    for i in numba.prange(len(crow) - 1):
+def _add_diagonal(begin, end, crow, col, weight, has, new_crow, new_col, new_weight):
+    for i in range(begin, end):
         place = new_crow[i]
         pending = not has[i]
         for e in range(crow[i], crow[i + 1]):
@@ -220,8 +189,8 @@ def _add_diagonal(crow, col, weight, has, new_crow, new_col, new_weight):
 
 
 @_jit
-def _degrees(crow, weight, out):
-    for i in numba.prange(len(crow) - 1):
+def _degrees(begin, end, crow, weight, out):
+    for i in range(begin, end):
         total = 0.0
         for e in range(crow[i], crow[i + 1]):
             total += weight[e]
@@ -229,16 +198,16 @@ def _degrees(crow, weight, out):
 
 
 @_jit
-def _scale(crow, col, weight, factor, both, out):
-    for i in numba.prange(len(crow) - 1):
+def _scale(begin, end, crow, col, weight, factor, both, out):
+    for i in range(begin, end):
         for e in range(crow[i], crow[i + 1]):
             # The two factors first: their product is the same for (i, j) and (j, i).
             out[e] = weight[e] * (factor[i] * factor[col[e]] if both else factor[i])
 
 
 @_jit
-def _permute(crow, col, weight, order, place_of, new_crow, new_col, new_weight):
-    for i in numba.prange(len(order)):
+def _permute(begin, end, crow, col, weight, order, place_of, new_crow, new_col, new_weight):
+    for i in range(begin, end):
         start = new_crow[i]
         count = new_crow[i + 1] - start
         old = crow[order[i]]
@@ -250,9 +219,9 @@ def _permute(crow, col, weight, order, place_of, new_crow, new_col, new_weight):
 
 
 @_jit
-def _hilbert(cells, bits, out):
+def _hilbert(begin, end, cells, bits, out):
     axes = cells.shape[1]
-    for i in numba.prange(len(cells)):
+    for i in range(begin, end):
         x = cells[i].copy()
         for level in range(bits - 1, 0, -1):
             bit = np.int64(1) << level
@@ -297,24 +266,24 @@ def radius_neighbours(
         shifts: (S,) int64, from the key of a cell to that of the middle cell of each adjacent row of three.
         limit: squared radius.
     """
-    _use_threads_for(len(keys))
     crow = np.zeros(len(keys) + 1, dtype=np.int64)
-    _cells(keys, points, order, shifts, limit, crow, np.empty(0, np.int32), NO_WEIGHT, False)
+    pieces, work = -(-len(keys) // PIECE_ROWS), len(keys) * len(shifts) * FEW_COLUMNS
+    args = (keys, points, order, shifts, limit, crow)
+    _launch(_cells, pieces, work, *args, np.empty(0, np.int32), NO_WEIGHT, False)
     np.cumsum(crow, out=crow)
     col = np.empty(crow[-1], dtype=np.int32)
-    _cells(keys, points, order, shifts, limit, crow, col, NO_WEIGHT, True)
+    _launch(_cells, pieces, work, *args, col, NO_WEIGHT, True)
     return crow, col
 
 
 def feature_weights(x: np.ndarray | Tensor, crow: np.ndarray, col: np.ndarray) -> np.ndarray:
     """(E,) float32 exp(-||x_i - x_j|| / P); x (N, P) floating, sums in float32, float64 for float64."""
-    _use_threads_for(len(col))
     if isinstance(x, Tensor):
         x = array(x)
     elif x.dtype == np.float16:
         x = x.view(np.uint16)
     out = np.empty(len(col), dtype=np.float64 if x.dtype == np.float64 else np.float32)
-    _distances(x, crow, col, out)
+    _launch(_distances, len(crow) - 1, len(col) * x.shape[1], x, crow, col, out)
     return out.astype(np.float32, copy=False)
 
 
@@ -322,30 +291,29 @@ def with_diagonal(
     crow: np.ndarray, col: np.ndarray, weight: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """A self loop of weight 1 in every row that has none."""
-    _use_threads_for(len(crow))
     has = np.zeros(len(crow) - 1, dtype=np.bool_)
-    _has_diagonal(crow, col, has)
+    rows, work = len(crow) - 1, 8 * len(col)
+    _launch(_has_diagonal, rows, work, crow, col, has)
     new_crow = crow.copy()
     new_crow[1:] += np.cumsum(~has)
     new_col = np.empty(new_crow[-1], dtype=np.int32)
     new_weight = np.empty(0 if weight is None else len(new_col), dtype=np.float32 if weight is None else weight.dtype)
-    _add_diagonal(crow, col, new_weight[:0] if weight is None else weight, has, new_crow, new_col, new_weight)
+    old_weight = new_weight[:0] if weight is None else weight
+    _launch(_add_diagonal, rows, work, crow, col, old_weight, has, new_crow, new_col, new_weight)
     return new_crow, new_col, None if weight is None else new_weight
 
 
 def row_sums(crow: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """(N,) float64."""
-    _use_threads_for(len(crow))
     out = np.empty(len(crow) - 1)
-    _degrees(crow, weight, out)
+    _launch(_degrees, len(out), 4 * len(weight), crow, weight, out)
     return out
 
 
 def scale(crow: np.ndarray, col: np.ndarray, weight: np.ndarray, factor: np.ndarray, both: bool) -> np.ndarray:
     """(E,) weight[e] * factor[i], times factor[j] if ``both``, in the dtype of ``weight``."""
-    _use_threads_for(len(crow))
     out = np.empty_like(weight)
-    _scale(crow, col, weight, factor, both, out)
+    _launch(_scale, len(crow) - 1, 4 * len(col), crow, col, weight, factor, both, out)
     return out
 
 
@@ -353,21 +321,20 @@ def permute(
     crow: np.ndarray, col: np.ndarray, weight: np.ndarray | None, order: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Row i of the result is row order[i], its columns renamed alike."""
-    _use_threads_for(len(crow))
     place_of = np.empty(len(order), dtype=np.int32)
     place_of[order] = np.arange(len(order), dtype=np.int32)
     new_crow = np.zeros_like(crow)
     np.cumsum(np.diff(crow)[order], out=new_crow[1:])
     new_col = np.empty_like(col)
     new_weight = NO_WEIGHT.copy() if weight is None else np.empty_like(weight)
-    _permute(crow, col, new_weight if weight is None else weight, order, place_of, new_crow, new_col, new_weight)
+    old = (crow, col, new_weight if weight is None else weight)
+    _launch(_permute, len(order), 16 * len(col), *old, order, place_of, new_crow, new_col, new_weight)
     return new_crow, new_col, None if weight is None else new_weight
 
 
 def hilbert_keys(cells: np.ndarray, bits: int) -> np.ndarray:
     """(N,) int64 place of each cell (N, c) int64, 0 <= cell < 2**bits, c * bits <= 62, along Hilbert's curve."""
     assert cells.shape[1] * bits <= 62
-    _use_threads_for(len(cells))
     out = np.empty(len(cells), dtype=np.int64)
-    _hilbert(cells, bits, out)
+    _launch(_hilbert, len(cells), len(cells) * bits, cells, bits, out)
     return out

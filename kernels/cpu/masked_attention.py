@@ -32,9 +32,9 @@ from numba.extending import overload
 from torch import Tensor
 
 from bigbag.kernels.cpu.attention_pool import _share
+from bigbag.kernels.cpu.half import _narrow, _wide
 from bigbag.kernels.cpu.memory import huge_pages
 from bigbag.kernels.cpu.segments import _jit, accumulation_dtype, array
-from bigbag.kernels.cpu.half import _narrow, _wide
 
 BLOCK_ROWS = 256
 BLOCK_KEYS = 1024

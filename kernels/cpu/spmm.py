@@ -2,16 +2,15 @@
 
     spmm         out[i] = scale[i] sum_e w[e] x[col[e]] + diagonal[i] x[i] + beta h[i]        (e: the edges of row i)
     edge_dots    d[e] = <x[i], y[col[e]]>           edge_distances  d[e] = |x[i] - x[col[e]]|^2
-    power_step   v = A w;  total += c v;  dots[i] = <w[i], f[i]>, <v[i], f[i]>
     edge_softmax a[e] = exp(s[e]) / sum over the edges of row i          transpose   CSR of A^T, by counting
 
 With H heads, edge values are (E, H), and head h owns columns h D/H to (h + 1) D/H of the rows.
 A thread owns a range of rows, or of the edges of these rows, and alone writes them: no races, and results do not depend
 on the number of threads. Sums are accumulated in float32 (float64 for float64).
 Bytes: x once (neighbours' rows come from cache where the graph is local), out once, 4 (1 + H) per edge.
-Whole rows, not blocks of columns: on rows of 2 and 4 KiB, blocks of a quarter measured 2 to 4 times slower.
-Columns are indexed from 0, rows are not sliced: a lower bound that may be negative keeps LLVM from vectorising, and a
-slice costs two atomic reference counts per edge.
+A block of columns of one row is summed in registers over all its neighbours and written once; the rows that the next
+one needs anew are asked for meanwhile. Row after row, not block after block: rows of 2 KiB, a part of each read at a
+time, fall on a part of the cache's sets.
 """
 
 from __future__ import annotations
@@ -38,30 +37,46 @@ from bigbag.kernels.cpu.vectors import (
 
 # Lanes of the blocks of columns: as many registers of AVX-512 as it takes to hide the latency of a sum, or one.
 WIDE, NARROW = 128, 16
+# Rows asked for ahead, at most, and their count.
+AHEAD = 17
 # Outputs larger than caches are written past them: what a cache would read first, only to overwrite it, stays unread.
 _LARGE_BYTES = 32 << 20
 
 _jit = numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")
-# Inlined by force: a call would put all the arrays on the stack. These functions call none with arrays in turn, for which
-# Numba would count references in the inner loop.
+# Inlined by force: a call would put all the arrays on the stack. These functions call none with arrays in turn, for
+# which Numba would count references in the inner loop.
 _block = numba.njit(cache=True, nogil=True, error_model="numpy", forceinline=True)
 _jit_serial = numba.njit(cache=True, nogil=True, error_model="numpy")
 
 
+@_jit
+def _look_ahead(i, end, crow, col, ahead):
+    """List what row i + 1 reads and row i does not: on a lattice, the last of each run of consecutive columns.
+
+    The first entry counts the rest.
+    """
+    count = 0
+    if i + 1 < end:
+        for e in range(crow[i + 1], crow[i + 2]):
+            if count + 1 < len(ahead) and (e + 1 == crow[i + 2] or col[e + 1] != col[e] + 1):
+                count += 1
+                ahead[count] = col[e]
+    ahead[0] = count
+
+
 @_block
-def _spmm_row(zero, c, i, end, h, crow, col, weight, x, scale, diagonal, extra, beta, out, past_caches):
+def _spmm_row(zero, c, i, ahead, h, crow, col, weight, x, scale, diagonal, extra, beta, out, past_caches):
     """As many blocks as fit from column c on; returns where they end. So do the functions below."""
     factor, one = scale[i] if len(scale) > 1 else scale[0], scale.dtype.type(1)
     while c + lanes(zero) <= x.shape[2]:
-        if i + 1 < end:
-            # What row i + 1 reads and row i does not: on a lattice, the last of each run of consecutive columns.
-            for e in range(crow[i + 1], crow[i + 2]):
-                if e + 1 == crow[i + 2] or col[e + 1] != col[e] + 1:
-                    prefetch(zero, x, col[e], h, c)
+        for k in range(ahead[0] if lanes(zero) == WIDE else 0):
+            prefetch(zero, x, ahead[k + 1], h, c)
         acc = zero
         if len(diagonal):
             acc = multiply_add(acc, diagonal[i], load(zero, x, i, h, c))
         if len(extra):
+            if lanes(zero) == WIDE and i + 1 < len(extra):
+                prefetch(zero, extra, i + 1, h, c)
             acc = multiply_add(acc, beta[0], load(zero, extra, i, h, c))
         neighbours = zero
         for e in range(crow[i], crow[i + 1]):
@@ -80,22 +95,22 @@ def _spmm_row(zero, c, i, end, h, crow, col, weight, x, scale, diagonal, extra, 
 def _spmm(begin, end, crow, col, weight, x, scale, diagonal, extra, beta, out, past_caches):
     zero = scale.dtype.type(0)
     wide, narrow, single = broadcast(zero, WIDE), broadcast(zero, NARROW), broadcast(zero, 1)
+    ahead = np.empty(AHEAD, np.int32)
     for i in range(begin, end):
+        _look_ahead(i, end, crow, col, ahead)
         for h in range(x.shape[1]):
             c = 0
-            c = _spmm_row(wide, c, i, end, h, crow, col, weight, x, scale, diagonal, extra, beta, out, past_caches)
-            c = _spmm_row(narrow, c, i, end, h, crow, col, weight, x, scale, diagonal, extra, beta, out, past_caches)
-            c = _spmm_row(single, c, i, end, h, crow, col, weight, x, scale, diagonal, extra, beta, out, past_caches)
+            c = _spmm_row(wide, c, i, ahead, h, crow, col, weight, x, scale, diagonal, extra, beta, out, past_caches)
+            c = _spmm_row(narrow, c, i, ahead, h, crow, col, weight, x, scale, diagonal, extra, beta, out, past_caches)
+            c = _spmm_row(single, c, i, ahead, h, crow, col, weight, x, scale, diagonal, extra, beta, out, past_caches)
     fence()
 
 
 @_block
-def _dots_row(zero, c, i, end, h, crow, col, x, y, distance, out):
+def _dots_row(zero, c, i, ahead, h, crow, col, x, y, distance, out):
     while c + lanes(zero) <= x.shape[2]:
-        if i + 1 < end:
-            for e in range(crow[i + 1], crow[i + 2]):
-                if e + 1 == crow[i + 2] or col[e + 1] != col[e] + 1:
-                    prefetch(zero, y, col[e], h, c)
+        for k in range(ahead[0] if lanes(zero) == WIDE else 0):
+            prefetch(zero, y, ahead[k + 1], h, c)
         own = load(zero, x, i, h, c)
         for e in range(crow[i], crow[i + 1]):
             other = load(zero, y, col[e], h, c)
@@ -112,57 +127,16 @@ def _dots_row(zero, c, i, end, h, crow, col, x, y, distance, out):
 def _edge_dots(begin, end, crow, col, x, y, distance, out):
     zero = out.dtype.type(0)
     wide, narrow, single = broadcast(zero, WIDE), broadcast(zero, NARROW), broadcast(zero, 1)
+    ahead = np.empty(AHEAD, np.int32)
     for i in range(begin, end):
+        _look_ahead(i, end, crow, col, ahead)
         for h in range(x.shape[1]):
             for e in range(crow[i], crow[i + 1]):
                 out[e, h] = zero
             c = 0
-            c = _dots_row(wide, c, i, end, h, crow, col, x, y, distance, out)
-            c = _dots_row(narrow, c, i, end, h, crow, col, x, y, distance, out)
-            c = _dots_row(single, c, i, end, h, crow, col, x, y, distance, out)
-
-
-@_block
-def _power_row(zero, c, i, end, crow, col, weight, w, f, coefficients, step, v, total, dots, past_caches):
-    one = dots.dtype.type(1)
-    while c + lanes(zero) <= w.shape[2]:
-        if i + 1 < end:
-            for e in range(crow[i + 1], crow[i + 2]):
-                if e + 1 == crow[i + 2] or col[e + 1] != col[e] + 1:
-                    prefetch(zero, w, col[e], 0, c)
-        neighbours = zero
-        for e in range(crow[i], crow[i + 1]):
-            u = weight[e, 0] if len(weight) else one
-            neighbours = multiply_add(neighbours, u, load(zero, w, col[e], 0, c))
-        own = load(zero, f, i, 0, c)
-        dots[i, 1] += lane_sum(multiply_add(zero, neighbours, own))
-        if step == 1:
-            first = load(zero, w, i, 0, c)
-            dots[i, 0] += lane_sum(multiply_add(zero, first, own))
-            acc = multiply_add(zero, coefficients[0], first)
-        else:
-            acc = load(zero, total, i, 0, c)
-        acc = multiply_add(acc, coefficients[step], neighbours)
-        if past_caches:
-            stream(neighbours, v, i, 0, c)
-            stream(acc, total, i, 0, c)
-        else:
-            store(neighbours, v, i, 0, c)
-            store(acc, total, i, 0, c)
-        c += lanes(zero)
-    return c
-
-
-@_jit
-def _power_step(begin, end, crow, col, weight, w, f, coefficients, step, v, total, dots, past_caches):
-    zero = dots.dtype.type(0)
-    wide, narrow, single = broadcast(zero, WIDE), broadcast(zero, NARROW), broadcast(zero, 1)
-    for i in range(begin, end):
-        c = 0
-        c = _power_row(wide, c, i, end, crow, col, weight, w, f, coefficients, step, v, total, dots, past_caches)
-        c = _power_row(narrow, c, i, end, crow, col, weight, w, f, coefficients, step, v, total, dots, past_caches)
-        c = _power_row(single, c, i, end, crow, col, weight, w, f, coefficients, step, v, total, dots, past_caches)
-    fence()
+            c = _dots_row(wide, c, i, ahead, h, crow, col, x, y, distance, out)
+            c = _dots_row(narrow, c, i, ahead, h, crow, col, x, y, distance, out)
+            c = _dots_row(single, c, i, ahead, h, crow, col, x, y, distance, out)
 
 
 @_jit
@@ -273,30 +247,6 @@ def _along_edges(crow: Tensor, col: Tensor, x: Tensor, y: Tensor, heads: int, di
     args = (crow.numpy(), col.numpy(), _split(x, heads), _split(y, heads), distance, out.numpy())
     _launch(_edge_dots, crow.shape[0] - 1, col.shape[0] * x.shape[1], *args)
     return out
-
-
-def power_step(
-    crow: Tensor,
-    col: Tensor,
-    weight: Tensor | None,
-    w: Tensor,
-    f: Tensor,
-    coefficients: Tensor,
-    step: int,
-    v: Tensor,
-    total: Tensor,
-) -> Tensor:
-    """v = A w and total += coefficients[step] v (at step 1, total = coefficients[0] w first) -> <w, f>, <v, f>.
-
-    The first of the two dots is computed at step 1 only.
-    """
-    dtype = accumulation_dtype(w.dtype)
-    dots = torch.zeros(w.shape[0], 2, dtype=dtype)
-    args = (crow.numpy(), col.numpy(), _values(weight, dtype, 2), _split(w), _split(f), _values(coefficients, dtype))
-    work = (col.shape[0] + w.shape[0]) * w.shape[1]
-    outs = (_split(v), _split(total), dots.numpy(), _past_caches(v))
-    _launch(_power_step, w.shape[0], work, *args, step, *outs)
-    return dots.sum(0, dtype=torch.float64)
 
 
 def edge_softmax(crow: Tensor, scores: Tensor) -> Tensor:

@@ -5,10 +5,10 @@
     store(acc, out, i, h, c)
 
 Numba leaves vectorising to LLVM, which guards every loop over several rows with tests that they do not overlap, and
-keeps sums in memory. These functions are LLVM's own vector operations; it cuts them to what the machine has (64 lanes of
-float32 are four registers of AVX-512, eight of AVX2, sixteen of NEON). A kernel is compiled for the lanes of the vector
-among its arguments; a vector of one lane is a number. Loads widen 16-bit floats, stores round to nearest even: int16
-stands for bfloat16, uint16 for float16.
+keeps sums in memory. These functions are LLVM's own vector operations; it cuts them to what the machine has (64 lanes
+of float32 are four registers of AVX-512, eight of AVX2, sixteen of NEON). A kernel is compiled for the lanes of the
+vector among its arguments; a vector of one lane is a number. Loads widen 16-bit floats, stores round to nearest even:
+int16 stands for bfloat16, uint16 for float16.
 """
 
 from __future__ import annotations
@@ -117,9 +117,7 @@ def _store_as(streamed):
         def code(context, builder, signature, args):
             kind = signature.args[1]
             narrow = _narrowed(builder, args[0], kind)
-            pointer = builder.bitcast(
-                _address(context, builder, kind, args[1], args[2:]), narrow.type.as_pointer()
-            )
+            pointer = builder.bitcast(_address(context, builder, kind, args[1], args[2:]), narrow.type.as_pointer())
             if streamed:
                 # Blocks smaller than a line begin at multiples of their own size.
                 size = value.lanes * kind.dtype.bitwidth // 8

@@ -2,7 +2,6 @@
 
     spmm         out[i] = scale[i] sum_e w[e] x[col[e]] + diagonal[i] x[i] + beta h[i]        (e: the edges of row i)
     edge_dots    d[e] = <x[i], y[col[e]]>           edge_distances  d[e] = |x[i] - x[col[e]]|^2
-    power_step   v = A w;  total += c v;  dots = sum_i <w[i], f[i]>, sum_i <v[i], f[i]>
     edge_softmax a[e] = exp(s[e]) / sum over the edges of row i          transpose   CSR of A^T, by a stable sort
 
 One program owns ``BLOCK_R`` rows x ``BLOCK_C`` columns of the output (edge_dots: a block of edges and a head) and walks
@@ -94,45 +93,6 @@ def _spmm(
     if ADDED:
         acc += tl.load(beta) * tl.load(h + places, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + places, acc.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _power_step(
-    crow,
-    col,
-    weight,
-    w,
-    f,
-    coefficients,
-    v,
-    total,
-    dots,
-    T,
-    C,
-    step,
-    FIRST: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = (rows < T)[:, None] & (cols < C)[None, :]
-    places = rows[:, None] * C + cols[None, :]
-    program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    acc = _gather(crow, col, weight, w, rows, cols, T, C, WEIGHTED, 1, BLOCK_R, BLOCK_C)
-    right = tl.load(f + places, mask=inside, other=0.0).to(tl.float32)
-    if FIRST:
-        own = tl.load(w + places, mask=inside, other=0.0).to(tl.float32)
-        tl.store(dots + 2 * program, tl.sum(own * right))
-        sums = tl.load(coefficients) * own
-    else:
-        tl.store(dots + 2 * program, 0.0)
-        sums = tl.load(total + places, mask=inside, other=0.0).to(tl.float32)
-    sums += tl.load(coefficients + step) * acc
-    tl.store(dots + 2 * program + 1, tl.sum(acc * right))
-    tl.store(v + places, acc.to(v.dtype.element_ty), mask=inside)
-    tl.store(total + places, sums.to(total.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -300,32 +260,6 @@ def edge_dots(crow: Tensor, col: Tensor, x: Tensor, y: Tensor, heads: int) -> Te
 def edge_distances(crow: Tensor, col: Tensor, x: Tensor) -> Tensor:
     """x (T, D) -> (E, 1) float32."""
     return _edges(crow, col, x, x, 1, True)
-
-
-def power_step(
-    crow: Tensor,
-    col: Tensor,
-    weight: Tensor | None,
-    w: Tensor,
-    f: Tensor,
-    coefficients: Tensor,
-    step: int,
-    v: Tensor,
-    total: Tensor,
-) -> Tensor:
-    """v = A w and total += coefficients[step] v (at step 1, total = coefficients[0] w first) -> <w, f>, <v, f>.
-
-    The first of the two dots is computed at step 1 only.
-    """
-    num_rows, num_cols = w.shape
-    tiles = _tiles(num_cols)
-    grid = (triton.cdiv(num_rows, tiles["BLOCK_R"]), triton.cdiv(num_cols, tiles["BLOCK_C"]))
-    dots = w.new_empty(grid[0] * grid[1], 2, dtype=torch.float32)
-    if w.numel() == 0:
-        return dots.new_zeros(2, dtype=torch.float64)
-    args = (crow, col, _values(weight, w), w, f.contiguous(), coefficients, v, total, dots, num_rows, num_cols, step)
-    _power_step[grid](*args, FIRST=step == 1, WEIGHTED=weight is not None, **tiles)
-    return dots.sum(0, dtype=torch.float64)
 
 
 def edge_softmax(crow: Tensor, scores: Tensor) -> Tensor:

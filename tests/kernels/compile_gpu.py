@@ -120,8 +120,6 @@ def spmm_cases(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
         spmm.spmm(crow, col, None, x)
         spmm.spmm(crow, col, torch.ones(num_edges, 1), x, scalar, None, x, scalar)
         spmm.spmm(crow, col, torch.ones(num_edges, 3), x[:, :99], per_row, per_row, x[:, :99], scalar)
-        for step in (1, 2):
-            spmm.power_step(crow, col, None, x, x, torch.ones(4), step, x, x)
         spmm.edge_dots(crow, col, x, x, 1)
         spmm.edge_distances(crow, col, x)
     yield {"heads": 4}

@@ -18,7 +18,7 @@ KERNELS = {
     "masked_attention": {"_forward", "_grad_q", "_grad_kv"},
     "nystrom": {"_spread", "_gather", "_row_grads", "_landmark_grads"},
     "segments": {"_sum_splits", "_combine_sums", "_max_splits", "_row_dots"},
-    "spmm": {"_spmm", "_power_step", "_edge_dots", "_edge_softmax", "_edge_softmax_backward"},
+    "spmm": {"_spmm", "_edge_dots", "_edge_softmax", "_edge_softmax_backward"},
     "topk": {"_threshold", "_collect", "_pool", "_pool_rows"},
 }
 # Products of matrices, which must not fall back to plain multiplications in 16 bits.

@@ -221,6 +221,23 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
         torch.testing.assert_close(found[0][2], others[2], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_large_outputs_are_written_past_the_caches_with_the_same_bits(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = spmm_module.kernels("cpu")
+    for width in (128 + 32, 1024 + 64):
+        adj, x = normalised_lattice(300), randn(300, width).to(dtype)
+        found = []
+        for least in (1 << 40, 0):
+            monkeypatch.setattr(kernels, "_LARGE_BYTES", least)
+            assert kernels._past_caches(x) == (least == 0)
+            found.append(smooth(adj, x, 0.6, 3))
+        assert torch.equal(*found)
+    # Rows that do not begin at cache lines can't be.
+    assert not kernels._past_caches(x[:, : width - 1].contiguous()) and not kernels._past_caches(x, heads=64)
+
+
 def test_errors_name_what_does_not_fit() -> None:
     adj, x = pattern("lattice", (30,)), randn(29, 4)
     with pytest.raises(
