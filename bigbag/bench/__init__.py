@@ -20,11 +20,15 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from bigbag.bench.cases import Case, make_case, too_large, usual_width
+from bigbag.bench.cases import MEASURED, Case, make_case, too_large, usual_width
 from bigbag.bench.measure import copy_bandwidth, gemm_rate, machine, peak_extra_bytes, seconds
 from bigbag.ops import _OPERATORS
 from bigbag.ops.registry import why_not
+from bigbag.ops.spmm import DTYPES
 from bigbag.testing import check, samples
+
+# What is made of operators and has no row in their table takes what they take.
+_DTYPES = dict.fromkeys(MEASURED, DTYPES) | {row.name: row.dtypes for row in _OPERATORS}
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ def _step(
 
 
 def contenders(op: str, case: Case, impls: Sequence[str], device: str, backward: bool) -> list[Contender]:
-    dtypes = next(row.dtypes for row in _OPERATORS if row.name == op)
+    dtypes = _DTYPES[op]
     name, baseline = case.baseline
     found = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -104,12 +108,29 @@ def contenders(op: str, case: Case, impls: Sequence[str], device: str, backward:
 
 
 def proof(op: str, impl: str, dtype: torch.dtype, device: str) -> str | None:
-    """The first failure of ``impl`` on the operator's samples, or None."""
+    """The first failure of ``impl`` on the operator's samples, or None.
+
+    A function made of operators, which are proved, has no samples: it is compared with its baseline on a small bag.
+    """
+    if op not in {row.name for row in _OPERATORS}:
+        return _differs_from_baseline(op, impl, dtype, device)
     try:
         for sample in samples(op):
             check(sample, impl, dtype, device)
     except AssertionError as error:
         return str(error)
+    return None
+
+
+def _differs_from_baseline(op: str, impl: str, dtype: torch.dtype, device: str) -> str | None:
+    case = make_case(op, 64, 16, device)
+    expected = case.baseline[1](case.leaves)
+    for function in case.ours.values():
+        found = function({name: value.to(dtype) for name, value in case.leaves.items()}, impl)
+        error, size = (found.to(expected.dtype) - expected).abs().max(), expected.abs().max()
+        # A few roundings of the largest number; written so that a NaN fails.
+        if not bool(error <= 8 * torch.finfo(dtype).eps * size):
+            return f"{op}, {impl}, {dtype}: errs by {error:.3g} beside a baseline of up to {size:.3g}"
     return None
 
 
@@ -213,7 +234,7 @@ def _print(rows: Sequence[Row], backward: bool) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bench ops", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("what", choices=["ops"])
-    parser.add_argument("--op", choices=[op.name for op in _OPERATORS], help="default: all")
+    parser.add_argument("--op", choices=MEASURED, help="default: all")
     parser.add_argument("--sizes", default="10000,100000", help="instances, comma-separated")
     parser.add_argument("--widths", help="features of an instance, comma-separated; default: as usual per operator")
     parser.add_argument("--impls", default="cpu,triton", help="implementations, comma-separated; those that can run do")
@@ -230,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     bench = Bench(args.impls.split(","), args.device, args.rounds, not args.forward)
     rows: list[Row] = []
-    for op in [args.op] if args.op else [op.name for op in _OPERATORS]:
+    for op in [args.op] if args.op else MEASURED:
         for width in map(int, args.widths.split(",")) if args.widths else [usual_width(op)]:
             for size in map(int, args.sizes.split(",")):
                 if too_large(op, size, args.device):

@@ -85,6 +85,17 @@ def chebyshev(coo: Tensor, x: Tensor, num_terms: int, lambda_max: float) -> Tens
     return torch.stack(terms[:num_terms])
 
 
+def chebyshev_conv(coo: Tensor, x: Tensor, weight: Tensor, lambda_max: float) -> Tensor:
+    """The polynomials side by side, times one matrix."""
+    terms = chebyshev(coo, x, weight.shape[1] // x.shape[1], lambda_max)
+    return torch.cat(list(terms), 1) @ weight.t()
+
+
+def sampled_attention(draws: Tensor, values: Tensor) -> Tensor:
+    """One bag as torchmil pools it: every draw kept, softmax, product."""
+    return draws.softmax(0).t() @ values
+
+
 def neighbor_attention(q: Tensor, k: Tensor, v: Tensor, row: Tensor, col: Tensor) -> Tensor:
     """Gathered rows of every edge, softmax by scatter_reduce and index_add, as graph libraries do it."""
     scores = (q[row] * k[col]).sum(1) / q.shape[1] ** 0.5

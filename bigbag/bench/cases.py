@@ -52,12 +52,12 @@ def _segments(rows: int, device: str) -> Segments:
     return Segments.from_sizes([rows // 4] * 3 + [rows - 3 * (rows // 4)], device)
 
 
-def _lattice(rows: int, device: str) -> Adjacency:
-    """Eight neighbours on a square, symmetrically normalised."""
+def _lattice(rows: int, device: str, normalize: str = "symmetric") -> Adjacency:
+    """Eight neighbours on a square, normalised."""
     side = max(1, round(rows**0.5))
     index = torch.arange(rows)
     coords = torch.stack([index // side, index % side], 1)
-    adj = build_adjacency(coords.float(), radius=1.5, normalize="symmetric")
+    adj = build_adjacency(coords.float(), radius=1.5, normalize=normalize)
     weight = None if adj.weight is None else adj.weight.to(device)
     return Adjacency(adj.crow.to(device), adj.col.to(device), weight, adj.symmetric)
 
@@ -174,6 +174,45 @@ def _graph(op: str, rows: int, width: int, device: str) -> Case:
     return Case(leaves, {"": ours}, (name, theirs), num_bytes, num_flops, fits)
 
 
+def _chebyshev_conv(op: str, rows: int, width: int, device: str) -> Case:
+    adj, dim = _lattice(rows, device), ATTENTION_DIM
+    coo = adj.to_coo()
+    matrices = _randn(dim, TERMS * width, scale=width**-0.5, seed=1)
+    leaves = {"x": _randn(rows, width).to(device), "weight": matrices.to(device)}
+    size, thin = 4.0 * rows * width, 4.0 * rows * dim
+    flops = 2.0 * rows * width * TERMS * dim + 2.0 * adj.num_edges * dim * (TERMS - 1)
+    run = lambda t, impl: ops.chebyshev_conv(adj, t["x"], t["weight"], 2.0, impl=impl)  # noqa: E731
+    baseline = ("COO bmm, linear", lambda t: baselines.chebyshev_conv(coo, t["x"], t["weight"], 2.0))
+    moved = size + 2 * TERMS * thin
+    return Case(leaves, {"": run}, baseline, (moved, 2 * moved), (flops, 2 * flops))
+
+
+def _smooth_exact_directed(op: str, rows: int, width: int, device: str) -> Case:
+    adj = _lattice(rows, device, "row")
+    coo, leaves, size = adj.to_coo(), {"x": _randn(rows, width).to(device)}, 4.0 * rows * width
+    run = lambda t, impl: ops.smooth_exact_directed(adj, t["x"], 1.0, impl=impl)  # noqa: E731
+    baseline = ("dense solve", lambda t: baselines.smooth_exact(coo, t["x"], 1.0))
+    flops = 4.0 * adj.num_edges * width
+    return Case(leaves, {"": run}, baseline, (2 * size, 2 * size), (flops, flops), rows <= 5000)
+
+
+def _sampled_attention(op: str, rows: int, width: int, device: str) -> Case:
+    """``width`` draws, as many as ProbSmoothABMIL takes, of one bag's attention on eight values."""
+    segments = Segments.from_sizes((rows,), device)
+    leaves = {"mu": _randn(rows), "log_var": _randn(rows, seed=1), "values": _randn(rows, HEADS, seed=2)}
+    leaves = {name: value.to(device) for name, value in leaves.items()}
+
+    def kept(t: Mapping[str, Tensor]) -> Tensor:
+        draws = ops.attention_draws(t["mu"], t["log_var"], segments, width, seed=0)
+        return baselines.sampled_attention(draws, t["values"])[None]
+
+    def run(t: Mapping[str, Tensor], impl: str) -> Tensor:
+        return ops.sampled_attention(t["mu"], t["log_var"], t["values"], segments, width, seed=0)
+
+    size, flops = 4.0 * rows * (HEADS + 2), 2.0 * rows * width * (HEADS + 1)
+    return Case(leaves, {"": run}, ("draws kept", kept), (size, 2 * size), (flops, 2 * flops), rows * width <= 1 << 28)
+
+
 def _attention(op: str, rows: int, width: int, device: str) -> Case:
     shape, segments = (rows, HEADS, max(1, width // HEADS)), Segments.from_sizes((rows,), device)
     q, k, v = (_randn(*shape, seed=seed).to(device) for seed in range(3))
@@ -227,8 +266,13 @@ _MAKERS: dict[str, tuple[Callable[[str, int, int, str], Case], int, int]] = {
     "class_token_attention": (_attention, 512, 1 << 62),
     "dilated_attention": (_attention, 512, 1 << 62),
     "nystrom_attention": (_attention, 512, 1 << 62),
+    # Made of operators, without rows in their table.
+    "chebyshev_conv": (_chebyshev_conv, 512, 1 << 62),
+    "smooth_exact_directed": (_smooth_exact_directed, 512, 1 << 62),
+    "sampled_attention": (_sampled_attention, 1000, 1 << 62),
 }
-"""Operator -> maker of its case, its usual width, and the largest bag that is measured on a CPU."""
+"""Function -> maker of its case, its usual width, and the largest bag that is measured on a CPU."""
+MEASURED = tuple(_MAKERS)
 
 
 def usual_width(op: str) -> int:

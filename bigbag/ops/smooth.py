@@ -110,7 +110,7 @@ def _recursion(
 
 
 _STEPS = "Tensor? weight, Tensor? weight_t, Tensor crow, Tensor col, Tensor crow_t, Tensor col_t, int num_steps"
-_ROWS = 8192
+_ROWS = 1024
 
 
 def _register(impl: str) -> None:

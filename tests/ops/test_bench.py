@@ -67,7 +67,18 @@ def test_peak_extra_bytes_counts_what_lives_at_once() -> None:
     assert peak_extra_bytes(step, "cpu") == 4 << 18
 
 
-@pytest.mark.parametrize("op", [op.name for op in ops._OPERATORS])
+def test_every_operator_is_measured() -> None:
+    assert {op.name for op in ops._OPERATORS} < set(bench.cases.MEASURED)
+
+
+def test_what_has_no_samples_is_compared_with_its_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(bench.proof("chebyshev_conv", "cpu", d, "cpu") is None for d in (torch.float32, torch.bfloat16))
+    right = bench.cases.ops.chebyshev_conv
+    monkeypatch.setattr(bench.cases.ops, "chebyshev_conv", lambda *args, **options: right(*args, **options) * 1.01)
+    assert "errs by" in str(bench.proof("chebyshev_conv", "cpu", torch.float32, "cpu"))
+
+
+@pytest.mark.parametrize("op", bench.cases.MEASURED)
 def test_baselines_compute_the_same_thing(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench.cases, "LANDMARKS", 8)
     case = make_case(op, 64, 16, "cpu")
