@@ -178,8 +178,9 @@ def _samples() -> Iterator[GraphSample]:
         if op != "smooth":
             yield _sample(op, "star", graph="star", shape=shape, weighted=op == "spmm")
     # The CPU's kernels take columns 128, 16 and 1 at a time.
-    for op, shape in (("spmm", (150,)), ("neighbor_attention", (2, 150)), ("dirichlet_energy", (150,))):
-        yield _sample(op, "wide", shape=shape, weighted=op != "neighbor_attention")
+    for op in ("spmm", "dirichlet_energy"):
+        yield _sample(op, "wide", shape=(150,))
+    yield _sample("neighbor_attention", "wide, two heads", shape=(2, 150), weighted=False)
     yield _sample("smooth", "wide lattice", graph="lattice", shape=(150,), constant_weights=True, scalar="alpha")
     yield _sample("spmm", "binary", weighted=False)
     yield _sample("spmm", "no edges", graph="none")

@@ -180,7 +180,7 @@ def prefetch(typing, like, x, i, h, c):
         kind = signature.args[1]
         start = _address(context, builder, kind, args[1], args[2:])
         shape = ir.FunctionType(ir.VoidType(), [start.type, _INT, _INT, _INT])
-        fetch = cgutils.get_or_insert_function(builder.module, shape, "llvm.prefetch.p0")
+        fetch = cgutils.get_or_insert_function(builder.module, shape, "llvm.prefetch")
         for line in range(0, like.lanes * kind.dtype.bitwidth // 8, LINE_BYTES):
             builder.call(fetch, [builder.gep(start, [_LONG(line)]), _INT(0), _INT(3), _INT(1)])
         return context.get_dummy_value()
