@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
 from torch import Tensor
+
+from bigbag.parts import Halo
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,15 @@ class Adjacency:
         col: ``(E,)`` int32.
         weight: ``(E,)`` floating, or None for a binary graph.
         symmetric: True promises ``A == A.T``, so that the backward of a product needs no transposed copy.
+        halo: where bags are shared out over ranks, the rows of other ranks that stand behind this rank's as columns
+            ``T, T + 1, ...``.
     """
 
     crow: Tensor
     col: Tensor
     weight: Tensor | None = None
     symmetric: bool = False
+    halo: Halo | None = None
 
     @property
     def num_nodes(self) -> int:
@@ -46,6 +51,12 @@ class Adjacency:
         crow = torch.zeros(num_nodes + 1, dtype=torch.int64, device=row.device)
         torch.cumsum(torch.bincount(row, minlength=num_nodes), 0, out=crow[1:])
         return Adjacency(crow, col[order].to(torch.int32), None if weight is None else weight[order], symmetric)
+
+    def part(self, start: int, end: int) -> Adjacency:
+        """The rows from ``start`` to ``end``; columns count from ``start``, and may lie beyond those rows."""
+        first, last = int(self.crow[start]), int(self.crow[end])
+        weight = None if self.weight is None else self.weight[first:last]
+        return Adjacency(self.crow[start : end + 1] - first, self.col[first:last] - start, weight)
 
     def rows(self) -> Tensor:
         """``(E,)`` int64: the row of every edge."""
@@ -67,7 +78,7 @@ class Adjacency:
         col = self.col.new_empty(num_edges).index_copy(0, places, self.col)
         col[crow[:-1]] = nodes.to(col.dtype)
         weight = None if self.weight is None else self.weight.new_ones(num_edges).index_copy(0, places, self.weight)
-        return Adjacency(crow, col, weight, self.symmetric)
+        return replace(self, crow=crow, col=col, weight=weight)
 
     def to_coo(self) -> Tensor:
         """The same matrix as a torch sparse COO tensor ``(T, T)``."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bigbag.adjacency import Adjacency
+from bigbag.parts import Parts, part_bounds
 
 Label = int | float | Sequence[float]
 
@@ -78,6 +79,17 @@ class Bag:
     def num_instances(self) -> int:
         return len(self.x)
 
+    def part(self, rank: int, num_ranks: int) -> Bag:
+        """This rank's instances where ``num_ranks`` share the bag, a run of N / num_ranks of them, as views.
+
+        Edges to other parts are kept: their columns count from the part's first instance too, and lie beyond its rows.
+        """
+        start, end = part_bounds(len(self.x), rank, num_ranks)
+        arrays = {name: getattr(self, name) for name in ("x", "coords", "y_inst")}
+        cut = {name: None if value is None else value[start:end] for name, value in arrays.items()}
+        adj = None if self.adj is None else self.adj.part(start, end)
+        return replace(self, adj=adj, **cut)
+
 
 @dataclass(frozen=True)
 class Segments:
@@ -86,15 +98,29 @@ class Segments:
     Attributes:
         offsets: ``(B + 1,)`` int64, on the device of the pack.
         sizes: the same as B integers on the host, so that nothing ever waits for the device.
+        parts: where the bags are shared out over ranks: who holds what. The rows are this rank's.
     """
 
     offsets: Tensor
     sizes: tuple[int, ...]
+    parts: Parts | None = None
 
     @staticmethod
-    def from_sizes(sizes: Sequence[int], device: torch.device | str = "cpu") -> Segments:
+    def from_sizes(sizes: Sequence[int], device: torch.device | str = "cpu", parts: Parts | None = None) -> Segments:
         host = tuple(int(size) for size in sizes)
-        return Segments(torch.tensor([0, *accumulate(host)], dtype=torch.int64, device=device), host)
+        return Segments(torch.tensor([0, *accumulate(host)], dtype=torch.int64, device=device), host, parts)
+
+    @property
+    def totals(self) -> tuple[int, ...]:
+        """The number of instances of each bag, those on other ranks included."""
+        return self.sizes if self.parts is None else self.parts.totals
+
+    @cached_property
+    def bag_sizes(self) -> Tensor:
+        """``(B,)`` int64: :attr:`totals` on the device."""
+        if self.parts is None:
+            return self.offsets.diff()
+        return torch.tensor(self.totals, dtype=torch.int64, device=self.offsets.device)
 
     @property
     def num_bags(self) -> int:
@@ -132,6 +158,7 @@ class PackedBags:
         padded_size: N of the padded batch that the pack came from, or None.
         padded_index: ``(T,)`` int64, place of each instance in that batch's flattened ``(B * N)``; None means that
             the instances of each bag come first in their row.
+        parts: where the bags are shared out over ranks (:func:`bigbag.ops.distributed.join_parts`): who holds what.
     """
 
     x: Tensor
@@ -144,6 +171,7 @@ class PackedBags:
     keys: tuple[str, ...] = ()
     padded_size: int | None = field(default=None, repr=False)
     padded_index: Tensor | None = field(default=None, repr=False)
+    parts: Parts | None = field(default=None, repr=False)
 
     @property
     def num_bags(self) -> int:
@@ -155,7 +183,7 @@ class PackedBags:
 
     @cached_property
     def segments(self) -> Segments:
-        return Segments(self.offsets, self.sizes)
+        return Segments(self.offsets, self.sizes, self.parts)
 
     @property
     def device(self) -> torch.device:

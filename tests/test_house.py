@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # Each package may import from the sets named here only (and from itself).
-BASE = {"adjacency", "bags", "config", "files", "graphs"}
+BASE = {"adjacency", "bags", "config", "files", "graphs", "parts"}
 OPS = BASE | {"kernels", "ops"}
 DATA = BASE | {"data", "datasets"}
 ENGINE = OPS | DATA | {"nn", "models", "engine"}
@@ -19,8 +19,9 @@ ALLOWED = {
     "kernels": set(),
     "files": set(),
     "config": {"files"},
-    "adjacency": set(),
-    "bags": {"adjacency"},
+    "parts": set(),
+    "adjacency": {"parts"},
+    "bags": {"adjacency", "parts"},
     "graphs": {"adjacency", "bags", "kernels"},
     "ops": BASE | {"kernels"},
     "nn": OPS,

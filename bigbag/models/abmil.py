@@ -26,6 +26,8 @@ class ABMIL(MILModel):
         dropout: probability of zeroing an entry of the bag vector ``z`` in training.
     """
 
+    in_parts = True
+
     def __init__(
         self,
         in_shape: tuple[int, ...] | None = None,

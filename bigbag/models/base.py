@@ -31,6 +31,7 @@ class MILModel(torch.nn.Module):
         activation_checkpointing: recompute activations in the backward pass instead of storing them.
         chunk_instances: instances that go through ``feat_ext`` together where they do so in chunks; None: as many as
             2048 (GPU: 16,384) rows of 1024 numbers hold.
+        in_parts: whether bags may be shared out over several ranks (``parallel.bag``).
         needs: fields of a pack that the model cannot do without, beside ``x``: "adj", "coords".
     """
 
@@ -38,6 +39,7 @@ class MILModel(torch.nn.Module):
     activation_checkpointing: bool = False
     chunk_instances: int | None = None
     needs: ClassVar[tuple[str, ...]] = ()
+    in_parts: ClassVar[bool] = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
@@ -94,9 +96,14 @@ class MILModel(torch.nn.Module):
         """The pack of a padded batch, or the pack itself; with everything that the model :attr:`needs`.
 
         Raises:
-            ValueError: a field that the model needs is missing.
+            ValueError: a field that the model needs is missing, or bags shared out over ranks, which it can't take.
         """
         bags = X if isinstance(X, PackedBags) else PackedBags.from_padded(X, mask, adj=adj, coords=coords)
+        if bags.parts is not None and not self.in_parts:
+            raise ValueError(
+                f"{type(self).__name__} computes on whole bags, but these are shared out over {bags.parts.num_ranks} "
+                "ranks: set parallel.bag to 1, or take a model that has in_parts, such as ABMIL or TransMIL"
+            )
         for name in self.needs:
             if getattr(bags, name) is None:
                 raise ValueError(f"{type(self).__name__} needs {name}: {_REMEDIES[name]}")

@@ -55,6 +55,8 @@ class CLAM_SB(MILModel):
         ValueError: an unknown instance loss, a ``bag_weight`` outside [0, 1], k < 1.
     """
 
+    in_parts = True
+
     def __init__(
         self,
         in_shape: tuple[int, ...] | None = None,
@@ -203,13 +205,13 @@ class CLAM_SB(MILModel):
         """Scores (B, 2k, C, 2) by C classifiers of the k top, then the k bottom instances; which count (B, 2k)."""
         f, k = f.detach().reshape(len(x), -1), self.k_sample
         ends = [ops.segment_topk(f, segments, k, largest=largest)[1] for largest in (True, False)]
-        rows = take_rows(x, torch.cat(ends, 1))
+        rows = take_rows(x, torch.cat(ends, 1), segments)
         layers = [layer.materialize(x.shape[-1]) if isinstance(layer, LazyLinear) else layer for layer in classifiers]
         weight, bias = (torch.stack([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
         # One attention for all classes: h = 1, g = C. An attention per class: h = C, g = 1.
         weight = weight.view(f.shape[1], -1, *weight.shape[1:])
         logits = torch.einsum("bkhd,hgod->bkhgo", rows.to(weight.dtype), weight).flatten(2, 3) + bias
-        sizes, rank = segments.offsets.diff()[:, None], torch.arange(k, device=x.device)
+        sizes, rank = segments.bag_sizes[:, None], torch.arange(k, device=x.device)
         wide = logits if logits.dtype == torch.float64 else logits.float()
         return wide, torch.cat([rank < (sizes + 1) // 2, rank < sizes // 2], 1)
 

@@ -44,6 +44,8 @@ class DSMIL(MILModel):
         ValueError: no ``in_shape``.
     """
 
+    in_parts = True
+
     def __init__(
         self,
         in_shape: tuple[int, ...] | None = None,
@@ -80,7 +82,7 @@ class DSMIL(MILModel):
         else:
             y = ops.segment_dots(x, weight.expand(segments.num_bags, -1, -1), segments) + bias
         index = ops.segment_topk(y.detach(), segments, 1)[1].squeeze(1)
-        critical = take_rows(x, index).to(weight.dtype)
+        critical = take_rows(x, index, segments).to(weight.dtype)
         if isinstance(x, Encoded):
             a, z = self._attend(x, critical, segments)
         else:
@@ -108,7 +110,7 @@ class DSMIL(MILModel):
         if isinstance(self.q_nn, torch.nn.Linear):
             return ops.segment_dots(x, scale * (self.q_nn(critical) @ self.q_nn.weight), bags.segments)
         queries = self.encode(self.q_nn, x)
-        return ops.segment_dots(queries, scale * ops.take_rows(queries, index), bags.segments)
+        return ops.segment_dots(queries, scale * ops.take_rows(queries, index, bags.segments), bags.segments)
 
     def forward(
         self,

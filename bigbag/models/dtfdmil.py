@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from bigbag.bags import PackedBags, Segments
 from bigbag.models.base import MILModel, feature_dim, squeeze_single_output
 from bigbag.nn import AttentionPool, LazyLinear
 from bigbag.nn.encoded import Encoded, take_rows, weighted_sum
+from bigbag.ops import distributed
 
 _MODES = ("maxmin", "max", "afs")
 _HASH_ROWS = 512
@@ -53,6 +55,8 @@ class DTFDMIL(MILModel):
     Raises:
         ValueError: an unknown mode, n_groups < 1.
     """
+
+    in_parts = True
 
     def __init__(
         self,
@@ -101,8 +105,9 @@ class DTFDMIL(MILModel):
         if self.distill_mode == "afs":
             distilled, per_group = z.flatten(0, 1)[groups.exists.flatten()], 1
         else:
-            rows = groups.order[self._extremes(cam.detach()[groups.order], groups.segments)]
-            distilled, per_group = take_rows(x, rows.flatten()), rows.shape[1]
+            places = self._extremes(cam.detach()[groups.order], groups.segments)
+            rows = ops.take_rows(groups.order[:, None] + 1, places).squeeze(-1) - 1
+            distilled, per_group = take_rows(x, rows.flatten(), segments), rows.shape[1]
         sizes = [count * per_group for count in groups.counts]
         pooled, _ = self.u_attention_pool.pool(distilled, Segments.from_sizes(sizes, x.device))
         return self.u_classifier(pooled.to(classifier.weight.dtype)), pseudo, cam
@@ -112,7 +117,7 @@ class DTFDMIL(MILModel):
         return self.attention_pool.score(rows).squeeze(1), rows @ self.classifier.module.weight.t()
 
     def _extremes(self, cam: Tensor, groups: Segments) -> Tensor:
-        """(number of groups, C or 2 C) rows with the extreme scores of each group and output; no group is empty."""
+        """(number of groups, C or 2 C) places with the extreme scores of each group and output; no group is empty."""
         ends = (True, False) if self.distill_mode == "maxmin" else (True,)
         return torch.cat([ops.segment_topk(cam, groups, 1, largest=end)[1].squeeze(1) for end in ends], 1)
 
@@ -158,7 +163,7 @@ class DTFDMIL(MILModel):
 
         A criterion that compares bags with each other (``spans_step``) sees all pseudo-bags in one call.
         """
-        counts = [min(size, self.n_groups) for size in bags.sizes]
+        counts = [min(size, self.n_groups) for size in bags.segments.totals]
         together = getattr(self.criterion, "spans_step", False)
         loss = pseudo.sum() * 0.0
         for count in [None] if together else sorted(set(counts) - {0}):
@@ -188,34 +193,61 @@ class _Groups:
     """
 
     def __init__(self, bags: PackedBags, n_groups: int, shuffle: bool) -> None:
-        device = bags.device
-        self.order = _random_order(bags) if shuffle else _order_by_content(bags)
-        self.place = torch.empty_like(self.order)
-        self.place[self.order] = torch.arange(len(self.order), device=device)
-        self.counts = [min(size, n_groups) for size in bags.sizes]
-        pairs = [(size, count) for size, count in zip(bags.sizes, self.counts) if count]
-        sizes = [size // count + (i < size % count) for size, count in pairs for i in range(count)]
-        self.segments = Segments.from_sizes(sizes, device)
+        device, totals = bags.device, bags.segments.totals
+        orders = _random_orders(bags) if shuffle else _orders_by_content(bags)
+        self.counts = [min(size, n_groups) for size in totals]
         self.most = max(1, *self.counts)
         self.exists = torch.arange(self.most, device=device) < torch.tensor(self.counts, device=device)[:, None]
-        slots = torch.tensor([i for count in self.counts for i in range(count)], dtype=torch.int64, device=device)
-        group = self.segments.bag_of_instance[self.place]
-        self.slot = slots[group]
-        self.size_of_instance = self.segments.offsets.diff()[group]
+        # Of each bag, those on other ranks included: the number of every row's pseudo-bag.
+        slots = [_slots(order, max(1, count)) for order, count in zip(orders, self.counts)]
+        cuts = [0] * len(totals) if bags.parts is None else bags.parts.before
+        own = [slot[first : first + size] for slot, first, size in zip(slots, cuts, bags.sizes)]
+        self.slot = torch.cat(own).to(device, non_blocking=True)
+        first_group = torch.tensor([0, *accumulate(self.counts)], device=device)
+        group = first_group[bags.segments.bag_of_instance] + self.slot
+        self.order = group.argsort(stable=True)
+        self.place = torch.empty_like(self.order)
+        self.place[self.order] = torch.arange(len(self.order), device=device)
+        self.segments = _cut(bags, slots, self.counts)
+        self.size_of_instance = self.segments.bag_sizes[group]
 
 
-def _random_order(bags: PackedBags) -> Tensor:
+def _slots(order: Tensor, count: int) -> Tensor:
+    """(N,) number of each row's pseudo-bag: the order cut into ``count`` runs of equal size, the first ones longer."""
+    slots = torch.empty_like(order)
+    size, longer = divmod(len(order), count)
+    runs = torch.tensor([size + (i < longer) for i in range(count)], device=order.device)
+    slots[order] = torch.repeat_interleave(torch.arange(count, device=order.device), runs, output_size=len(order))
+    return slots
+
+
+def _cut(bags: PackedBags, slots: list[Tensor], counts: list[int]) -> Segments:
+    """The pseudo-bags of all bags as segments, of this rank's rows where bags are shared out over ranks."""
+    ranks = (bags.sizes,) if bags.parts is None else bags.parts.sizes
+    firsts, sizes = [0] * len(counts), []
+    for of_rank in ranks:
+        parts = [slot[first : first + size] for slot, first, size in zip(slots, firsts, of_rank)]
+        sizes.append(
+            [n for part, count in zip(parts, counts) if count for n in part.bincount(minlength=count).tolist()]
+        )
+        firsts = [first + size for first, size in zip(firsts, of_rank)]
+    if bags.parts is None:
+        return Segments.from_sizes(sizes[0], bags.device)
+    return Segments.from_sizes(sizes[bags.parts.rank], bags.device, bags.parts.with_sizes(sizes))
+
+
+def _random_orders(bags: PackedBags) -> list[Tensor]:
     """A random order of the instances of each bag. One seed for all bags: alone, a bag is shuffled as in any pack."""
-    seed = int(torch.randint(2**62, ()))
-    shuffled = [torch.randperm(size, generator=torch.Generator().manual_seed(seed)) for size in bags.sizes]
-    starts = bags.segments.starts
-    return torch.cat([part + start for part, start in zip(shuffled, starts)]).to(bags.device, non_blocking=True)
+    seed = torch.randint(2**62, ())
+    if bags.parts is not None:
+        seed = distributed.all_max(seed.to(bags.device), bags.parts)
+    return [torch.randperm(size, generator=torch.Generator().manual_seed(int(seed))) for size in bags.segments.totals]
 
 
 @torch.no_grad()
-def _order_by_content(bags: PackedBags) -> Tensor:
+def _orders_by_content(bags: PackedBags) -> list[Tensor]:
     """Instances of each bag ordered by a hash of their features as stored, so by chance but always the same."""
-    x, starts = bags.x.flatten(1), bags.segments.starts
+    x = bags.x.flatten(1)
     factors = torch.randint(2**31, (x.shape[1],), generator=torch.Generator().manual_seed(0), dtype=torch.int32) | 1
     factors = factors.to(x.device)
     keys = torch.empty(len(x), dtype=torch.int64, device=x.device)
@@ -223,4 +255,9 @@ def _order_by_content(bags: PackedBags) -> Tensor:
         bits = x[start : start + _HASH_ROWS].float().view(torch.int32)
         # Products wrap around. Stored in 16 bits, the low bits of a float are zeros: fill them from the high ones.
         keys[start : start + _HASH_ROWS] = ((bits ^ (bits >> 15)) * factors).sum(1, dtype=torch.int64)
-    return torch.cat([keys[s:e].argsort(stable=True) + s for s, e in zip(starts, starts[1:])])
+    if bags.parts is None:
+        return [part.argsort(stable=True) for part in keys.split(bags.sizes)]
+    longest = max(sum(sizes) for sizes in bags.parts.sizes)
+    every = distributed.all_stack(torch.nn.functional.pad(keys, (0, longest - len(keys))), bags.parts)
+    of_ranks = [own[: sum(sizes)].split(sizes) for own, sizes in zip(every, bags.parts.sizes)]
+    return [torch.cat(parts).argsort(stable=True) for parts in zip(*of_ranks)]

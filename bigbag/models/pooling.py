@@ -25,6 +25,8 @@ class _PoolingMIL(MILModel):
 
     pool_class: type[MeanPool] | type[MaxPool]
 
+    in_parts = True
+
     def __init__(
         self,
         in_shape: tuple[int, ...] | None = None,

@@ -42,6 +42,8 @@ class VAEABMIL(MILModel):
 
     feat_ext: VariationalAutoEncoder
 
+    in_parts = True
+
     def __init__(
         self,
         feat_ext: VariationalAutoEncoder | None = None,

@@ -19,6 +19,8 @@ from bigbag import ops
 from bigbag.bags import Segments
 from bigbag.nn.pool_rows import chunks_by_bag, pool_rows
 from bigbag.nn.rows import by_rows, chunk_rows
+from bigbag.ops.rows import combine_rows
+from bigbag.ops.segments import largest_of_ranks
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,17 @@ class Encoded:
             found.append(checkpoint(self._some_of, part - chunk.start, *given, use_reentrant=False))
         return torch.cat(found)[order.argsort()]
 
+    def at(self, index: Tensor, pick: Callable[[Tensor, Tensor], Tensor] = lambda x, places: x[places]) -> Tensor:
+        """``pick(features, index)``, zeros where the index is -1; only features that it names are computed."""
+        index = index if len(self) else torch.full_like(index, -1)
+        rows, places = index[index >= 0].unique(return_inverse=True)
+        every = torch.zeros_like(index)
+        every[index >= 0] = places
+        # One row at least, so that the modules keep their place in the graph where no row is asked for.
+        features = self.take(rows) if len(rows) else self._encode(self.x.new_zeros(1, *self.x.shape[1:])) * 0
+        found = pick(features, every)
+        return torch.where((index < 0).view(*index.shape, *[1] * (found.dim() - index.dim())), 0, found)
+
     def _some_of(self, rows: Tensor, *given: Tensor) -> Tensor:
         return self._encode(*given)[rows]
 
@@ -153,14 +166,11 @@ def weighted_sum(weights: Tensor, x: Tensor | Encoded, segments: Segments) -> Te
     return ops.segment_pool(weights, x, segments) if isinstance(x, Tensor) else x.weighted_sum(weights, segments)
 
 
-def take_rows(x: Tensor | Encoded, index: Tensor) -> Tensor:
+def take_rows(x: Tensor | Encoded, index: Tensor, segments: Segments | None = None) -> Tensor:
     """:func:`bigbag.ops.take_rows` of features that may not be computed yet."""
     if isinstance(x, Tensor):
-        return ops.take_rows(x, index)
-    if not len(x):
-        return torch.zeros(*index.shape, x.shape[1], device=x.device)
-    rows, places = index.clamp_min(0).unique(return_inverse=True)
-    return torch.where(index[..., None] < 0, 0, x.take(rows)[places])
+        return ops.take_rows(x, index, segments)
+    return combine_rows(x.at(index), segments)
 
 
 def segment_max(x: Tensor | Encoded, segments: Segments) -> Tensor:
@@ -170,11 +180,9 @@ def segment_max(x: Tensor | Encoded, segments: Segments) -> Tensor:
     """
     if isinstance(x, Tensor):
         return ops.segment_max(x, segments)
-    if not len(x):
-        return torch.zeros(segments.num_bags, x.shape[1], device=x.device)
     index = _maximal_rows(x, segments)
-    rows, places = index.clamp_min(0).unique(return_inverse=True)
-    return torch.where(index < 0, 0, x.take(rows).gather(0, places))
+    own = x.at(index, lambda features, places: features.gather(0, places))
+    return own if segments.parts is None else largest_of_ranks(own, segments, segments.parts)
 
 
 @torch.no_grad()

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from bigbag.bags import Segments
 from bigbag.nn.rows import State, chunk_rows, gradients, trained_tensors
+from bigbag.ops import distributed
+from bigbag.ops.segments import log_sums
 
 RowFunction = Callable[..., tuple[Tensor, Tensor]]
 
@@ -47,7 +49,12 @@ def pool_rows(
     """
     modules, shared = tuple(modules), tuple(shared)
     work = _Pooling(function, segments, softmax, inputs[0], modules, chunk, len(inputs), len(shared))
-    return _PoolRows.apply(work, *inputs, *shared, *trained_tensors(modules, ()))
+    z, scores = _PoolRows.apply(work, *inputs, *shared, *trained_tensors(modules, ()))
+    if segments.parts is not None:
+        if softmax:
+            z = z * distributed.shares(log_sums(scores, segments), segments.parts)[..., None]
+        z = distributed.all_sum(z, segments.parts)
+    return z, scores
 
 
 class _Pooling(State):

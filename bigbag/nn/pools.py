@@ -25,7 +25,7 @@ class MeanPool(torch.nn.Module):
         """``(T, D)`` instances of a pack to ``(B, D)``."""
         if isinstance(x, Tensor):
             return ops.segment_mean(x, segments)
-        shares = (1 / segments.offsets.diff().clamp_min(1))[segments.bag_of_instance]
+        shares = (1 / segments.bag_sizes.clamp_min(1))[segments.bag_of_instance]
         return x.weighted_sum(shares[:, None], segments).squeeze(1)
 
     def forward(self, X: Tensor, mask: Tensor | None = None) -> Tensor:

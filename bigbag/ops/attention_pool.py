@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from bigbag.bags import Segments
+from bigbag.ops import distributed
 from bigbag.ops.registry import FLOATING, HALF, Operator, choose
-from bigbag.ops.segments import reference_softmax
+from bigbag.ops.segments import log_sums, reference_softmax
 
 ACTIVATIONS = ("tanh", "relu", "gelu")
 
@@ -94,6 +95,9 @@ def attention_pool(
         z, scores = _reference(*args)
     else:
         z, scores, _, _ = _FORWARD[chosen](*args, keep_preactivations)
+    if segments.parts is not None:
+        own = distributed.shares(log_sums(scores, segments), segments.parts)
+        z = distributed.all_sum(z * own[..., None], segments.parts)
     return z.to(dtype), scores
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bigbag.bags import Segments
+from bigbag.ops import distributed
 from bigbag.ops.registry import FLOATING, HALF, Operator, choose
 
 _DTYPES = {"triton": (*HALF, torch.float32), "cpu": FLOATING, "reference": FLOATING}
@@ -100,20 +101,31 @@ _DOTS = {
 }
 
 
-def take_rows(x: Tensor, index: Tensor) -> Tensor:
+def take_rows(x: Tensor, index: Tensor, segments: Segments | None = None) -> Tensor:
     """``x[index]`` with zeros where the index is -1, as :func:`segment_topk` marks places that a bag is too small for.
 
     Args:
         x: (T, P).
         index: (...) int64 rows of the pack, or -1.
+        segments: how the T rows are cut; where bags are shared out over ranks, the rows come from the rank that holds
+            them, and are the same on all.
 
     Returns:
         (..., P) in the dtype of x.
     """
     if not x.shape[0]:
-        return x.new_zeros(*index.shape, x.shape[1])
-    rows = x.index_select(0, index.clamp_min(0).flatten()).view(*index.shape, x.shape[1])
-    return torch.where(index[..., None] < 0, 0, rows)
+        rows = x.new_zeros(*index.shape, x.shape[1])
+    else:
+        rows = x.index_select(0, index.clamp_min(0).flatten()).view(*index.shape, x.shape[1])
+        rows = torch.where(index[..., None] < 0, 0, rows)
+    return combine_rows(rows, segments)
+
+
+def combine_rows(rows: Tensor, segments: Segments | None) -> Tensor:
+    """Rows that one rank holds, zeros on the others, on all ranks; as they are where bags are not shared out."""
+    if segments is None or segments.parts is None:
+        return rows
+    return distributed.all_sum(rows, segments.parts).to(rows.dtype)
 
 
 OPERATORS = (Operator("segment_dots", segment_dots, _DTYPES),)

@@ -1,4 +1,4 @@
-"""Softmax, sum, mean and maximum over the bags of a pack.
+"""Softmax, sum, mean and maximum over the bags of a pack; where ``segments.parts`` says so, over several ranks.
 
 ``cpu`` and ``triton`` are ``torch.library`` custom operators on (T, C) matrices; the gradients of sum, mean and max
 are plain gathers and scatters, written in PyTorch. Sums are accumulated in float32 (float64 for float64).
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from bigbag.bags import Segments
+from bigbag.ops import distributed
 from bigbag.ops.registry import FLOATING, HALF, Operator, choose
+from bigbag.parts import Parts
 
 _DTYPES = {"triton": (*HALF, torch.float32), "cpu": FLOATING, "reference": FLOATING}
 
@@ -41,7 +43,17 @@ def segment_softmax(scores: Tensor, segments: Segments, *, impl: str | None = No
         out = reference_softmax(_accumulate(rows), segments.offsets)
     else:
         out = _OPS["softmax", chosen](rows, segments.offsets)
+    if segments.parts is not None:
+        own = distributed.shares(log_sums(rows, segments), segments.parts)
+        out = out * own[segments.bag_of_instance]
     return out.to(scores.dtype).view(scores.shape)
+
+
+def log_sums(rows: Tensor, segments: Segments) -> Tensor:
+    """(B, C): the log of the sum of exponentials over this rank's rows of each bag."""
+    from bigbag.ops.topk import segment_logsumexp
+
+    return segment_logsumexp(_accumulate(rows), Segments(segments.offsets, segments.sizes))
 
 
 def segment_sum(x: Tensor, segments: Segments, *, impl: str | None = None) -> Tensor:
@@ -66,7 +78,7 @@ def segment_sum(x: Tensor, segments: Segments, *, impl: str | None = None) -> Te
 def segment_mean(x: Tensor, segments: Segments, *, impl: str | None = None) -> Tensor:
     """Mean over the instances of each bag; zeros for an empty bag. Arguments and cost as in :func:`segment_sum`."""
     total = _sum("segment_mean", x, segments, impl)
-    sizes = segments.offsets.diff().clamp_min(1).to(total.dtype)
+    sizes = segments.bag_sizes.clamp_min(1).to(total.dtype)
     return (total / sizes.view(-1, *[1] * (x.dim() - 1))).to(x.dtype)
 
 
@@ -80,7 +92,20 @@ def segment_max(x: Tensor, segments: Segments, *, impl: str | None = None) -> Te
         out = _per_bag(rows, segments.offsets, lambda bag: bag.gather(0, _first_maximal_row(bag)[None])[0])
     else:
         out, _ = _OPS["max", chosen](rows, segments.offsets)
+    if segments.parts is not None:
+        out = largest_of_ranks(out, segments, segments.parts)
     return out.to(x.dtype).view(-1, *x.shape[1:])
+
+
+def largest_of_ranks(own: Tensor, segments: Segments, parts: Parts) -> Tensor:
+    """The largest value of all ranks that hold rows; its gradient goes to the first rank that attains it."""
+    own = _accumulate(own)
+    filled = (segments.offsets.diff() > 0)[:, None]
+    top = distributed.all_max(torch.where(filled, own, -torch.inf), parts)
+    # The lowest rank, as the largest of numbers that fall with the rank; 0 where no rank attains it.
+    bids = torch.where(filled & (own == top), parts.num_ranks - parts.rank, 0)
+    wins = (bids > 0) & (distributed.all_max(bids, parts) == bids)
+    return distributed.all_sum(torch.where(wins, own, 0), parts)
 
 
 def reference_softmax(rows: Tensor, offsets: Tensor) -> Tensor:
@@ -110,6 +135,8 @@ def _sum(name: str, x: Tensor, segments: Segments, impl: str | None) -> Tensor:
         out = _per_bag(_accumulate(rows), segments.offsets, lambda bag: bag.sum(0))
     else:
         out = _OPS["sum", chosen](rows, segments.offsets)
+    if segments.parts is not None:
+        out = distributed.all_sum(out, segments.parts)
     return out.view(-1, *x.shape[1:])
 
 

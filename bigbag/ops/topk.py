@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bigbag.bags import Segments
+from bigbag.ops import distributed
 from bigbag.ops.registry import FLOATING, HALF, Operator, choose
 
 _DTYPES = {"triton": (*HALF, torch.float32), "cpu": FLOATING, "reference": FLOATING}
@@ -38,7 +39,8 @@ def segment_topk(
 
     Returns:
         values (B, k[, C]) in the dtype of ``scores``, 0 where the bag has fewer than k rows; index (B, k[, C]) int64,
-        row in the pack, -1 there; count (B,) int64, min(k, size of the bag).
+        row in the pack, -1 there; count (B,) int64, min(k, size of the bag). Where bags are shared out over ranks, the
+        index is also -1 where another rank holds the row.
 
     Raises:
         ValueError: shapes that do not fit, k < 1, an ``impl`` that can't run.
@@ -53,13 +55,35 @@ def segment_topk(
         index = _reference_topk(detached, segments, k, largest)
     else:
         index = _OPS["topk", chosen](detached, segments.offsets, k, largest)
-    flat = index.flatten(0, 1)
-    if rows.shape[0]:
-        values = torch.where(flat < 0, 0, rows.gather(0, flat.clamp_min(0)))
-    else:
-        values = rows.new_zeros(flat.shape) + rows.sum()
+    values = _gathered(rows, index)
+    if segments.parts is not None:
+        index = _best_of_ranks(values.detach().view(index.shape), index, segments, largest)
+        values = distributed.all_sum(_gathered(rows, index), segments.parts).to(scores.dtype)
     shape = (segments.offsets.shape[0] - 1, k, *scores.shape[1:])
-    return values.view(shape), index.view(shape), segments.offsets.diff().clamp_max(k)
+    return values.view(shape), index.view(shape), segments.bag_sizes.clamp_max(k)
+
+
+def _gathered(rows: Tensor, index: Tensor) -> Tensor:
+    """The values (B k, C) at an index (B, k, C), 0 where it is -1."""
+    flat = index.flatten(0, 1)
+    if not rows.shape[0]:
+        return rows.new_zeros(flat.shape) + rows.sum()
+    return torch.where(flat < 0, 0, rows.gather(0, flat.clamp_min(0)))
+
+
+@torch.no_grad()
+def _best_of_ranks(values: Tensor, index: Tensor, segments: Segments, largest: bool) -> Tensor:
+    """``index`` (B, k, C) of this rank's best rows, in the places that they have among those of all ranks."""
+    assert segments.parts is not None
+    k, parts = index.shape[1], segments.parts
+    missing = distributed.all_stack((index < 0).to(torch.int8), parts).bool()
+    every = distributed.all_stack(values, parts)
+    # Equals stay in order of rank, and so of row; what is missing comes last.
+    ranked = every.transpose(0, 1).flatten(1, 2).sort(dim=1, descending=largest, stable=True).indices
+    absent = missing.transpose(0, 1).flatten(1, 2).gather(1, ranked)
+    order = ranked.gather(1, absent.to(torch.int8).sort(dim=1, stable=True).indices)[:, :k]
+    mine = order // k == parts.rank
+    return torch.where(mine, index.gather(1, order % k), -1)
 
 
 def segment_logsumexp(x: Tensor, segments: Segments, *, impl: str | None = None) -> Tensor:
@@ -87,6 +111,10 @@ def segment_logsumexp(x: Tensor, segments: Segments, *, impl: str | None = None)
         out = torch.stack(bags) if bags else wide.new_zeros(0, wide.shape[1])
     else:
         out = _OPS["logsumexp", chosen](rows, segments.offsets)
+    if segments.parts is not None:
+        top = distributed.all_max(out, segments.parts)
+        top = torch.where(top == -torch.inf, 0, top)
+        out = top + distributed.all_sum((out - top).exp(), segments.parts).log()
     return out.to(x.dtype).view(-1, *x.shape[1:])
 
 
@@ -120,6 +148,8 @@ def segment_pool(weights: Tensor, x: Tensor, segments: Segments, *, impl: str | 
         out = torch.stack(bags) if bags else left.new_zeros(0, left.shape[1], right.shape[1])
     else:
         out = _OPS["pool", chosen](weights, x, segments.offsets)
+    if segments.parts is not None:
+        out = distributed.all_sum(out, segments.parts)
     return out.to(dtype)
 
 

@@ -1,0 +1,92 @@
+"""Bags shared out over several ranks: the same losses and gradients as on one."""
+
+import random
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from bigbag import PackedBags
+from bigbag.models import MODELS
+from bigbag.nn import VariationalAutoEncoder
+from bigbag.ops.distributed import join_parts
+from bigbag.testing import run_ranks
+from tests.models.test_models import SMALL, build, make_bag
+
+ENCODER = {"name": "MLP", "linear_sizes": [7], "activations": ["relu"]}
+IN_PARTS = [(name, SMALL.get(name, {})) for name, model in MODELS.items() if model.in_parts]
+VARIANTS = IN_PARTS + [
+    ("ABMIL", {"gated": True, "feat_ext": ENCODER}),
+    ("MaxMIL", {"feat_ext": ENCODER}),
+    ("CLAM_SB", {"feat_ext": ENCODER, "k_sample": 3}),
+    ("DSMIL", {"nonlinear_q": True, "feat_ext": ENCODER}),
+    ("DTFDMIL", {"distill_mode": "afs", "n_groups": 3, "feat_ext": ENCODER}),
+]
+
+
+def make_bags(seed: int):
+    """Random sizes, among them a bag smaller than the number of ranks."""
+    numbers = random.Random(seed)
+    sizes = [numbers.randint(4, 30), 1, numbers.randint(1, 30)]
+    return [make_bag(size, i % 2, 10 * seed + i) for i, size in enumerate(sizes)]
+
+
+def mean_samples(self, mean, log_std, n_samples=1):
+    """No random numbers: they are drawn instance by instance, so differently on other numbers of ranks."""
+    return (mean + 0 * log_std)[:, None].expand(-1, n_samples, -1)
+
+
+def compute(name, arguments, bags, dtype, parts=None):
+    """Losses, gradients, scores; of this rank's part and added up over the ranks, if ``parts`` is (rank, ranks)."""
+    model = build(name, arguments).to(dtype)
+    model.activation_checkpointing, model.chunk_instances = "feat_ext" in arguments, 5
+    pack = PackedBags.from_bags(bags if parts is None else [bag.part(*parts) for bag in bags])
+    pack = pack.with_x(pack.x.to(dtype))
+    num_ranks = 1
+    if parts is not None:
+        pack = join_parts(pack, tuple(bag.num_instances for bag in bags), *parts)
+        num_ranks = parts[1]
+    torch.manual_seed(3)
+    with mock.patch.object(VariationalAutoEncoder, "get_reparameterized_samples", mean_samples):
+        _, losses = model.compute_loss(pack.y, pack)
+        (sum(losses.values()) / num_ranks).backward()
+        _, scores = model.eval().predict(pack, return_inst_pred=True)
+    grads = {key: p.grad if p.grad is not None else torch.zeros_like(p) for key, p in model.named_parameters()}
+    if parts is not None:
+        for grad in grads.values():
+            dist.all_reduce(grad)
+    cut = [part.detach() for part in scores.split(pack.sizes)]
+    return {key: value.detach() for key, value in losses.items()}, grads, cut
+
+
+def errors_of(name, arguments, bags, dtype, parts):
+    """The largest relative error of losses, of gradients, and of scores against one rank."""
+    losses, grads, scores = compute(name, arguments, bags, dtype)
+    found, own, part = compute(name, arguments, bags, dtype, parts)
+    scale = max(float(grad.norm()) for grad in grads.values())
+    loss = max(float(abs(found[key] - losses[key]) / abs(losses[key])) for key in losses)
+    grad = max(float((own[key] - g).norm() / (g.norm() + 1e-3 * scale)) for key, g in grads.items())
+    pieces = [whole[len(whole) * parts[0] // parts[1] :][: len(mine)] for whole, mine in zip(scores, part)]
+    whole, mine = torch.cat(pieces), torch.cat(part)
+    score = float((mine - whole).abs().max() / torch.cat(scores).abs().max()) if len(mine) else 0.0
+    return loss, grad, score
+
+
+def all_errors(variants, seeds):
+    parts = (dist.get_rank(), dist.get_world_size())
+    found = {}
+    for number, (name, arguments) in enumerate(variants):
+        for seed in seeds:
+            for dtype in (torch.float64, torch.float32):
+                key = f"{number} {name} {dtype} seed {seed}"
+                found[key] = errors_of(name, arguments, make_bags(seed), dtype, parts)
+    return found
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_several_ranks_give_what_one_gives(num_ranks):
+    for found in run_ranks(all_errors, num_ranks, VARIANTS, (1, 2), timeout_s=400):
+        for key, errors in found.items():
+            tolerance = 1e-5 if "float64" in key else 1e-3
+            assert all(error <= tolerance for error in errors), f"{key}: {errors}"
