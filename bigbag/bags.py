@@ -21,10 +21,12 @@ from torch import Tensor
 
 from bigbag.adjacency import Adjacency
 from bigbag.parts import Parts, part_bounds
+from bigbag.segments import Segments
 
 Label = int | float | Sequence[float]
 
 _ALIGN_BYTES = 64
+_PER_INSTANCE = ("x", "coords", "y_inst", "positions")
 _PIECE = 1 << 20  # values that are converted at once
 
 
@@ -65,7 +67,7 @@ class Bag:
     attributes: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("x", "coords", "y_inst", "positions"):
+        for name in _PER_INSTANCE:
             value = _as_array(getattr(self, name), name)
             object.__setattr__(self, name, value)
             if value is not None and (value.ndim == 0 or len(value) != len(self.x)):
@@ -85,61 +87,9 @@ class Bag:
         Edges to other parts are kept: their columns count from the part's first instance too, and lie beyond its rows.
         """
         start, end = part_bounds(len(self.x), rank, num_ranks)
-        arrays = {name: getattr(self, name) for name in ("x", "coords", "y_inst")}
-        cut = {name: None if value is None else value[start:end] for name, value in arrays.items()}
+        cut = {name: None if (rows := getattr(self, name)) is None else rows[start:end] for name in _PER_INSTANCE}
         adj = None if self.adj is None else self.adj.part(start, end)
-        return replace(self, adj=adj, **cut)
-
-
-@dataclass(frozen=True)
-class Segments:
-    """How a pack is cut into bags: bag ``b`` owns rows ``offsets[b] : offsets[b + 1]``.
-
-    Attributes:
-        offsets: ``(B + 1,)`` int64, on the device of the pack.
-        sizes: the same as B integers on the host, so that nothing ever waits for the device.
-        parts: where the bags are shared out over ranks: who holds what. The rows are this rank's.
-    """
-
-    offsets: Tensor
-    sizes: tuple[int, ...]
-    parts: Parts | None = None
-
-    @staticmethod
-    def from_sizes(sizes: Sequence[int], device: torch.device | str = "cpu", parts: Parts | None = None) -> Segments:
-        host = tuple(int(size) for size in sizes)
-        return Segments(torch.tensor([0, *accumulate(host)], dtype=torch.int64, device=device), host, parts)
-
-    @property
-    def totals(self) -> tuple[int, ...]:
-        """The number of instances of each bag, those on other ranks included."""
-        return self.sizes if self.parts is None else self.parts.totals
-
-    @cached_property
-    def bag_sizes(self) -> Tensor:
-        """``(B,)`` int64: :attr:`totals` on the device."""
-        if self.parts is None:
-            return self.offsets.diff()
-        return torch.tensor(self.totals, dtype=torch.int64, device=self.offsets.device)
-
-    @property
-    def num_bags(self) -> int:
-        return len(self.sizes)
-
-    @cached_property
-    def num_instances(self) -> int:
-        return sum(self.sizes)
-
-    @cached_property
-    def starts(self) -> tuple[int, ...]:
-        """``offsets`` on the host, B + 1 integers."""
-        return (0, *accumulate(self.sizes))
-
-    @cached_property
-    def bag_of_instance(self) -> Tensor:
-        """``(T,)`` int64: the bag that each instance belongs to."""
-        bags = torch.arange(self.num_bags, device=self.offsets.device)
-        return torch.repeat_interleave(bags, self.offsets.diff(), output_size=self.num_instances)
+        return replace(self, adj=adj, **cut)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

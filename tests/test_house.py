@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # Each package may import from the sets named here only (and from itself).
-BASE = {"adjacency", "bags", "config", "files", "graphs", "parts"}
+BASE = {"adjacency", "bags", "config", "files", "graphs", "parts", "segments"}
 OPS = BASE | {"kernels", "ops"}
 DATA = BASE | {"data", "datasets"}
 ENGINE = OPS | DATA | {"nn", "models", "engine"}
@@ -21,7 +21,8 @@ ALLOWED = {
     "config": {"files"},
     "parts": set(),
     "adjacency": {"parts"},
-    "bags": {"adjacency", "parts"},
+    "segments": {"parts"},
+    "bags": {"adjacency", "parts", "segments"},
     "graphs": {"adjacency", "bags", "kernels"},
     "ops": BASE | {"kernels"},
     "nn": OPS,

@@ -189,7 +189,8 @@ class EngineConfig(Section):
     """What runs the optimiser steps."""
 
     backend: Literal["auto", "torch", "deepspeed"] = "auto"
-    """auto: DeepSpeed under a launcher (WORLD_SIZE is set), plain torch for a single process."""
+    """auto: DeepSpeed under a launcher (WORLD_SIZE is set), plain torch for a single process. torch also runs under a
+    launcher, with all weights and optimiser states on every rank."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage: 1 shards optimiser states, 2 also gradients, 3 also weights."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
@@ -198,6 +199,14 @@ class EngineConfig(Section):
     """CPU threads of each rank; None: cores divided by the ranks of this node when there is no GPU."""
     impl: dict[str, str] = Field(default_factory=dict)
     """Operator implementations to force, e.g. ``{attention_pool: reference}``; empty: the best for the device."""
+
+
+class ParallelConfig(Section):
+    """How ranks share the work: bags are dealt out to groups of ranks, and a group shares each of its bags."""
+
+    bag: PositiveInt = 1
+    """Ranks that share every bag, each holding a run of its instances: for bags that are too large for one. The number
+    of all ranks must be a multiple of it. Models that can: those with ``in_parts``."""
 
 
 class ReportConfig(Section):
@@ -242,6 +251,8 @@ class Config(Section):
     """Training loop."""
     engine: EngineConfig = EngineConfig()
     """Distribution and numerics."""
+    parallel: ParallelConfig = ParallelConfig()
+    """Ranks that share a bag."""
     report: ReportConfig = ReportConfig()
     """Report."""
     compare: CompareConfig = CompareConfig()
@@ -264,7 +275,7 @@ class Config(Section):
 
     def digest(self) -> str:
         """SHA-256 of the settings that determine the result: a run resumes only under the same digest."""
-        settings = self.model_dump(mode="json", exclude={"name", "out", "report", "compare"})
+        settings = self.model_dump(mode="json", exclude={"name", "out", "parallel", "report", "compare"})
         for key in _DATA_KEYS_WITHOUT_EFFECT:
             settings["data"].pop(key)
         for key in _TRAIN_KEYS_WITHOUT_EFFECT:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,6 +23,7 @@ from bigbag.data.buffers import Buffers
 from bigbag.data.cap import cap_instances, take_rows
 from bigbag.data.plan import EpochPlan, PackPlan
 from bigbag.data.stores import BagStore
+from bigbag.parts import Parts
 
 Item = tuple[int, int, PackPlan, PackedBags]
 
@@ -42,6 +44,7 @@ def stream(
     max_instances: int | None = None,
     seed: int = 0,
     epoch: int = 0,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[Item]:
     """The packs of one rank, in the order of the plan.
 
@@ -60,6 +63,7 @@ def stream(
         max_instances: random subsample of each larger bag, drawn by (seed, epoch, bag); None: whole bags.
         seed: seed of the subsample.
         epoch: epoch of the subsample.
+        part: ``(r, R)`` reads the r-th of R parts of every bag (:meth:`bigbag.Bag.part`), as ``pack.parts`` says.
 
     Yields:
         ``(step, micro_step, pack plan, pack)``.
@@ -80,7 +84,7 @@ def stream(
     allocate = pinned or buffers.lease
 
     def read(pack_plan: PackPlan) -> PackedBags:
-        return _read(store, pack_plan, max_instances, seed, epoch, dtype=dtype, allocate=allocate)
+        return _read(store, pack_plan, max_instances, seed, epoch, part, dtype=dtype, allocate=allocate)
 
     items = list(plan.of_rank(rank, start_step))
     packs = map(read, (item[2] for item in items)) if not ahead else _read_ahead(read, items, num_workers, ahead)
@@ -99,7 +103,13 @@ def _numbered(items: list[tuple[int, int, PackPlan]], packs: Iterator[PackedBags
 
 
 def _read(
-    store: BagStore, plan: PackPlan, max_instances: int | None, seed: int, epoch: int, **memory: Any
+    store: BagStore,
+    plan: PackPlan,
+    max_instances: int | None,
+    seed: int,
+    epoch: int,
+    part: tuple[int, int],
+    **memory: Any,
 ) -> PackedBags:
     bags = []
     for index in plan.bags:
@@ -112,7 +122,11 @@ def _read(
             f"stream: the plan expects {plan.num_instances} instances in bags {plan.bags}, got {num_instances}: "
             f"make the plan with capped_sizes(store.sizes, max_instances={max_instances})"
         )
-    return PackedBags.from_bags(bags, **memory)
+    rank, num_ranks = part
+    if num_ranks == 1:
+        return PackedBags.from_bags(bags, **memory)
+    pack = PackedBags.from_bags([bag.part(rank, num_ranks) for bag in bags], **memory)
+    return replace(pack, parts=Parts.even([bag.num_instances for bag in bags], num_ranks, rank))
 
 
 def _read_ahead(

@@ -1,4 +1,4 @@
-"""What carries a training step: plain torch for one process, DeepSpeed for any number.
+"""What carries a training step: plain torch, or DeepSpeed.
 
 Both present the same small seam. The loss that they are given is already a share of the global step's mean loss, so
 the gradient of a step is the sum over its packs and ranks, whatever their number.
@@ -63,10 +63,10 @@ class Backend(Protocol):
 
 
 class TorchBackend:
-    """One process, no dependencies."""
+    """Every rank has all weights and optimiser states; no dependencies."""
 
     def __init__(self, module: StepModule, config: Config, world: World) -> None:
-        self.module = module.to(world.device)
+        self.module, self.world = module.to(world.device), world
         self.optimizer = build_optimizer(module, config.optim)
         self.clip_norm = config.optim.clip_norm
 
@@ -78,6 +78,13 @@ class TorchBackend:
 
     def backward(self, loss: Tensor, last: bool) -> None:
         loss.backward()
+        if last and self.world.size > 1:
+            trained = [p for p in self.module.parameters() if p.requires_grad]
+            for p in trained:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            total = self.world.sum(torch.cat([p.grad.flatten() for p in trained]))  # type: ignore[union-attr]
+            for p, part in zip(trained, total.split([p.numel() for p in trained])):
+                p.grad.copy_(part.view_as(p))  # type: ignore[union-attr]
 
     def step(self, lr: float) -> None:
         if self.clip_norm is not None:
@@ -88,6 +95,8 @@ class TorchBackend:
         self.optimizer.zero_grad(set_to_none=True)
 
     def save(self, folder: Path, tag: str) -> None:
+        if not self.world.is_main:
+            return
         (folder / tag).mkdir(parents=True, exist_ok=True)
         state = {"model": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
         torch.save(state, folder / tag / "state.pt")

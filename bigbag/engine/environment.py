@@ -86,7 +86,7 @@ def wants_checkpointing(config: Config, store: BagStore, bags: Sequence[int]) ->
     if config.train.chunk_instances is not None:
         return True
     width = int(np.prod(store.feature_shape))
-    return largest_pack_instances(config, store, bags) * width * 4 > _CHECKPOINT_BYTES
+    return largest_pack_instances(config, store, bags) * width * 4 > _CHECKPOINT_BYTES * config.parallel.bag
 
 
 def _memory(

@@ -14,6 +14,7 @@ from bigbag.config import Config
 from bigbag.data import BagStore, capped_sizes, plan_epoch
 from bigbag.engine.feed import feed
 from bigbag.engine.metrics import bag_metrics, instance_metrics
+from bigbag.engine.step import to_device
 from bigbag.engine.world import World
 from bigbag.models import MILModel
 
@@ -63,7 +64,7 @@ def predict_bags(
         bags,
         seed=config.seed,
         epoch=0,
-        world_size=world.size,
+        world_size=world.data_size,
         budget_instances=data.budget_instances,
         batch_bags=max(1, len(bags)),
         shuffle=False,
@@ -72,7 +73,7 @@ def predict_bags(
     want = "logits and scores" if with_instances else "logits"
     with torch.no_grad():
         for _, _, pack, host_bags in feed(store, plan, config, world):
-            out = forward(host_bags.to(world.device, non_blocking=True), want)
+            out = forward(to_device(host_bags, world), want)
             if pack.is_filler:
                 continue
             logits, scores = out if with_instances else (out, out)
@@ -84,15 +85,18 @@ def predict_bags(
                 if not config.report.instance_scores:
                     mine[-1] = mine[-1]._replace(coords=None)
     gathered = sorted((item for part in world.gather(mine) for item in part), key=lambda item: item.bag)
-    assert [item.bag for item in gathered] == sorted(bags), "every bag is evaluated exactly once"
+    # Ranks that share a bag all have its logits, and each its own instances, which stand in order of rank.
+    once = gathered[:: world.bag_ranks]
+    assert [item.bag for item in once] == sorted(bags), "every bag is evaluated exactly once"
+    sizes = np.array([len(item.scores) for item in gathered], dtype=np.int64)
     labelled = [item for item in gathered if len(item.scores)]
     coords = [item.coords for item in labelled if item.coords is not None]
     return Predictions(
-        bags=np.array([item.bag for item in gathered], dtype=np.int64),
-        logits=np.stack([item.logits for item in gathered]) if gathered else np.empty((0, config.task.num_outputs)),
+        bags=np.array([item.bag for item in once], dtype=np.int64),
+        logits=np.stack([item.logits for item in once]) if once else np.empty((0, config.task.num_outputs)),
         y_inst=np.concatenate([item.y_inst for item in labelled] or [np.empty(0, np.int64)]),
         scores=np.concatenate([item.scores for item in labelled] or [np.empty(0, np.float32)]),
-        sizes=np.array([len(item.scores) for item in gathered], dtype=np.int64),
+        sizes=sizes.reshape(-1, world.bag_ranks).sum(1),
         coords=np.concatenate(coords) if coords and len(coords) == len(labelled) else None,
     )
 

@@ -15,12 +15,12 @@ from bigbag.engine.world import World
 def feed(
     store: BagStore, plan: EpochPlan, config: Config, world: World, *, start_step: int = 0, epoch: int = 0
 ) -> Iterator[tuple[int, int, PackPlan, PackedBags]]:
-    """This rank's packs of ``plan``, read as ``config.data`` says: see :func:`bigbag.data.stream`."""
+    """This rank's (parts of) packs of ``plan``, read as ``config.data`` says: see :func:`bigbag.data.stream`."""
     data = config.data
     return stream(
         store,
         plan,
-        rank=world.rank,
+        rank=world.data_rank,
         start_step=start_step,
         num_workers=data.num_workers,
         prefetch=data.prefetch_packs,
@@ -29,4 +29,5 @@ def feed(
         max_instances=data.max_instances,
         seed=config.seed,
         epoch=epoch,
+        part=(world.bag_rank, world.bag_ranks),
     )

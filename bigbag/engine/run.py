@@ -45,7 +45,7 @@ def train(config: Config, store: BagStore | None = None, world: World | None = N
         FileNotFoundError: missing shards.
     """
     backend_name = choose_backend(config.engine.backend)
-    world = world or start_world(backend_name, config.engine.threads)
+    world = (world or start_world(backend_name, config.engine.threads)).sharing_bags(config.parallel.bag)
     ops.use_impl(config.engine.impl)
     store = store or open_configured_store(config)
     splits = split_bags(store, config.data.splits)
@@ -87,6 +87,7 @@ def evaluate(
         the content of ``results.json``.
     """
     world = world or start_world(choose_backend(config.engine.backend), config.engine.threads)
+    world = world.sharing_bags(config.parallel.bag)
     store = store or open_configured_store(config)
     splits = splits or split_bags(store, table=str(config.run_dir / SPLITS_NAME))
     model = load_model(config.run_dir).to(world.device)
@@ -151,6 +152,12 @@ def _check_fields(config: Config, store: BagStore) -> None:
             "bigbag pack --overwrite, or take those settings"
         )
     model = MODELS.get(config.model.name)
+    if model is not None and config.parallel.bag > 1 and not model.in_parts:
+        able = ", ".join(name for name, other in MODELS.items() if other.in_parts)
+        raise ConfigError(
+            f"parallel.bag is {config.parallel.bag}, but model {config.model.name} computes on whole bags: set it "
+            f"to 1, or take one of {able}"
+        )
     for name in model.needs if model is not None and store.fields is not None else ():
         if name not in store.fields:  # type: ignore[operator]
             raise ConfigError(

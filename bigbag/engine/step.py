@@ -23,6 +23,7 @@ from bigbag.data import PackPlan, StepPlan
 from bigbag.engine.backend import Backend
 from bigbag.engine.world import World
 from bigbag.models import MILModel
+from bigbag.ops.distributed import join_parts
 
 Packs = Iterable[tuple[int, int, PackPlan, PackedBags]]
 Call = tuple[Tensor, Tensor]
@@ -70,7 +71,7 @@ def accumulate(
     Raises:
         ConfigError: a coefficient for a loss that the model does not have.
     """
-    world_is_a_pack = world.size * len(plan.micro_steps) == 1
+    world_is_a_pack = world.data_size * len(plan.micro_steps) == 1
     if getattr(model.criterion, "spans_step", False) and not world_is_a_pack:
         sums = _accumulate_jointly(list(packs), plan, model.criterion, backend, world, coefficients)
     else:
@@ -97,6 +98,8 @@ def _accumulate(
         share = 0.0 if pack.is_filler else len(pack.bags) / plan.num_bags
         if prepare is not None:
             prepare(micro, share)
+        # Each of the ranks that share a bag has all of its loss, and the gradients of all ranks are added up.
+        share /= world.bag_ranks
         bags, losses = _forward(pack, host_bags, backend, world)
         backend.backward(total_loss(losses, coefficients) * share, last=micro == len(plan.micro_steps) - 1)
         sums.add(pack, bags, losses, share)
@@ -138,7 +141,7 @@ def _accumulate_jointly(
             _forward(pack, host_bags, backend, world)
             if pack.is_filler:
                 own[-1].clear()
-        cotangents = _over_the_step(criterion, world.gather(own), world.rank)
+        cotangents = _over_the_step(criterion, world.gather(own)[:: world.bag_ranks], world.data_rank)
         return _accumulate(packs, plan, backend, world, coefficients, prepare)
     finally:
         criterion.stand_in = None
@@ -184,9 +187,15 @@ def _over_the_step(criterion: Any, calls: list[list[list[Call]]], rank: int) -> 
 def _forward(
     pack: PackPlan, host_bags: PackedBags, backend: Backend, world: World
 ) -> tuple[PackedBags, dict[str, Tensor]]:
-    torch.manual_seed(pack.seed)
-    bags = host_bags.to(world.device, non_blocking=True)
+    torch.manual_seed(pack.seed + world.bag_rank)
+    bags = to_device(host_bags, world)
     return bags, backend(bags, "loss")
+
+
+def to_device(host_bags: PackedBags, world: World) -> PackedBags:
+    """The pack where this rank computes, joined with the parts of the ranks that share its bags."""
+    bags = host_bags.to(world.device, non_blocking=True)
+    return bags if bags.parts is None else join_parts(bags, world.bag_group)
 
 
 def total_loss(losses: Mapping[str, Tensor], coefficients: Mapping[str, float]) -> Tensor:

@@ -85,7 +85,7 @@ class Trainer:
             self.splits["train"],
             seed=self.config.seed,
             epoch=done.epoch,
-            world_size=self.world.size,
+            world_size=self.world.data_size,
             budget_instances=self.config.data.budget_instances,
             batch_bags=train.batch_bags,
         )

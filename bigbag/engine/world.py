@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,16 +20,51 @@ class World:
         size: number of processes.
         local_size: number of processes on this machine.
         device: where this process computes.
+        bag_ranks: ranks that share each bag; a group of them has consecutive numbers.
+        bag_group: the process group of this rank's such group; None where ``bag_ranks`` is 1.
     """
 
     rank: int = 0
     size: int = 1
     local_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    bag_ranks: int = 1
+    bag_group: Any = None
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def bag_rank(self) -> int:
+        """Number of this rank among those that share its bags."""
+        return self.rank % self.bag_ranks
+
+    @property
+    def data_rank(self) -> int:
+        """Number of this rank's group among those that have different bags."""
+        return self.rank // self.bag_ranks
+
+    @property
+    def data_size(self) -> int:
+        """Number of groups that have different bags."""
+        return self.size // self.bag_ranks
+
+    def sharing_bags(self, bag_ranks: int) -> World:
+        """The same ranks, every ``bag_ranks`` of which share their bags; all ranks call it.
+
+        Raises:
+            ValueError: the number of ranks is no multiple of it.
+        """
+        if bag_ranks == self.bag_ranks:
+            return self
+        if self.size % bag_ranks:
+            raise ValueError(
+                f"parallel.bag is {bag_ranks}, but there are {self.size} ranks: start a multiple of {bag_ranks}, or "
+                "set another parallel.bag"
+            )
+        groups = [dist.new_group(range(first, first + bag_ranks)) for first in range(0, self.size, bag_ranks)]
+        return replace(self, bag_ranks=bag_ranks, bag_group=groups[self.rank // bag_ranks])
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -57,15 +92,10 @@ def start_world(backend: str, threads: int | None = None) -> World:
     Args:
         backend: "torch" or "deepspeed".
         threads: CPU threads of this rank; None shares the cores of the machine among its ranks.
-
-    Raises:
-        ValueError: several processes with the plain torch backend.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if backend == "torch" and size > 1:
-        raise ValueError(f"engine.backend is torch, which is one process, but WORLD_SIZE is {size}; use deepspeed")
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
@@ -73,6 +103,8 @@ def start_world(backend: str, threads: int | None = None) -> World:
     _set_threads(threads or (max(1, _cores() // local_size) if device.type == "cpu" else None))
     if backend == "deepspeed":
         _start_deepspeed(device)
+    elif size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return World(int(os.environ.get("RANK", "0")), size, local_size, device)
 
 

@@ -104,6 +104,8 @@ class MILModel(torch.nn.Module):
                 f"{type(self).__name__} computes on whole bags, but these are shared out over {bags.parts.num_ranks} "
                 "ranks: set parallel.bag to 1, or take a model that has in_parts, such as ABMIL or TransMIL"
             )
+        if bags.parts is not None:
+            refuse_batch_statistics(self)
         for name in self.needs:
             if getattr(bags, name) is None:
                 raise ValueError(f"{type(self).__name__} needs {name}: {_REMEDIES[name]}")

@@ -217,7 +217,7 @@ def refuse_batch_statistics(module: torch.nn.Module) -> None:
     for name, part in module.named_modules():
         if isinstance(part, torch.nn.modules.batchnorm._BatchNorm) and part.training:
             raise ValueError(
-                f"feat_ext computes instances in chunks, but its {type(part).__name__} {name!r} normalises by the "
-                "statistics of a chunk: use GroupNorm or LayerNorm, put it in eval mode, or switch "
-                "activation_checkpointing off"
+                f"{type(part).__name__} {name!r} normalises by the statistics of a chunk of instances, or of one "
+                "rank's, not of the bag: use GroupNorm or LayerNorm, put it in eval mode, or compute whole bags "
+                "(activation_checkpointing off, parallel.bag 1)"
             )

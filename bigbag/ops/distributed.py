@@ -109,25 +109,22 @@ def return_rows(rows: Tensor, halo: Halo, total: Tensor) -> Tensor:
     return total.index_add_(0, halo.send, _send(by_rank, halo.counts, halo.send_counts, halo.parts))
 
 
-def join_parts(pack: PackedBags, totals: tuple[int, ...], rank: int, num_ranks: int, group: Any = None) -> PackedBags:
-    """Tell a pack of parts of bags (:meth:`bigbag.Bag.part`) of the other parts; all ranks of the group call it.
+def join_parts(pack: PackedBags, group: Any = None) -> PackedBags:
+    """Tell a pack of parts of bags of the other ranks' parts; all ranks of the group call it.
 
     Args:
-        pack: this rank's parts, on its device.
-        totals: the number of instances of each whole bag.
-        rank: number of this rank in the group.
-        num_ranks: ranks of the group.
+        pack: this rank's parts (:meth:`bigbag.Bag.part`), on its device, and in ``parts`` who holds what.
         group: the process group; None: that of all ranks.
 
     Raises:
-        ValueError: parts of other sizes.
+        ValueError: a pack of whole bags, or of parts of other sizes.
     """
-    parts = Parts.even(totals, num_ranks, rank, group)
-    if parts.sizes[rank] != pack.sizes:
+    if pack.parts is None or pack.parts.sizes[pack.parts.rank] != pack.sizes:
         raise ValueError(
-            f"join_parts: the pack has {pack.sizes} instances, rank {rank} of {num_ranks} should hold "
-            f"{parts.sizes[rank]}: take the parts from Bag.part"
+            f"join_parts: the pack has {pack.sizes} instances, its parts say {pack.parts}: make it of Bag.part, with "
+            "parts=Parts.even(sizes of the whole bags, number of ranks, rank)"
         )
+    parts = replace(pack.parts, group=group)
     adj = None if pack.adj is None else _join_graph(pack.adj, pack.segments, parts)
     return replace(pack, parts=parts, adj=adj)
 

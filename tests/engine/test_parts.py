@@ -8,7 +8,7 @@ import torch
 from bigbag.config import OptimConfig, build_config
 from bigbag.engine.backend import choose_backend, deepspeed_config
 from bigbag.engine.optim import build_optimizer, learning_rate
-from bigbag.engine.world import World, start_world
+from bigbag.engine.world import World
 
 
 def test_learning_rate_warms_up_and_decays():
@@ -46,11 +46,12 @@ def test_backend_follows_the_launcher(monkeypatch):
     assert choose_backend("auto") == "torch" and choose_backend("deepspeed") == "deepspeed"
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert choose_backend("auto") == "deepspeed"
-    with pytest.raises(ValueError, match="WORLD_SIZE is 2; use deepspeed"):
-        start_world("torch")
 
 
 def test_a_world_of_one():
     world = World()
+    assert world.sharing_bags(1) is world
+    with pytest.raises(ValueError, match="parallel.bag is 2, but there are 1 ranks: start a multiple of 2"):
+        world.sharing_bags(2)
     assert world.is_main and world.gather({"a": 1}) == [{"a": 1}]
     assert world.sum(torch.tensor([2.0])).item() == 2.0

@@ -1,6 +1,7 @@
 """Bags shared out over several ranks: the same losses and gradients as on one."""
 
 import random
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -11,6 +12,7 @@ from bigbag import PackedBags
 from bigbag.models import MODELS
 from bigbag.nn import VariationalAutoEncoder
 from bigbag.ops.distributed import join_parts
+from bigbag.parts import Parts
 from bigbag.testing import run_ranks
 from tests.models.test_models import SMALL, build, make_bag
 
@@ -45,8 +47,8 @@ def compute(name, arguments, bags, dtype, parts=None):
     pack = pack.with_x(pack.x.to(dtype))
     num_ranks = 1
     if parts is not None:
-        pack = join_parts(pack, tuple(bag.num_instances for bag in bags), *parts)
-        num_ranks = parts[1]
+        rank, num_ranks = parts
+        pack = join_parts(replace(pack, parts=Parts.even([bag.num_instances for bag in bags], num_ranks, rank)))
     torch.manual_seed(3)
     with mock.patch.object(VariationalAutoEncoder, "get_reparameterized_samples", mean_samples):
         _, losses = model.compute_loss(pack.y, pack)
