@@ -91,8 +91,9 @@ def chebyshev_conv(coo: Tensor, x: Tensor, weight: Tensor, lambda_max: float) ->
     return torch.cat(list(terms), 1) @ weight.t()
 
 
-def sampled_attention(draws: Tensor, values: Tensor) -> Tensor:
+def sampled_attention(mu: Tensor, log_var: Tensor, noise: Tensor, values: Tensor) -> Tensor:
     """One bag as torchmil pools it: every draw kept, softmax, product."""
+    draws = (mu[:, None] + (log_var / 2).exp()[:, None] * noise).clamp(-20, 20)
     return draws.softmax(0).t() @ values
 
 

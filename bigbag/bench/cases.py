@@ -203,8 +203,10 @@ def _sampled_attention(op: str, rows: int, width: int, device: str) -> Case:
     leaves = {name: value.to(device) for name, value in leaves.items()}
 
     def kept(t: Mapping[str, Tensor]) -> Tensor:
-        draws = ops.attention_draws(t["mu"], t["log_var"], segments, width, seed=0)
-        return baselines.sampled_attention(draws, t["values"])[None]
+        # The same normals, drawn in every step as the operator does.
+        zeros = torch.zeros_like(t["mu"]).detach()
+        noise = ops.attention_draws(zeros, zeros, segments, width, seed=0)
+        return baselines.sampled_attention(t["mu"], t["log_var"], noise, t["values"])[None]
 
     def run(t: Mapping[str, Tensor], impl: str) -> Tensor:
         return ops.sampled_attention(t["mu"], t["log_var"], t["values"], segments, width, seed=0)
