@@ -39,7 +39,15 @@ def on_lattice(bag: Bag, stride: float | Literal["infer"] | None = None) -> Bag:
     step: float | None = bag.stride if stride is None else infer_stride(bag.coords) if stride == "infer" else stride
     if step is None:
         return bag
-    return replace(bag, coords=count_patches(bag.coords, step), positions=bag.coords, stride=float(step))
+    return replace(bag, coords=count_patches(bag.coords, step), positions=_narrow(bag.coords), stride=float(step))
+
+
+def _narrow(coords: np.ndarray) -> np.ndarray:
+    """Integers as int32 where they fit: shards hold them for every instance."""
+    if coords.dtype.kind not in "iu" or coords.itemsize <= 4:
+        return coords
+    fits = not len(coords) or (coords.min() >= -(2**31) and coords.max() < 2**31)
+    return coords.astype(np.int32) if fits else coords
 
 
 def count_patches(coords: np.ndarray, stride: float) -> np.ndarray:

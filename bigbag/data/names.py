@@ -10,13 +10,13 @@ SUFFIXES = (
 
 
 def bare_name(name: str) -> str:
-    """``name`` without folders and without one of the :data:`SUFFIXES`.
+    """``name`` without folders and without any of the :data:`SUFFIXES` at its end (``a.svs.h5`` is ``a``).
 
     Only known extensions are cut, since names have dots of their own (TCGA's ``...-DX1.<uuid>``).
     """
     name = name.replace("\\", "/").rstrip("/").rpartition("/")[2]
-    lower = name.lower()
-    for suffix in SUFFIXES:
-        if lower.endswith(suffix) and len(name) > len(suffix):
-            return name[: -len(suffix)]
-    return name
+    while True:
+        stem, dot, suffix = name.rpartition(".")
+        if not stem or f".{suffix.lower()}" not in SUFFIXES:
+            return name
+        name = stem

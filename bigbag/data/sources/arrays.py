@@ -213,16 +213,21 @@ def _read_h5(path: Path) -> Contents:
 
 def _read_csv(path: Path) -> Contents:
     """One line per instance; a header may name two columns x and y. A header 0, 1, 2, ... is pandas' own."""
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        first = file.readline()
-    delimiter = max(",\t;", key=first.count)
-    cells = next(csv.reader([first.strip()], delimiter=delimiter), [])
-    numbered = len(cells) > 1 and cells == [str(i) for i in range(len(cells))]
-    has_header = numbered or not all(_is_number(cell) for cell in cells)
     try:
-        values = np.loadtxt(path, np.float32, delimiter=delimiter, skiprows=int(has_header), ndmin=2, encoding="utf-8")
-    except ValueError as error:
-        raise ValueError(f"{path}: not a table of numbers ({error})") from None
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            first, second = file.readline(), file.readline()
+            delimiter = max(",\t;", key=first.count)
+            cells = next(csv.reader([first.strip()], delimiter=delimiter), [])
+            if not cells:
+                raise ValueError("the first line is empty")
+            numbered = len(cells) > 1 and cells == [str(i) for i in range(len(cells))]
+            has_header = numbered or not all(_is_number(cell) for cell in cells)
+            file.seek(0)
+            values = np.empty((0, len(cells)), np.float32)
+            if second.strip() or not has_header:
+                values = np.loadtxt(file, np.float32, delimiter=delimiter, skiprows=int(has_header), ndmin=2)
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{path}: not a table of numbers ({error}): write or copy it again") from None
     names = [cell.strip().lower() for cell in cells] if has_header else []
     if "x" in names and "y" in names:
         places = [names.index("x"), names.index("y")]

@@ -15,6 +15,7 @@ from bigbag.data.sources.table import COLUMNS, Table, is_missing, leftover, read
 from bigbag.data.split_tables import split_name
 
 _TCGA = re.compile(r"(TCGA-[A-Z0-9]{2}-[A-Z0-9]{4})(?:-|$)")
+_SPLITS = ("train", "val", "test")
 _EVENTS = {"1": 1, "0": 0, "true": 1, "false": 0, "yes": 1, "no": 0, "dead": 1, "deceased": 1, "alive": 0, "living": 0,
            "event": 1, "censored": 0, "1:deceased": 1, "0:living": 0}  # fmt: skip
 
@@ -83,7 +84,7 @@ def read_labels(path: str, how: Reading) -> Annotations:
         ValueError: no column of slides or patients, no or several columns that could be the label, a label that is no
             number among numbers, or a slide with two labels.
     """
-    table = _read_parts(path) if "{split}" in path else read_table(path)
+    table = _unfolded(_read_parts(path) if "{split}" in path else read_table(path))
     given = {role: name for role, name in how.columns.items() if isinstance(name, str)}
     slide, patient, split = (table.column(role, given) for role in ("slide", "patient", "split"))
     if slide is None and patient is None and table.columns[0] == "":
@@ -112,7 +113,7 @@ def read_labels(path: str, how: Reading) -> Annotations:
 
 def _read_parts(path: str) -> Table:
     """One table of several: ``{split}`` in their name is train, val, test, and becomes a column."""
-    tables = {name: Path(path.replace("{split}", name)) for name in ("train", "val", "test")}
+    tables = {name: Path(path.replace("{split}", name)) for name in _SPLITS}
     read = {name: read_table(file) for name, file in tables.items() if name == "train" or file.is_file()}
     first = read["train"]
     for table in read.values():
@@ -121,6 +122,22 @@ def _read_parts(path: str) -> Table:
     rows = tuple({**row, "split": name} for name, table in read.items() for row in table.rows)
     lines = tuple(line for table in read.values() for line in table.lines)
     return Table(Path(path), (*(name for name in first.columns if name != "split"), "split"), rows, lines)
+
+
+def _unfolded(table: Table) -> Table:
+    """A table of ``train, train_label, val, ...`` (TransMIL, MIL_BASELINE) with one line for each slide."""
+    parts = {split: next((n for n in (split, f"{split}_slide_path") if n in table.columns), None) for split in _SPLITS}
+    found = {split: name for split, name in parts.items() if name is not None and f"{split}_label" in table.columns}
+    if not found:
+        return table
+    cells = [
+        (line, {"slide": row[name], "label": row[f"{split}_label"], "split": split})
+        for split, name in found.items()
+        for line, row in table
+        if not is_missing(row[name])
+    ]
+    rows, lines = tuple(row for _, row in cells), tuple(line for line, _ in cells)
+    return Table(table.path, ("slide", "label", "split"), rows, lines)
 
 
 def tcga_patient(name: str) -> str | None:
