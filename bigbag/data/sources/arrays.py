@@ -101,9 +101,9 @@ def read_file(path: str | Path) -> Contents:
 def _read_npy(path: Path) -> Contents:
     try:
         return Contents(path, {"": np.load(path, mmap_mode="r", allow_pickle=False)})
-    except (ValueError, EOFError, OSError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
+    except (FileNotFoundError, MemoryError):
+        raise
+    except Exception as error:  # a damaged header fails in any part of the parser of Python's syntax
         raise ValueError(f"{path}: not a readable .npy file of numbers ({error}): write it again") from None
 
 
@@ -111,9 +111,9 @@ def _read_npz(path: Path) -> Contents:
     try:
         with zipfile.ZipFile(path) as archive:
             arrays = {item.filename.removesuffix(".npy"): _npz_member(archive, item) for item in archive.infolist()}
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
+    except (FileNotFoundError, MemoryError):
+        raise
+    except Exception as error:  # as above, and zipfile's and zlib's own errors
         raise ValueError(f"{path}: not a readable .npz file of numbers ({error}): write it again") from None
     return Contents(path, arrays)
 
@@ -153,7 +153,7 @@ def load_pt(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals(_numpy_globals()):
             return torch.load(path, mmap=zipfile.is_zipfile(path), **kwargs)
-    except FileNotFoundError:
+    except (FileNotFoundError, MemoryError):
         raise
     except pickle.UnpicklingError as error:
         reason = str(error).split("\n\n")[0].splitlines()[0]

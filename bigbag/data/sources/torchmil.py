@@ -15,6 +15,7 @@ import numpy as np
 
 from bigbag.bags import Bag, Label
 from bigbag.data.lattice import settled_stride
+from bigbag.data.sources.arrays import read_file
 from bigbag.data.sources.base import SourceEntry
 from bigbag.data.sources.h5 import need_dataset, open_h5, read_dataset
 
@@ -216,10 +217,7 @@ def read_npy(path: Path) -> np.ndarray:
     Raises:
         ValueError: not an ``.npy`` file, truncated, or an array of Python objects, which would have to be unpickled.
     """
-    try:
-        return np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path}: not a readable .npy file of numbers ({error}): write it again") from None
+    return np.array(read_file(path).arrays[""])
 
 
 def to_lattice(coords: np.ndarray, patch_size: float) -> np.ndarray:
