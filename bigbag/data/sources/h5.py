@@ -1,8 +1,9 @@
 """HDF5 files of features: checked before they are read, and read at the speed of the disk.
 
-Several extractors write chunks of one row. HDF5 then looks every row up in a tree and copies it through its cache,
-which takes many times as long as the bytes. Where the chunks are plain bytes, their addresses are listed once and the
-bytes are read from there.
+Several extractors write chunks of one row. HDF5 then looks every row up in a tree and copies it through its cache.
+Where the chunks are plain bytes, their addresses are listed once and the bytes are read from there: 20,000 x 1024
+float32 take 28 ms instead of 96 ms of ``file[name][:]``, their coordinates 16 ms instead of 75 ms (warm page cache,
+2 cores of an AMD EPYC; ``python tests/data/measure_h5.py``).
 """
 
 from __future__ import annotations
