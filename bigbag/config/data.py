@@ -105,6 +105,43 @@ class SplitsConfig(Section):
         return any(value is not None for value in asked)
 
 
+class SamplingConfig(Section):
+    """Training bags drawn with replacement; ``metrics.jsonl`` says how many different ones each epoch saw."""
+
+    weights: Literal["class_balanced"] | dict[int, float] | str = "class_balanced"
+    """class_balanced: every label as often as any other; ``{0: 1, 1: 3}``: weight of a bag by its label; otherwise a
+    CSV with the columns ``bag`` and ``weight``."""
+    num_bags: int | None = None
+    """Draws in an epoch; None: as many as there are training bags."""
+
+    @field_validator("num_bags")
+    @classmethod
+    def _positive(cls, value: int | None) -> int | None:
+        if value is not None and value < 1:
+            raise ValueError(f"expected at least 1, got {value}")
+        return value
+
+
+class AugmentConfig(Section):
+    """Random changes to training bags, the same for the same seed, epoch and bag: :class:`bigbag.data.Augmentation`."""
+
+    mixup: float = 0.0
+    """Replace a share of the instances of each bag by those of another training bag, and mix the labels; the share is
+    drawn from Beta(mixup, mixup). 0: off."""
+    instance_dropout: float = 0.0
+    """Share of the instances of each bag that are left out. 0: whole bags."""
+    feature_noise: float = 0.0
+    """Standard deviation of Gaussian noise on the features, in their unit. 0: none."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AugmentConfig:
+        for name in ("mixup", "instance_dropout", "feature_noise"):
+            limit = 1 if name == "instance_dropout" else float("inf")
+            if not 0 <= getattr(self, name) < limit:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more, and below {limit}")
+        return self
+
+
 class DataConfig(Section):
     """Which bags, how they are packed, and how they are fed."""
 
@@ -126,6 +163,12 @@ class DataConfig(Section):
     """Most instances in one pack; a larger bag is a pack of its own."""
     max_instances: int | None = None
     """Cap: use a random subsample of at most so many instances of each bag, everywhere. None: whole bags."""
+    bag: Literal["slide", "patient"] = "slide"
+    """patient: all slides of a patient are one bag, with one label."""
+    sampling: SamplingConfig | None = None
+    """Draw training bags by weight, with replacement; None: every training bag once in an epoch."""
+    augment: AugmentConfig = AugmentConfig()
+    """Random changes to training bags; none by default."""
     splits: SplitsConfig = SplitsConfig()
     """Which bags train, validate and test."""
     num_workers: int = 1

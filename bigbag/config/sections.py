@@ -258,6 +258,12 @@ class Config(Section):
     compare: CompareConfig = CompareConfig()
     """Comparison of models."""
 
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if self.data.augment.mixup and self.task.type not in ("binary", "multilabel", "regression"):
+            raise ValueError(f"data.augment.mixup mixes labels, which those of task.type {self.task.type} do not allow")
+        return self
+
     @property
     def monitor(self) -> str:
         """Validation metric that picks the best epoch."""

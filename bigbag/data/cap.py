@@ -23,7 +23,9 @@ def count_capped(sizes: Sequence[int], max_instances: int | None) -> tuple[int, 
     return len(over), sum(over)
 
 
-def cap_instances(size: int, max_instances: int | None, *, seed: int, epoch: int, bag: int) -> np.ndarray | None:
+def cap_instances(
+    size: int, max_instances: int | None, *, seed: int, epoch: int, bag: int, draw: int = 0
+) -> np.ndarray | None:
     """Rows of a random subsample of a bag, ascending, without replacement; None where the bag fits whole.
 
     Args:
@@ -32,6 +34,7 @@ def cap_instances(size: int, max_instances: int | None, *, seed: int, epoch: int
         seed: seed of the run.
         epoch: number of the epoch: each one has another subsample.
         bag: index of the bag.
+        draw: how often the bag has been drawn before in this epoch.
 
     Returns:
         ``(max_instances,)`` int64, or None.
@@ -43,7 +46,7 @@ def cap_instances(size: int, max_instances: int | None, *, seed: int, epoch: int
         raise ValueError(f"max_instances is {max_instances}, expected at least 1, or None for whole bags")
     if max_instances is None or size <= max_instances:
         return None
-    generator = np.random.default_rng(derive_seed(seed, epoch, bag))
+    generator = np.random.default_rng(derive_seed(seed, epoch, bag, *((draw,) if draw else ())))
     return np.sort(generator.choice(size, max_instances, replace=False, shuffle=False))
 
 

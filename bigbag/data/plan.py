@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import struct
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -24,12 +25,14 @@ class PackPlan:
         num_instances: instances of all of them.
         is_filler: True for a bag computed with weight 0, only to keep this rank in step with the others.
         seed: seed for dropout and the like, different for every pack of every epoch.
+        draws: how often each of the bags comes before in this epoch; 0 unless bags are drawn with replacement.
     """
 
     bags: tuple[int, ...]
     num_instances: int
     is_filler: bool
     seed: int
+    draws: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ def plan_epoch(
     budget_instances: int,
     batch_bags: int,
     shuffle: bool = True,
+    repeated: bool = False,
 ) -> EpochPlan:
     """Plan one epoch over ``bags``.
 
@@ -94,13 +98,14 @@ def plan_epoch(
 
     Args:
         sizes: instances of every bag of the set.
-        bags: indices into ``sizes`` of the bags to visit, each once.
+        bags: indices into ``sizes`` of the bags to visit.
         seed: seed of the run.
         epoch: number of the epoch.
         world_size: number of ranks.
         budget_instances: most instances in a pack.
         batch_bags: bags in a step, over all ranks.
         shuffle: False keeps the order of ``bags``.
+        repeated: allow a bag to be visited several times, as :func:`bigbag.data.draw_bags` gives them.
 
     Returns:
         The plan, the same on every rank.
@@ -111,8 +116,8 @@ def plan_epoch(
     for name, value in (("world_size", world_size), ("budget_instances", budget_instances), ("batch_bags", batch_bags)):
         if value < 1:
             raise ValueError(f"plan_epoch: {name} is {value}, expected at least 1")
-    if len(set(bags)) != len(bags):
-        raise ValueError("plan_epoch: a bag is listed twice in bags; every bag is visited once in an epoch")
+    if not repeated and len(set(bags)) != len(bags):
+        raise ValueError("plan_epoch: a bag is listed twice in bags; every bag is visited once unless repeated=True")
     if bags and not (min(bags) >= 0 and max(bags) < len(sizes)):
         raise ValueError(f"plan_epoch: bags go from {min(bags)} to {max(bags)}, but there are {len(sizes)} bags")
     order = [int(bag) for bag in bags]
@@ -121,11 +126,12 @@ def plan_epoch(
         order = [order[i] for i in generator.permutation(len(order))]
     filler = min(order, key=lambda bag: (sizes[bag], bag), default=0)
     totals = [0] * world_size
+    drawn: Counter[int] = Counter()
     steps = []
     for step, start in enumerate(range(0, len(order), batch_bags)):
         group = order[start : start + batch_bags]
         packs = _packs_of_step(group, sizes, budget_instances, world_size)
-        steps.append(StepPlan(_deal(packs, sizes, filler, totals, (seed, epoch, step)), len(group)))
+        steps.append(StepPlan(_deal(packs, sizes, filler, totals, drawn, (seed, epoch, step)), len(group)))
     return EpochPlan(tuple(steps), world_size)
 
 
@@ -174,11 +180,16 @@ def _balance(bags: list[int], sizes: Sequence[int], num_packs: int) -> list[list
 
 
 def _deal(
-    packs: list[list[int]], sizes: Sequence[int], filler: int, totals: list[int], where: tuple[int, int, int]
+    packs: list[list[int]],
+    sizes: Sequence[int],
+    filler: int,
+    totals: list[int],
+    drawn: Counter[int],
+    where: tuple[int, int, int],
 ) -> tuple[tuple[PackPlan, ...], ...]:
     """Deal packs to ranks: packs of similar size together, the heaviest to the rank with the least work so far.
 
-    ``totals``, the instances of each rank in this epoch, is brought up to date.
+    ``totals``, the instances of each rank in this epoch, and ``drawn``, the visits of each bag, are brought up to date.
     """
     plans = [_plan_pack(pack or [filler], sizes, is_filler=not pack) for pack in packs]
     plans.sort(key=lambda plan: (-plan.num_instances, plan.is_filler, plan.bags))
@@ -189,8 +200,18 @@ def _deal(
         for rank, plan in of_rank.items():
             totals[rank] += plan.num_instances
             of_rank[rank] = replace(plan, seed=derive_seed(*where, micro, rank))
-        micro_steps.append(tuple(of_rank[rank] for rank in range(len(totals))))
+        micro_steps.append(tuple(_with_draws(of_rank[rank], drawn) for rank in range(len(totals))))
     return tuple(micro_steps)
+
+
+def _with_draws(plan: PackPlan, drawn: Counter[int]) -> PackPlan:
+    if plan.is_filler:
+        return replace(plan, draws=(0,))
+    draws = []
+    for bag in plan.bags:
+        draws.append(drawn[bag])
+        drawn[bag] += 1
+    return replace(plan, draws=tuple(draws))
 
 
 def _plan_pack(bags: list[int], sizes: Sequence[int], is_filler: bool) -> PackPlan:

@@ -18,7 +18,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from bigbag.bags import PackedBags
+from bigbag.bags import Bag, PackedBags
+from bigbag.data.augment import Augmentation
 from bigbag.data.buffers import Buffers
 from bigbag.data.cap import cap_instances, take_rows
 from bigbag.data.plan import EpochPlan, PackPlan
@@ -45,6 +46,7 @@ def stream(
     seed: int = 0,
     epoch: int = 0,
     part: tuple[int, int] = (0, 1),
+    augment: Augmentation | None = None,
 ) -> Iterator[Item]:
     """The packs of one rank, in the order of the plan.
 
@@ -53,7 +55,8 @@ def stream(
 
     Args:
         store: the bags.
-        plan: the plan of this epoch, made with ``capped_sizes(store.sizes, max_instances)``.
+        plan: the plan of this epoch, made with ``capped_sizes(store.sizes, max_instances)``, changed by
+            ``augment.sizes`` where there is one.
         rank: this process, in ``0 .. plan.world_size - 1``.
         start_step: first step, for going on in the middle of an epoch.
         num_workers: reading threads; 0 reads when a pack is asked for.
@@ -61,9 +64,10 @@ def stream(
         pin_memory: lay packs in page-locked memory, for asynchronous copies to a GPU.
         dtype: precision of the features in the packs; None: as they are stored.
         max_instances: random subsample of each larger bag, drawn by (seed, epoch, bag); None: whole bags.
-        seed: seed of the subsample.
-        epoch: epoch of the subsample.
+        seed: seed of the subsample and of ``augment``.
+        epoch: epoch of both.
         part: ``(r, R)`` reads the r-th of R parts of every bag (:meth:`bigbag.Bag.part`), as ``pack.parts`` says.
+        augment: changes to training bags; None: none.
 
     Yields:
         ``(step, micro_step, pack plan, pack)``.
@@ -84,7 +88,7 @@ def stream(
     allocate = pinned or buffers.lease
 
     def read(pack_plan: PackPlan) -> PackedBags:
-        return _read(store, pack_plan, max_instances, seed, epoch, part, dtype=dtype, allocate=allocate)
+        return _read(store, pack_plan, max_instances, seed, epoch, part, augment, dtype=dtype, allocate=allocate)
 
     items = list(plan.of_rank(rank, start_step))
     packs = map(read, (item[2] for item in items)) if not ahead else _read_ahead(read, items, num_workers, ahead)
@@ -109,24 +113,33 @@ def _read(
     seed: int,
     epoch: int,
     part: tuple[int, int],
+    augment: Augmentation | None,
     **memory: Any,
 ) -> PackedBags:
-    bags = []
-    for index in plan.bags:
+    def read(index: int, draw: int) -> Bag:
         bag = store.read(index)
-        rows = cap_instances(bag.num_instances, max_instances, seed=seed, epoch=epoch, bag=index)
-        bags.append(bag if rows is None else take_rows(bag, rows))
+        rows = cap_instances(bag.num_instances, max_instances, seed=seed, epoch=epoch, bag=index, draw=draw)
+        return bag if rows is None else take_rows(bag, rows)
+
+    keys = [(seed, epoch, index, draw) for index, draw in zip(plan.bags, plan.draws or (0,) * len(plan.bags))]
+    bags = [read(*key[2:]) for key in keys]
+    if augment is not None:
+        bags = [augment.change(bag, key, partial(read, draw=key[3])) for bag, key in zip(bags, keys)]
     num_instances = sum(bag.num_instances for bag in bags)
     if num_instances != plan.num_instances:
         raise ValueError(
             f"stream: the plan expects {plan.num_instances} instances in bags {plan.bags}, got {num_instances}: "
-            f"make the plan with capped_sizes(store.sizes, max_instances={max_instances})"
+            f"make the plan with capped_sizes(store.sizes, max_instances={max_instances}), and augment.sizes of them"
         )
     rank, num_ranks = part
     if num_ranks == 1:
-        return PackedBags.from_bags(bags, **memory)
-    pack = PackedBags.from_bags([bag.part(rank, num_ranks) for bag in bags], **memory)
-    return replace(pack, parts=Parts.even([bag.num_instances for bag in bags], num_ranks, rank))
+        pack = PackedBags.from_bags(bags, **memory)
+    else:
+        pack = PackedBags.from_bags([bag.part(rank, num_ranks) for bag in bags], **memory)
+        pack = replace(pack, parts=Parts.even([bag.num_instances for bag in bags], num_ranks, rank))
+    if augment is not None:
+        augment.add_noise(pack, keys)
+    return pack
 
 
 def _read_ahead(

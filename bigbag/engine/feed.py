@@ -2,19 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from bigbag.bags import PackedBags
 from bigbag.config import Config
-from bigbag.data import BagStore, EpochPlan, PackPlan, stream
+from bigbag.data import (
+    Augmentation,
+    BagStore,
+    EpochPlan,
+    PackPlan,
+    bag_weights,
+    capped_sizes,
+    draw_bags,
+    plan_epoch,
+    stream,
+)
 from bigbag.engine.world import World
+
+Item = tuple[int, int, PackPlan, PackedBags]
+
+
+class TrainingFeed:
+    """The packs of every training epoch.
+
+    Args:
+        config: the settings of the run.
+        store: the bags.
+        bags: numbers of the training bags.
+        world: the ranks.
+
+    Attributes:
+        steps_per_epoch: optimiser steps of an epoch.
+        augmentation: what is done to the bags.
+    """
+
+    def __init__(self, config: Config, store: BagStore, bags: Sequence[int], world: World) -> None:
+        self.config, self.store, self.bags, self.world = config, store, tuple(bags), world
+        self.augmentation = configured_augmentation(config, bags)
+        self.sizes = self.augmentation.sizes(capped_sizes(store.sizes, config.data.max_instances))
+        sampling = config.data.sampling
+        self.num_bags = len(bags) if sampling is None or sampling.num_bags is None else sampling.num_bags
+        self.steps_per_epoch = math.ceil(self.num_bags / config.train.batch_bags)
+        self._weights = None if sampling is None else bag_weights([store.infos[b] for b in bags], sampling.weights)
+
+    def bags_of(self, epoch: int) -> tuple[int, ...]:
+        """The bags that an epoch visits: all of them, or those that were drawn for it."""
+        if self._weights is None:
+            return self.bags
+        return draw_bags(self.bags, self._weights, self.num_bags, seed=self.config.seed, epoch=epoch)
+
+    def plan(self, epoch: int) -> EpochPlan:
+        """The plan of an epoch."""
+        drawn = self._weights is not None
+        return plan_epoch(
+            self.sizes,
+            self.bags_of(epoch),
+            seed=self.config.seed,
+            epoch=epoch,
+            world_size=self.world.data_size,
+            budget_instances=self.config.data.budget_instances,
+            batch_bags=self.config.train.batch_bags,
+            shuffle=not drawn,
+            repeated=drawn,
+        )
+
+    def packs(self, plan: EpochPlan, epoch: int, start_step: int) -> Iterator[Item]:
+        """This rank's packs of an epoch, from a step on."""
+        return feed(
+            self.store, plan, self.config, self.world, start_step=start_step, epoch=epoch, augment=self.augmentation
+        )
+
+
+def configured_augmentation(config: Config, bags: Sequence[int]) -> Augmentation:
+    """``data.augment`` for the training bags ``bags``."""
+    return Augmentation(**config.data.augment.model_dump(), partners=tuple(bags))
 
 
 def feed(
-    store: BagStore, plan: EpochPlan, config: Config, world: World, *, start_step: int = 0, epoch: int = 0
-) -> Iterator[tuple[int, int, PackPlan, PackedBags]]:
+    store: BagStore,
+    plan: EpochPlan,
+    config: Config,
+    world: World,
+    *,
+    start_step: int = 0,
+    epoch: int = 0,
+    augment: Augmentation | None = None,
+) -> Iterator[Item]:
     """This rank's (parts of) packs of ``plan``, read as ``config.data`` says: see :func:`bigbag.data.stream`."""
     data = config.data
     return stream(
@@ -30,4 +106,5 @@ def feed(
         seed=config.seed,
         epoch=epoch,
         part=(world.bag_rank, world.bag_ranks),
+        augment=augment,
     )

@@ -10,13 +10,14 @@ import torch
 
 from bigbag import ops
 from bigbag.config import Config, ConfigError
-from bigbag.data import BagStore, count_capped, open_store, split_bags
+from bigbag.data import BagStore, PatientStore, capped_sizes, count_capped, open_store, split_bags
 from bigbag.data.split_tables import splits_table
 from bigbag.data.splits import splits_digest
 from bigbag.engine.attention_maps import save_attention_maps
 from bigbag.engine.backend import StepModule, build_backend, choose_backend
 from bigbag.engine.environment import banner, describe_environment, wants_checkpointing
 from bigbag.engine.evaluate import Predictions, predict_bags, score
+from bigbag.engine.feed import configured_augmentation
 from bigbag.engine.labels import check_labels
 from bigbag.engine.predictions import write_predictions
 from bigbag.engine.trainer import Trainer
@@ -102,6 +103,7 @@ def evaluate(
         threshold = results.get("val", {}).get("instance_best_threshold")
         results[split] = score(predictions[split], store, model, config, threshold)
     results |= {"best_epoch": best_epoch + 1, "left_out": list(store.left_out), **_capped(config, store, splits)}
+    results |= _changed(config, store, splits.get("train", ()))
     if world.is_main:
         write_predictions(config, store, predictions)
         save_attention_maps(config, store, forward, predictions.get("test"), world.device)
@@ -113,13 +115,14 @@ def evaluate(
 def open_configured_store(config: Config) -> BagStore:
     """The packed set that the config names."""
     data = config.data
-    return open_store(
+    store = open_store(
         data.shards,
         check_digests=data.check_digests,
         cache_dir=data.cache_dir,
         cache_bytes=data.cache_bytes,
         allow_pipe=data.allow_pipe,
     )
+    return PatientStore(store) if data.bag == "patient" else store
 
 
 def _check_run(config: Config, store: BagStore, splits: Mapping[str, Sequence[int]]) -> None:
@@ -158,6 +161,8 @@ def _check_fields(config: Config, store: BagStore) -> None:
             f"parallel.bag is {config.parallel.bag}, but model {config.model.name} computes on whole bags: set it "
             f"to 1, or take one of {able}"
         )
+    if config.data.augment.mixup and model is not None and model.hard_labels:
+        raise ConfigError(f"data.augment.mixup mixes labels, but model {config.model.name} takes them for classes")
     for name in model.needs if model is not None and store.fields is not None else ():
         if name not in store.fields:  # type: ignore[operator]
             raise ConfigError(
@@ -216,6 +221,18 @@ def _capped(config: Config, store: BagStore, splits: Mapping[str, Sequence[int]]
         return {}
     num_bags, left_out = count_capped([store.sizes[bag] for part in splits.values() for bag in part], cap)
     return {"capped": {"max_instances": cap, "num_bags": num_bags, "instances_left_out": left_out}}
+
+
+def _changed(config: Config, store: BagStore, bags: Sequence[int]) -> dict[str, Any]:
+    """How training departed from every whole bag once an epoch, for the results."""
+    found: dict[str, Any] = {}
+    sampling = config.data.sampling
+    if sampling is not None:
+        draws = {"training_bags": len(bags), "draws_per_epoch": sampling.num_bags or len(bags)}
+        found["sampling"] = {**sampling.model_dump(mode="json", exclude={"num_bags"}), **draws}
+    sizes = capped_sizes([store.sizes[bag] for bag in bags], config.data.max_instances)
+    counted = configured_augmentation(config, bags).counted(sizes)
+    return {**found, **({"augmentation_per_epoch": counted} if counted else {})}
 
 
 def _read_results(config: Config) -> dict[str, Any]:

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 
 from bigbag.config import Config
-from bigbag.data import BagStore, StepPlan, capped_sizes, plan_epoch
+from bigbag.data import BagStore, StepPlan, count_draws
 from bigbag.engine.annealing import build_schedulers
 from bigbag.engine.backend import Backend
 from bigbag.engine.checkpoint import Progress, load_checkpoint, save_checkpoint
 from bigbag.engine.evaluate import predict_bags, score
-from bigbag.engine.feed import feed
+from bigbag.engine.feed import TrainingFeed
 from bigbag.engine.log import RunLog, progress
 from bigbag.engine.metrics import headline
 from bigbag.engine.optim import learning_rate
@@ -54,9 +54,9 @@ class Trainer:
     ) -> None:
         self.config, self.store, self.splits = config, store, splits
         self.model, self.backend, self.world = model, backend, world
-        self.sizes = capped_sizes(store.sizes, config.data.max_instances)
+        self.feed = TrainingFeed(config, store, splits["train"], world)
         self.checkpoints = config.run_dir / "checkpoints"
-        self.steps_per_epoch = math.ceil(len(splits["train"]) / config.train.batch_bags)
+        self.steps_per_epoch = self.feed.steps_per_epoch
 
     @property
     def best_folder(self) -> Path:
@@ -80,18 +80,10 @@ class Trainer:
 
     def _train_epoch(self, done: Progress) -> None:
         train = self.config.train
-        plan = plan_epoch(
-            self.sizes,
-            self.splits["train"],
-            seed=self.config.seed,
-            epoch=done.epoch,
-            world_size=self.world.data_size,
-            budget_instances=self.config.data.budget_instances,
-            batch_bags=train.batch_bags,
-        )
+        plan = self.feed.plan(done.epoch)
         self.backend.train(True)
         bar = progress(self.steps_per_epoch, done.step, f"epoch {done.epoch + 1}/{train.epochs}", self.world)
-        packs = feed(self.store, plan, self.config, self.world, start_step=done.step, epoch=done.epoch)
+        packs = self.feed.packs(plan, done.epoch, start_step=done.step)
         for step, group in groupby(packs, key=lambda item: item[0]):
             num_bags = plan.steps[step].num_bags
             loss = self._step(done, group, plan.steps[step])
@@ -151,6 +143,8 @@ class Trainer:
             "step": self._global_step(done),
             "train_loss": done.loss_sum / done.num_bags,
         }
+        if self.config.data.sampling is not None:
+            values["sampling"] = count_draws(self.feed.bags_of(done.epoch))
         better = True
         if self.splits.get("val"):
             self.backend.train(False)

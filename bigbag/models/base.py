@@ -33,6 +33,7 @@ class MILModel(torch.nn.Module):
             2048 (GPU: 16,384) rows of 1024 numbers hold.
         in_parts: whether bags may be shared out over several ranks (``parallel.bag``).
         needs: fields of a pack that the model cannot do without, beside ``x``: "adj", "coords".
+        hard_labels: True where a loss of the model takes labels for classes, so that they can't be mixed.
     """
 
     criterion: torch.nn.Module
@@ -40,6 +41,7 @@ class MILModel(torch.nn.Module):
     chunk_instances: int | None = None
     needs: ClassVar[tuple[str, ...]] = ()
     in_parts: ClassVar[bool] = False
+    hard_labels: ClassVar[bool] = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()

@@ -56,6 +56,7 @@ class CLAM_SB(MILModel):
     """
 
     in_parts = True
+    hard_labels = True
 
     def __init__(
         self,

@@ -52,6 +52,8 @@ class IIBMIL(MILModel):
     _sums: Tensor
     _counts: Tensor
 
+    hard_labels = True
+
     def __init__(
         self,
         in_shape: tuple[int, ...] | None = None,
