@@ -6,10 +6,11 @@ import fcntl
 import logging
 import os
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from bigbag.data.manifest import ShardInfo
 from bigbag.data.shards import ShardWriter
@@ -18,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 3
 _WAIT_S = 1.0
+_STALL_S = 60.0
+_SLOWEST_BYTES_PER_S = 1000
 _RESERVE_WAIT_S = 0.2
 _RESERVE_TIMEOUT_S = 600.0
 _UNSAFE = set("'\"\\`${}<>|") | {chr(code) for code in range(33)}
@@ -71,7 +74,7 @@ class ShardCache:
                     problem = f"{type(error).__name__}: {str(error)[:500]}"
                     logger.warning("shard %s from %s, attempt %d: %s", shard.file, url, attempt, problem)
                     if attempt < _ATTEMPTS:
-                        time.sleep(_WAIT_S * attempt)
+                        time.sleep(_WAIT_S * 2 ** (attempt - 1))
         finally:
             reserved.unlink(missing_ok=True)
         raise ValueError(
@@ -117,17 +120,18 @@ def copy_shard(shard: ShardInfo, url: str, path: Path, part: Path) -> None:
     Raises:
         ValueError: what arrived is not what the manifest says.
     """
-    import webdataset
+    from webdataset.handlers import reraise_exception
+    from webdataset.tariterators import group_by_keys, tar_file_expander
 
-    # The plan has already split the work among ranks and workers: WebDataset must not split it again.
-    stream = webdataset.WebDataset([url], shardshuffle=False, nodesplitter=None, workersplitter=None, empty_check=False)
     writer = ShardWriter(path, part)
     try:
-        for sample in stream:
-            members = {name: value for name, value in sample.items() if not name.startswith("_")}
-            writer.add(sample["__key__"], members)
-            if writer.num_bytes > shard.bytes:
-                raise ValueError(f"more than the {shard.bytes} bytes that the manifest promises")
+        with _opened(url) as stream:
+            files = tar_file_expander([{"url": url, "stream": stream}], handler=reraise_exception)
+            for sample in group_by_keys(files, handler=reraise_exception):
+                members = {name: value for name, value in sample.items() if not name.startswith("_")}
+                writer.add(sample["__key__"], members)
+                if writer.num_bytes > shard.bytes:
+                    raise ValueError(f"more than the {shard.bytes} bytes that the manifest promises")
         writer.close()
         num_bytes, sha256 = writer.num_bytes, writer.sha256
         if num_bytes != shard.bytes:
@@ -138,6 +142,46 @@ def copy_shard(shard: ShardInfo, url: str, path: Path, part: Path) -> None:
         writer.discard()
         raise
     writer.publish()
+
+
+def _opened(url: str) -> Any:
+    if not url.startswith(("http://", "https://")):
+        from webdataset.gopen import gopen
+
+        return gopen(url)
+    # Not WebDataset's way, which is curl without a limit for a server that accepts and then says nothing.
+    return _Watched(urllib.request.urlopen(url, timeout=_STALL_S))
+
+
+class _Watched:
+    """A response that fails where its server stalls or trickles."""
+
+    def __init__(self, response: Any) -> None:
+        self._response = response
+        self._start, self._num_bytes = time.monotonic(), 0
+
+    def read(self, size: int) -> bytes:
+        pieces, missing = [], size
+        while missing:
+            piece = self._response.read1(missing)
+            if not piece:
+                break
+            pieces.append(piece)
+            missing -= len(piece)
+            self._num_bytes += len(piece)
+            elapsed = time.monotonic() - self._start
+            if elapsed > _STALL_S and self._num_bytes < _SLOWEST_BYTES_PER_S * elapsed:
+                raise TimeoutError(f"{self._num_bytes} bytes arrived in {elapsed:.0f} s")
+        return b"".join(pieces)
+
+    def close(self) -> None:
+        self._response.close()
+
+    def __enter__(self) -> _Watched:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def check_url(url: str, allow_pipe: bool) -> None:

@@ -10,6 +10,7 @@ import shlex
 import socketserver
 import tarfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,8 @@ class Server:
     url: str
     gets: list[str] = field(default_factory=list)
     broken: dict[str, int] = field(default_factory=dict)  # path -> how many more times only half of it is sent
+    silent: dict[str, str] = field(default_factory=dict)  # path -> "stall" or "trickle"
+    stop: threading.Event = field(default_factory=threading.Event)
 
 
 @pytest.fixture
@@ -45,6 +48,13 @@ def server(packed: Path) -> Iterator[Server]:
     class Handler(http.server.SimpleHTTPRequestHandler):
         def do_GET(self) -> None:
             state.gets.append(self.path)
+            if self.path in state.silent:
+                self.send_response(200)
+                self.end_headers()
+                while not state.stop.wait(0.02):
+                    if state.silent[self.path] == "trickle":
+                        self.wfile.write(b"0")
+                return
             if state.broken.get(self.path, 0) > 0:
                 state.broken[self.path] -= 1
                 content = (packed / self.path.lstrip("/")).read_bytes()
@@ -65,6 +75,7 @@ def server(packed: Path) -> Iterator[Server]:
         thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield state
+        state.stop.set()
         httpd.shutdown()
         thread.join()
 
@@ -132,6 +143,24 @@ def test_a_transfer_that_stays_broken_is_an_error(server: Server, tmp_path: Path
     ):
         store.read(0)
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.suffix in (".tar", ".part", ".reserved")]
+
+
+@pytest.mark.parametrize("how", ["stall", "trickle"])
+def test_a_server_that_says_nothing_is_an_error_not_a_hang(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr(cache_module, "_STALL_S", 0.3)
+    store = open_store(server.url, cache_dir=tmp_path / "cache")
+    server.silent = {"/train-000000.tar": how}
+    start = time.monotonic()
+    reason = "timed out" if how == "stall" else r"bytes arrived in"
+    with pytest.raises(
+        ValueError, match=rf"{server.url}/train-000000.tar: .* in 3 attempts \(TimeoutError: .*{reason}"
+    ):
+        store.read(0)
+    assert time.monotonic() - start < 20 and server.gets.count("/train-000000.tar") == 3
+    server.silent = {}
+    assert store.read(0).num_instances == store.sizes[0]
 
 
 def test_missing_shard_and_missing_manifest(server: Server, packed: Path, tmp_path: Path) -> None:
