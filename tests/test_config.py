@@ -72,7 +72,7 @@ def test_digest_ignores_what_cannot_change_the_result(tmp_path):
     def digest(*overrides: str) -> str:
         return load_config(write(tmp_path, MINIMAL), overrides).digest()
 
-    assert digest() == digest("data.num_workers=3", "name=other", "train.checkpoint_every_steps=5")
+    assert digest() == digest("data.num_workers=3", "name=other", "train.checkpoint_every_steps=5", "engine.threads=1")
     assert len({digest(), digest("seed=1"), digest("data.max_instances=9"), digest("optim.lr=1")}) == 4
 
 

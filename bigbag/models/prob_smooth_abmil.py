@@ -149,7 +149,10 @@ class ProbSmoothABMIL(GraphMILModel):
         bags = self.pack(X, mask, adj)
         seed = None if self.training else 0
         Y_pred, kl_div = self.forward_bags(bags, return_samples=True, return_kl_div=True, seed=seed)
-        loss = self.bag_loss(Y_pred.flatten(0, 1), Y.repeat_interleave(Y_pred.shape[1], 0))
+        if getattr(self.criterion, "spans_step", False):  # it compares bags with each other, draw by draw
+            loss = self.bag_loss(Y_pred, Y)
+        else:
+            loss = self.bag_loss(Y_pred.flatten(0, 1), Y.repeat_interleave(Y_pred.shape[1], 0))
         return Y_pred.mean(1), {type(self.criterion).__name__: loss, "KLDiv": kl_div}
 
     def predict(  # type: ignore[override]

@@ -37,7 +37,7 @@ class VAEABMIL(MILModel):
         out_dim: logits per bag.
 
     Raises:
-        ValueError: neither ``feat_ext`` nor ``in_shape``.
+        ValueError: neither ``feat_ext`` nor ``in_shape``, or a ``feat_ext`` that is no such autoencoder.
     """
 
     feat_ext: VariationalAutoEncoder
@@ -58,6 +58,11 @@ class VAEABMIL(MILModel):
         super().__init__()
         if feat_ext is None and in_shape is None:
             raise ValueError("VAEABMIL needs feat_ext, a VariationalAutoEncoder, or in_shape to make one")
+        if feat_ext is not None and not isinstance(feat_ext, VariationalAutoEncoder):
+            raise ValueError(
+                f"VAEABMIL: feat_ext is a {type(feat_ext).__name__}, expected a bigbag.nn.VariationalAutoEncoder or "
+                "VariationalAutoEncoderMIL"
+            )
         self.criterion = criterion if criterion is not None else torch.nn.BCEWithLogitsLoss()
         self.vae_loss_reduction = vae_loss_reduction
         self.feat_ext = VariationalAutoEncoderMIL(tuple(in_shape or ())) if feat_ext is None else feat_ext

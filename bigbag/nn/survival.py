@@ -18,34 +18,36 @@ def cox_loss(log_risk: Tensor, time: Tensor, event: Tensor) -> Tensor:
         L = 1/E sum_t [ sum_{l < d} log( sum_{R(t)} exp(h_j) - l/d sum_{D(t)} exp(h_j) ) - sum_{D(t)} h_j ]
 
     Zero, with zero gradient, where there is no event. Computed in float64 at O(B log B); no exponential overflows.
+    Several log-risks of a bag, such as draws of a stochastic model, are as many models: ``L`` is the mean over them,
+    each with risk sets of its own.
 
     Args:
-        log_risk: ``(B,)``, larger for those expected to have the event earlier.
+        log_risk: ``(B,)`` or ``(B, S)``, larger for those expected to have the event earlier.
         time: ``(B,)``.
         event: ``(B,)``, nonzero = the event was observed at ``time``, 0 = censored then.
 
     Cox, J. R. Stat. Soc. B 1972; Efron, J. Am. Stat. Assoc. 1977.
     """
-    order = torch.argsort(time, descending=True, stable=True)
-    h, observed = log_risk.double()[order], (event[order] != 0).double()
-    _, group, counts = torch.unique_consecutive(time[order], return_inverse=True, return_counts=True)
-    if len(h) == 0:
+    if log_risk.numel() == 0:
         return log_risk.sum()
+    order = torch.argsort(time, descending=True, stable=True)
+    h, observed = log_risk.double()[order].reshape(len(order), -1), (event[order] != 0).double()[:, None]
+    _, group, counts = torch.unique_consecutive(time[order], return_inverse=True, return_counts=True)
     last = counts.cumsum(0) - 1
     log_at_risk = torch.logcumsumexp(h, 0)[last][group]
-    zeros = h.new_zeros(len(counts))
+    zeros = h.new_zeros(len(counts), h.shape[1])
     # Share of the risk set's exponentials that the events of a time make up: at most 1, so nothing overflows.
     share = zeros.index_add(0, group, observed * torch.exp(h - log_at_risk))[group]
-    num_events = zeros.index_add(0, group, observed)[group]
+    num_events = zeros[:, :1].index_add(0, group, observed)[group]
     before = observed.cumsum(0) - observed
     rank = before - before[last - counts + 1][group]
     removed = rank / num_events.clamp(min=1) * share
     terms = observed * (log_at_risk + torch.log1p(-(observed * removed)) - h)
-    return terms.sum() / observed.sum().clamp(min=1)
+    return terms.mean(1).sum() / observed.sum().clamp(min=1)
 
 
 class CoxLoss(torch.nn.Module):
-    """:func:`cox_loss` of ``(B,)`` log-risks against ``(B, 2)`` labels ``(time, event)``.
+    """:func:`cox_loss` of ``(B,)`` log-risks, or ``(B, S)`` draws of them, against ``(B, 2)`` labels ``(time, event)``.
 
     The bags are compared with each other, so the training loop evaluates it over all bags of a global step at once,
     whatever packs and ranks they are on (:mod:`bigbag.engine.step`).
@@ -63,7 +65,7 @@ class CoxLoss(torch.nn.Module):
     def forward(self, Y_pred: Tensor, Y: Tensor) -> Tensor:
         if self.stand_in is not None:
             return self.stand_in(Y_pred, Y)
-        return cox_loss(Y_pred.reshape(-1), Y[:, 0], Y[:, 1])
+        return cox_loss(Y_pred, Y[:, 0], Y[:, 1])
 
 
 class DiscreteSurvivalLoss(torch.nn.Module):

@@ -37,6 +37,7 @@ class VariationalAutoEncoder(torch.nn.Module):
         activations: taken for torchmil's sake; ReLU between layers, none at the end.
         covar_mode: "single": one standard deviation per instance; "diagonal": one per dimension.
         jitter: added to log s before sampling.
+        layer_norm: normalise what enters the encoder, see :class:`bigbag.nn.MLP`; the likelihood is that of x itself.
 
     Raises:
         NotImplementedError: another ``covar_mode``.
@@ -49,6 +50,7 @@ class VariationalAutoEncoder(torch.nn.Module):
         activations: Sequence[str] = ("relu", "None"),
         covar_mode: str = "single",
         jitter: float = 1e-7,
+        layer_norm: bool = False,
     ) -> None:
         super().__init__()
         if covar_mode not in ("single", "diagonal"):
@@ -63,7 +65,7 @@ class VariationalAutoEncoder(torch.nn.Module):
         hidden = self.layer_sizes[:-1]
         activations = ["relu"] * len(hidden) + ["none"]
         latent = self.layer_sizes[-1]
-        self.encoder = MLP(self.output_size, [*hidden, latent + self.d_var_enc], activations)
+        self.encoder = MLP(self.output_size, [*hidden, latent + self.d_var_enc], activations, layer_norm=layer_norm)
         self.decoder = MLP(latent, [*hidden[::-1], self.output_size + self.d_var_dec], activations)
 
     def get_raw_output_enc(self, X: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ import torch
 from bigbag import PackedBags
 from bigbag.graphs import build_adjacency
 from bigbag.models import MODELS, ProbSmoothABMIL, SmABMIL, SmoothABMIL
+from bigbag.nn.survival import CoxLoss, cox_loss
 
 WIDTH = 6
 
@@ -116,6 +117,18 @@ def test_classifier_and_pooling_commute():
     logits, f = model(pack, return_att=True, return_samples=True)
     z = torch.einsum("bns,bnd->bsd", f.view(2, 9, 6).softmax(1), pack.x.view(2, 9, WIDTH))
     torch.testing.assert_close(logits, model.classifier(z), rtol=1e-5, atol=1e-5)
+
+
+def test_each_draw_has_a_risk_set_of_its_own():
+    model = ProbSmoothABMIL((WIDTH,), 4, n_samples_train=6, criterion=CoxLoss())
+    X, Y = torch.randn(5, 9, WIDTH), torch.tensor([[2.0, 1], [1, 1], [3, 0], [1, 1], [5, 1]])
+    adj = adjacency(9).expand(5, 9, 9)
+    torch.manual_seed(3)
+    loss = model.compute_loss(Y, X, adj)[1]["CoxLoss"]
+    torch.manual_seed(3)
+    draws = model(X, adj, return_samples=True)
+    expected = torch.stack([cox_loss(draws[:, s], Y[:, 0], Y[:, 1]) for s in range(6)]).mean()
+    torch.testing.assert_close(loss, expected.to(loss))
 
 
 @pytest.mark.parametrize("mode", ["approx", "exact"])

@@ -60,3 +60,5 @@ def test_makes_its_own_autoencoder():
     assert VAEABMIL(in_shape=(6,)).feat_ext.layer_sizes == [128, 64]
     with pytest.raises(ValueError, match="feat_ext"):
         VAEABMIL()
+    with pytest.raises(ValueError, match="feat_ext is a Linear, expected a"):
+        VAEABMIL(torch.nn.Linear(6, 3), in_shape=(6,))

@@ -34,6 +34,15 @@ def test_cox_with_ties_and_censoring(seed):
     torch.testing.assert_close(cox_loss(h + 3.0, time, event), cox_loss(h, time, event))
 
 
+def test_cox_of_draws_is_the_mean_over_them():
+    torch.manual_seed(0)
+    h = torch.randn(12, 5, dtype=torch.float64, requires_grad=True)
+    time, event = torch.randint(1, 6, (12,)).float(), torch.randint(0, 2, (12,))
+    expected = sum(efron(draw, time.tolist(), event.tolist()) for draw in h.t().tolist()) / 5
+    assert cox_loss(h, time, event).item() == pytest.approx(expected, rel=1e-12)
+    assert torch.autograd.gradcheck(lambda v: cox_loss(v, time, event), h)
+
+
 def test_cox_by_hand():
     # The first of three dies at 1 among all, the last at 3 alone; the second is censored at 2.
     h = torch.log(torch.tensor([2.0, 3.0, 5.0]))
