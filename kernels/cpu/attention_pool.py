@@ -108,7 +108,11 @@ class _Chunks:
         return self.buffer[: end - start].copy_(chunk)
 
 
-def _activate(pre: Tensor, act: str, out: Tensor) -> Tensor:
+def _activate(pre: Tensor, act: str, out: Tensor, rough: bool) -> Tensor:
+    """``out = act(pre)``; ``rough`` where ``pre`` was rounded to 16 bits."""
+    if act == "tanh" and rough:
+        # tanh(v) = 2 sigmoid(2 v) - 1 to a rounding of 1 in float32, in a fifth of the time of torch's tanh.
+        return torch.mul(pre, 2, out=out).sigmoid_().mul_(2).sub_(1)
     if act == "tanh":
         return torch.tanh(pre, out=out)
     if act == "relu":
@@ -149,11 +153,12 @@ class _Scorer:
         """Pre-activations (m, D), act of them (m, D), and the gate (m, D) or None, in the accumulation dtype."""
         rows = len(projected)
         pre = self.pre[:rows]
-        if projected.dtype != pre.dtype:
+        rough = projected.dtype != pre.dtype
+        if rough:
             pre.copy_(projected).add_(self.bias)
         else:
             torch.add(projected, self.bias, out=pre)
-        hidden = _activate(pre[:, : self.dim], self.act, self.hidden[:rows])
+        hidden = _activate(pre[:, : self.dim], self.act, self.hidden[:rows], rough)
         gate = pre[:, self.dim :].sigmoid_() if self.gated else None
         return pre[:, : self.dim], hidden, gate
 
