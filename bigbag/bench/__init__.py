@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from bigbag.bench.cases import MEASURED, Case, make_case, too_large, usual_width
-from bigbag.bench.measure import copy_bandwidth, gemm_rate, machine, peak_extra_bytes, seconds
+from bigbag.bench.measure import copy_bandwidth, gemm_rate, machine, seconds
 from bigbag.ops import _OPERATORS
 from bigbag.ops.registry import why_not
 from bigbag.ops.spmm import DTYPES
-from bigbag.testing import check, samples
+from bigbag.testing import check, peak_bytes, samples
 
 # What is made of operators and has no row in their table takes what they take.
 _DTYPES = dict.fromkeys(MEASURED, DTYPES) | {row.name: row.dtypes for row in _OPERATORS}
@@ -187,7 +187,7 @@ class Bench:
             median_ms=round(middle * 1e3, 3),
             spread_ms=round((quarters[2] - quarters[0]) * 1e3, 3),
             ratio=ratio,
-            extra_mib=round(peak_extra_bytes(contender.step, self.device) / 2**20, 1),
+            extra_mib=round(peak_bytes(contender.step, self.device) / 2**20, 1),
             gb_per_s=round(moved / middle / 1e9, 1),
             gflop_per_s=round(flops / middle / 1e9, 1),
             share_of_limit=round(limits[binding] / middle, 2),

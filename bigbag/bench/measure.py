@@ -37,30 +37,6 @@ def gemm_rate(device: str, dtype: torch.dtype) -> float:
     return 2 * left.numel() * right.shape[1] / best / 1e9
 
 
-def peak_extra_bytes(step: Callable[[], object], device: str) -> int:
-    """Most bytes of tensors alive at once during ``step``, beyond those alive before it."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    # The profiler sees the allocations of the thread that started it alone.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        step()
-    torch.set_num_threads(threads)
-    live = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak
-
-
 def resident_bytes() -> int:
     """Private and shared memory of this process; maps of files, which the kernel drops at will, not counted."""
     with open("/proc/self/status") as file:

@@ -29,6 +29,7 @@ _DATA_KEYS_WITHOUT_EFFECT = (
     "splits",  # their outcome is part of the identity of a run
 )
 _TRAIN_KEYS_WITHOUT_EFFECT = ("checkpoint_every_steps", "log_every_steps")
+_ENGINE_KEYS_WITHOUT_EFFECT = ("threads",)
 
 
 class ModelConfig(Named):
@@ -282,10 +283,14 @@ class Config(Section):
     def digest(self) -> str:
         """SHA-256 of the settings that determine the result: a run resumes only under the same digest."""
         settings = self.model_dump(mode="json", exclude={"name", "out", "parallel", "report", "compare"})
-        for key in _DATA_KEYS_WITHOUT_EFFECT:
-            settings["data"].pop(key)
-        for key in _TRAIN_KEYS_WITHOUT_EFFECT:
-            settings["train"].pop(key)
+        without_effect = {
+            "data": _DATA_KEYS_WITHOUT_EFFECT,
+            "train": _TRAIN_KEYS_WITHOUT_EFFECT,
+            "engine": _ENGINE_KEYS_WITHOUT_EFFECT,
+        }
+        for section, keys in without_effect.items():
+            for key in keys:
+                settings[section].pop(key)
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:

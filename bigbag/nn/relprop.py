@@ -15,6 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bigbag.nn.attention.base import head_width
+from bigbag.nn.transformers.encoder import layer_widths
+from bigbag.nn.transformers.layer import linear_or_identity, mlp_of
+
 _EPS = 1e-9
 
 
@@ -49,17 +53,13 @@ class MultiheadSelfAttention(torch.nn.Module):
 
     def __init__(self, in_dim: int, att_dim: int = 512, n_heads: int = 4, dropout: float = 0.0) -> None:
         super().__init__()
-        if att_dim % n_heads:
-            raise ValueError(f"att_dim = {att_dim} must be a multiple of n_heads = {n_heads}")
-        self.n_heads = n_heads
+        self.head_dim, self.n_heads = head_width(type(self).__name__, att_dim, n_heads), n_heads
         self.qkv_nn = torch.nn.Linear(in_dim, 3 * att_dim, bias=False)
         self.dropout = torch.nn.Dropout(dropout)
 
     def split(self, X: Tensor) -> Tensor:
         """``(B, n, p * att_dim)`` to ``(p, B, H, n, d)``; :meth:`join` is the way back."""
-        return X.unflatten(-1, (-1, self.n_heads, self.qkv_nn.out_features // (3 * self.n_heads))).permute(
-            2, 0, 3, 1, 4
-        )
+        return X.unflatten(-1, (-1, self.n_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
 
     @staticmethod
     def join(heads: Tensor) -> Tensor:
@@ -94,17 +94,11 @@ class TransformerLayer(torch.nn.Module):
         super().__init__()
         out_dim = in_dim if out_dim is None else out_dim
         self.att_module = MultiheadSelfAttention(in_dim, att_dim, n_heads, dropout)
-        self.in_proj = _linear(in_dim, att_dim)
+        self.in_proj = linear_or_identity(in_dim, att_dim)
         self.use_mlp = use_mlp
         if use_mlp:
-            self.mlp_module = torch.nn.Sequential(
-                torch.nn.Linear(att_dim, 4 * att_dim),
-                torch.nn.ReLU(),
-                torch.nn.Dropout(dropout),
-                torch.nn.Linear(4 * att_dim, att_dim),
-                torch.nn.Dropout(dropout),
-            )
-        self.out_proj = _linear(att_dim, out_dim)
+            self.mlp_module = mlp_of(att_dim, torch.nn.ReLU(), dropout)
+        self.out_proj = linear_or_identity(att_dim, out_dim)
         self.norm1 = torch.nn.LayerNorm(in_dim)
         self.norm2 = torch.nn.LayerNorm(att_dim).requires_grad_(use_mlp)
 
@@ -168,10 +162,9 @@ class TransformerEncoder(torch.nn.Module):
     ) -> None:
         super().__init__()
         out_dim = in_dim if out_dim is None else out_dim
-        widths = [in_dim, *[att_dim] * (n_layers - 1), out_dim]
         self.layers = torch.nn.ModuleList(
-            TransformerLayer(width, after, att_dim, n_heads, use_mlp, dropout)
-            for width, after in zip(widths, widths[1:])
+            TransformerLayer(*widths, att_dim, n_heads, use_mlp, dropout)
+            for widths in layer_widths(in_dim, att_dim, out_dim, n_layers)
         )
         self.norm = torch.nn.LayerNorm(out_dim)
 
@@ -213,10 +206,6 @@ class TransformerEncoder(torch.nn.Module):
                 R, R_att = layer.relprop(trace, R)  # type: ignore[operator]
                 row = row + row @ (slope * R_att).clamp_min(0).mean(1)
         return row[:, 0, 1:]
-
-
-def _linear(in_dim: int, out_dim: int) -> torch.nn.Module:
-    return torch.nn.Linear(in_dim, out_dim) if in_dim != out_dim else torch.nn.Identity()
 
 
 def _divide(a: Tensor, b: Tensor) -> Tensor:

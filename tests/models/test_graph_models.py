@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bigbag.bench.measure import peak_extra_bytes
+from bigbag.testing import peak_bytes
 
 WIDTH = 5
 
@@ -111,8 +111,8 @@ def test_deep_graph_surv_keeps_one_matrix_per_convolution():
     from bigbag.bench.models import make_step
 
     def peak(num_instances):
-        step = make_step("bigbag", "DeepGraphSurv", num_instances, 256, torch.float32, False)[1]
-        return peak_extra_bytes(step, "cpu")
+        step = make_step("bigbag", "DeepGraphSurv", num_instances, 256, torch.float32, False)
+        return peak_bytes(step)
 
     # In the backward pass a gradient and two more terms, and the branch of half the width.
     assert (peak(8192) - peak(4096)) / (4096 * 256 * 4) < 4

@@ -7,7 +7,7 @@ from bigbag import Bag, PackedBags
 from bigbag.graphs import build_adjacency
 from bigbag.models import GTP, gtp
 from bigbag.nn.relprop import TransformerEncoder
-from tests.ops.test_graphs_memory import peak_bytes
+from bigbag.testing import peak_bytes
 
 WIDTH = 12
 VARIANTS = [

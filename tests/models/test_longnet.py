@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 import torch
 
 from bigbag import PackedBags, Segments
 from bigbag.models import LongNetMIL
 from bigbag.nn.dilated import hilbert_order, relative_coords, sinusoidal_position, unsorted
+from bigbag.testing import peak_bytes
 
 
 def pack(coords: torch.Tensor, sizes: tuple[int, ...], width: int = 8) -> PackedBags:
@@ -55,7 +54,7 @@ def test_where_the_slide_begins_and_in_what_unit_does_not_matter() -> None:
     assert (turned - logits).abs() > 1e-4  # the place does matter
 
 
-def peak_bytes(rows: int) -> int:
+def peak_of(rows: int) -> int:
     torch.manual_seed(0)
     model = LongNetMIL((8,), att_dim=16, n_heads=2, segment_lengths=(64, 256), dilations=(1, 2))
     side = round(rows**0.5)
@@ -64,20 +63,11 @@ def peak_bytes(rows: int) -> int:
     def step() -> None:
         sum(model.compute_loss(bags.y, bags)[1].values()).backward()
 
-    step()
-    gc.collect()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    live = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak
+    return peak_bytes(step)
 
 
 def test_memory_is_linear_in_the_bag() -> None:
-    small, large = peak_bytes(64**2), peak_bytes(128**2)
+    small, large = peak_of(64**2), peak_of(128**2)
     assert large < 4.4 * small
 
 

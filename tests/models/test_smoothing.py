@@ -8,6 +8,7 @@ from bigbag import PackedBags
 from bigbag.graphs import build_adjacency
 from bigbag.models import MODELS, ProbSmoothABMIL, SmABMIL, SmoothABMIL
 from bigbag.nn.survival import CoxLoss, cox_loss
+from bigbag.testing import peak_bytes
 
 WIDTH = 6
 
@@ -157,12 +158,5 @@ def test_a_step_holds_nothing_of_the_size_of_the_features(name, settings):
     def step():
         sum(model.compute_loss(Y, X, adj, mask)[1].values()).backward()
 
-    step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    live = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
+    peak = peak_bytes(step)
     assert 0 < peak < X.nbytes / 2

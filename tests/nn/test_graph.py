@@ -5,12 +5,12 @@ import torch
 
 from bigbag import ops
 from bigbag.adjacency import Adjacency
-from bigbag.bench.measure import peak_extra_bytes
 from bigbag.bench.models import lattice
 from bigbag.graphs import build_adjacency
 from bigbag.nn import DeepGCNLayer, GCNConv, GNNIdentity
 from bigbag.nn.graph_stack import graph_stack
 from bigbag.samples.graphs import pattern
+from bigbag.testing import peak_bytes
 
 
 def directed_graph(sizes=(5, 1, 0, 9), dtype=torch.float64) -> Adjacency:
@@ -173,7 +173,7 @@ def test_graph_stack_keeps_few_matrices(keep_every, matrices):
             out = graph_stack(x, adj, norms, parameters, weights, readouts, keep_every)
             out.backward(torch.ones_like(out))
 
-        return peak_extra_bytes(step, "cpu")
+        return peak_bytes(step)
 
     assert (peak(8192) - peak(4096)) / (4096 * 256 * 4) < matrices + 0.3
 

@@ -291,5 +291,10 @@ def test_classes_stand_where_torchmil_has_them():
     ):
         theirs = pytest.importorskip(f"torchmil.nn.{path}")
         ours = importlib.import_module(f"bigbag.nn.{path}")
-        classes = {name for name, value in vars(theirs).items() if isinstance(value, type) and "torchmil" in str(value)}
+        exported = theirs.__name__ if hasattr(theirs, "__path__") else f"{theirs.__name__}."  # not what a file imports
+        classes = {
+            name
+            for name, value in vars(theirs).items()
+            if isinstance(value, type) and exported in f"{value.__module__}."
+        }
         assert classes and not {name for name in classes if not hasattr(ours, name)}

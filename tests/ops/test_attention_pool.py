@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 
 import pytest
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from bigbag import Segments, ops
-from bigbag.testing import check, run, samples
+from bigbag.testing import check, peak_bytes, run, samples
 
 NAMED = {str(sample): sample for sample in samples("attention_pool")}
 
@@ -90,27 +89,6 @@ def test_compiles_to_one_graph_that_does_not_depend_on_the_cut() -> None:
             torch.testing.assert_close(found, wanted)
 
 
-class _Peak:
-    """Most bytes of tensors that were alive at once on the CPU, counted by the profiler's allocation records."""
-
-    def __enter__(self) -> _Peak:
-        gc.collect()
-        self._profile = torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, record_shapes=False
-        )
-        self._profile.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._profile.__exit__(*error)
-        live = peak = 0
-        for event in self._profile.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                live += event.nbytes()
-                peak = max(peak, live)
-        self.bytes = peak
-
-
 @pytest.mark.parametrize("keep", [False, True])
 def test_memory_is_what_it_promises(keep: bool) -> None:
     """64 MiB beyond inputs, outputs and weight gradients, whatever the number of instances."""
@@ -120,17 +98,11 @@ def test_memory_is_what_it_promises(keep: bool) -> None:
     w2 = torch.zeros(1, dim, requires_grad=True)
     segments = Segments.from_sizes((40_000, 20_000))
 
-    def step() -> None:
-        z, scores = ops.attention_pool(x, segments, w1, None, w2, wg, None, keep_preactivations=keep, impl="cpu")
+    def step(impl: str = "cpu") -> None:
+        z, scores = ops.attention_pool(x, segments, w1, None, w2, wg, None, keep_preactivations=keep, impl=impl)
         (z.sum() + scores.sum()).backward()
 
-    step()
-    with _Peak() as peak:
-        step()
     kept = rows * 2 * dim * 4 if keep else 0
-    assert kept < peak.bytes < kept + (64 << 20)
+    assert kept < peak_bytes(step) < kept + (64 << 20)
     # The same operations in plain PyTorch hold several (T, D) activations: the measure sees them.
-    with _Peak() as eager:
-        z, scores = ops.attention_pool(x, segments, w1, None, w2, wg, None, impl="reference")
-        (z.sum() + scores.sum()).backward()
-    assert eager.bytes > rows * 4 * (3 * dim + width)
+    assert peak_bytes(lambda: step("reference")) > rows * 4 * (3 * dim + width)

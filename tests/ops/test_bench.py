@@ -10,8 +10,8 @@ import torch
 
 from bigbag import bench, ops
 from bigbag.bench.cases import make_case
-from bigbag.bench.measure import peak_extra_bytes
 from bigbag.ops import segments
+from bigbag.testing import peak_bytes
 
 
 def test_writes_a_row_for_every_contender(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,12 +59,12 @@ def test_gives_no_ratio_for_an_implementation_that_fails_its_proof(
     assert "proof failed" in output.out and "errs by" in output.err
 
 
-def test_peak_extra_bytes_counts_what_lives_at_once() -> None:
+def test_peak_bytes_counts_what_lives_at_once() -> None:
     def step() -> None:
         for _ in range(3):
             torch.empty(1 << 18)
 
-    assert peak_extra_bytes(step, "cpu") == 4 << 18
+    assert peak_bytes(step) == 4 << 18
 
 
 def test_every_operator_is_measured() -> None:

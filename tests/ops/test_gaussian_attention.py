@@ -1,12 +1,11 @@
 """Gaussian attention: draws, their gradients, and the exact mean."""
 
-import gc
-
 import pytest
 import torch
 
 from bigbag import Segments
 from bigbag.ops import attention_draws, expected_attention, gaussian_attention, sampled_attention
+from bigbag.testing import peak_bytes
 
 SIZES = (4, 0, 1, 9)
 
@@ -97,13 +96,5 @@ def test_memory_does_not_hold_the_draws(monkeypatch):
     def step():
         torch.autograd.grad(sampled_attention(*leaves, segments, 500, 1).square().sum(), leaves)
 
-    step()
-    gc.collect()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    live = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
+    peak = peak_bytes(step)
     assert peak < 12 * 4 * (1 << 14) < 4 * 4000 * 500 / 8

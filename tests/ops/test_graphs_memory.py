@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from bigbag.ops.smooth import smooth
 from bigbag.ops.smooth_exact import smooth_exact
 from bigbag.ops.spmm import spmm
 from bigbag.samples.graphs import pattern
+from bigbag.testing import peak_bytes
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,20 +30,6 @@ def normalised_lattice(*sizes: int) -> Adjacency:
     adj = pattern("lattice", sizes)
     scale = adj.crow.diff().clamp_min(1).float().rsqrt()
     return replace(adj, weight=scale[adj.rows()] * scale[adj.col.long()])
-
-
-def peak_bytes(step: Callable[[], object]) -> int:
-    """The most bytes of tensors alive at once during ``step``, beyond those alive before, from the profiler's log."""
-    step()
-    gc.collect()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    live = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak
 
 
 _LINEAR: dict[str, Callable[[Adjacency, Tensor, Tensor], Tensor]] = {

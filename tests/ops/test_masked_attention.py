@@ -13,7 +13,7 @@ from bigbag.ops.class_attention import class_token_attention, mean_attention
 from bigbag.ops.masked_attention import drop_below, keep, masked_attention
 from bigbag.ops.registry import HALF, use_impl
 from bigbag.samples.masked_attention import SAMPLES
-from bigbag.testing import check
+from bigbag.testing import check, peak_bytes
 
 NAMED = {str(sample): sample for sample in SAMPLES}
 
@@ -211,22 +211,6 @@ def test_dropout_is_right_on_average() -> None:
     torch.testing.assert_close(mean, masked_attention(q, k, v, segments), rtol=0, atol=0.12)
 
 
-class _Peak:
-    def __enter__(self) -> _Peak:
-        kinds = [torch.profiler.ProfilerActivity.CPU]
-        self._profile = torch.profiler.profile(activities=kinds, profile_memory=True)
-        self._profile.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._profile.__exit__(*error)
-        live = self.bytes = 0
-        for event in self._profile.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                live += event.nbytes()
-                self.bytes = max(self.bytes, live)
-
-
 @pytest.mark.parametrize("case", ["plain", "masked", "bias", "dropout"])
 def test_memory_is_linear(case: str) -> None:
     """Beyond inputs: a few (T, H, d) tensors and 16 MiB; one attention matrix of a head would take 64 MiB."""
@@ -243,9 +227,7 @@ def test_memory_is_linear(case: str) -> None:
     def step() -> None:
         masked_attention(q, k, v, Segments.from_sizes((rows,)), **options, impl="cpu").sum().backward()
 
-    with _Peak() as peak:
-        step()
-    assert 2 * rows * dim * 4 < peak.bytes < 16 * rows * heads * dim * 4 + (16 << 20)
+    assert 2 * rows * dim * 4 < peak_bytes(step) < 16 * rows * heads * dim * 4 + (16 << 20)
 
 
 @pytest.mark.parametrize("impl", ["varlen", "xformers"])

@@ -10,6 +10,7 @@ from bigbag import Segments
 from bigbag.ops import pseudo_inverse
 from bigbag.ops.nystrom import nystrom_attention, nystrom_class_token_attention
 from bigbag.samples.nystrom import SAMPLES
+from bigbag.testing import peak_bytes
 
 NAMED = {sample.name: sample for sample in SAMPLES}
 
@@ -125,15 +126,11 @@ def test_memory_holds_no_matrix_of_rows_by_landmarks() -> None:
     segments = Segments.from_sizes((rows,))
 
     def peak(impl: str) -> int:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        def step() -> None:
             out = nystrom_attention(*tensors, segments, num_landmarks=landmarks, impl=impl)
             torch.autograd.grad(out.sum(), tensors)
-        live = most = 0
-        for event in profile.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                live += event.nbytes()
-                most = max(most, live)
-        return most
+
+        return peak_bytes(step)
 
     one = rows * heads * dim * 4
     assert 4 * one < peak("cpu") < 6.5 * one + (24 << 20)

@@ -9,6 +9,7 @@ A self-attention layer is three steps, so that a transformer layer can run what 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,7 +19,61 @@ from bigbag.bags import PackedBags, Segments
 from bigbag.nn.rows import Padding, Projection, Widen, by_rows, stream_dtype
 
 
-class SelfAttention(torch.nn.Module):
+class Attention(torch.nn.Module):
+    """What attention layers share: widths, and the projections at both ends.
+
+    Args:
+        in_dim, out_dim, att_dim, n_heads, dropout, learn_weights: as in :class:`SelfAttention`.
+        projections: name of a linear layer without bias to how many of queries, keys and values it makes; without
+            weights there is None in its place.
+    """
+
+    out_proj: torch.nn.Module
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int | None,
+        att_dim: int,
+        n_heads: int,
+        dropout: float,
+        learn_weights: bool,
+        projections: Mapping[str, int],
+    ) -> None:
+        super().__init__()
+        att_dim = att_dim if learn_weights else in_dim
+        out_dim = in_dim if out_dim is None else out_dim
+        self.head_dim = head_width(type(self).__name__, att_dim, n_heads, learn_weights)
+        self.n_heads, self.att_dim = n_heads, att_dim
+        self.dropout = dropout
+        self.learn_weights = learn_weights
+        for name, parts in projections.items():
+            setattr(self, name, torch.nn.Linear(in_dim, parts * att_dim, bias=False) if learn_weights else None)
+        self.out_proj = torch.nn.Linear(att_dim, out_dim) if out_dim != att_dim else torch.nn.Identity()
+
+    def heads(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        parts: int,
+        enter: torch.nn.Module | None = None,
+        padding: Padding | None = None,
+    ) -> tuple[Tensor, ...]:
+        """``parts`` times ``(T, H, d)``: rows times ``weight`` ``(parts * att_dim, in_dim)``, or the rows themselves.
+
+        ``enter`` and ``padding`` as in :meth:`SelfAttention.project`.
+        """
+        if weight is None:
+            plain = enter is None and padding is None
+            found = (x if plain else by_rows(enter or torch.nn.Identity(), x, padding=padding),) * parts
+        else:
+            entered = Widen(stream_dtype(x, weight)) if enter is None else enter
+            found = by_rows(entered, x, projection=Projection(weight, parts=parts), padding=padding)
+            found = (found,) if parts == 1 else found
+        return tuple(t.unflatten(-1, (self.n_heads, self.head_dim)) for t in found)
+
+
+class SelfAttention(Attention):
     """What self-attention layers share: projections and the padded form. A subclass defines :meth:`attend`.
 
     Args:
@@ -34,7 +89,6 @@ class SelfAttention(torch.nn.Module):
     """
 
     qkv_nn: torch.nn.Linear | None
-    out_proj: torch.nn.Module
 
     def __init__(
         self,
@@ -45,15 +99,7 @@ class SelfAttention(torch.nn.Module):
         dropout: float = 0.0,
         learn_weights: bool = True,
     ) -> None:
-        super().__init__()
-        att_dim = att_dim if learn_weights else in_dim
-        out_dim = in_dim if out_dim is None else out_dim
-        self.head_dim = head_width(type(self).__name__, att_dim, n_heads, learn_weights)
-        self.n_heads, self.att_dim = n_heads, att_dim
-        self.dropout = dropout
-        self.learn_weights = learn_weights
-        self.qkv_nn = torch.nn.Linear(in_dim, 3 * att_dim, bias=False) if learn_weights else None
-        self.out_proj = torch.nn.Linear(att_dim, out_dim) if out_dim != att_dim else torch.nn.Identity()
+        super().__init__(in_dim, out_dim, att_dim, n_heads, dropout, learn_weights, {"qkv_nn": 3})
 
     def padding(self, segments: Segments) -> Padding | None:
         """Rows of zeros that :meth:`attend` wants before the queries, keys and values of each bag."""
@@ -78,17 +124,11 @@ class SelfAttention(torch.nn.Module):
         Returns:
             As many ``(T, H, d)`` as ``which`` has letters.
         """
-        if self.qkv_nn is None:
-            plain = enter is None and padding is None
-            rows = x if plain else by_rows(enter or torch.nn.Identity(), x, padding=padding)
-            parts = (rows,) * len(which)
-        else:
+        weight = None
+        if self.qkv_nn is not None:
             first = "qkv".index(which)
             weight = self.qkv_nn.weight[first * self.att_dim : (first + len(which)) * self.att_dim]
-            entered = Widen(stream_dtype(x, weight)) if enter is None else enter
-            found = by_rows(entered, x, projection=Projection(weight, parts=len(which)), padding=padding)
-            parts = (found,) if len(which) == 1 else found
-        return tuple(t.unflatten(-1, (self.n_heads, self.head_dim)) for t in parts)
+        return self.heads(x, weight, len(which), enter, padding)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, **kwargs: Any) -> Tensor:
         """Queries, keys and values ``(T, H, d)`` of a pack to ``(T, att_dim)``, before ``out_proj``.
@@ -170,7 +210,12 @@ def pad_matrices(bags: PackedBags, matrices: list[Tensor]) -> Tensor:
     return out
 
 
-def head_width(name: str, att_dim: int, n_heads: int, learn_weights: bool) -> int:
+def head_width(name: str, att_dim: int, n_heads: int, learn_weights: bool = True) -> int:
+    """Width of a head; without weights the heads share the instances, ``in_dim`` wide.
+
+    Raises:
+        ValueError: a width that the heads do not divide.
+    """
     if att_dim % n_heads:
         width = "att_dim" if learn_weights else "in_dim"
         raise ValueError(f"{name}: {width} = {att_dim} is not divisible by n_heads = {n_heads}")

@@ -7,11 +7,10 @@ from torch import Tensor
 
 from bigbag import ops
 from bigbag.bags import PackedBags, Segments
-from bigbag.nn.attention.base import attention_dropout, head_width
-from bigbag.nn.rows import Projection, Widen, by_rows, stream_dtype
+from bigbag.nn.attention.base import Attention, attention_dropout
 
 
-class MultiheadCrossAttention(torch.nn.Module):
+class MultiheadCrossAttention(Attention):
     r"""Multi-head attention of the rows of one bag to those of another (Vaswani et al. 2017, arXiv 1706.03762).
 
     ``Q = X W_Q``; ``K, V = Y W_K, Y W_V``; per head ``Z = softmax(Q K^T / sqrt(d)) V``; then, where
@@ -33,6 +32,9 @@ class MultiheadCrossAttention(torch.nn.Module):
         ValueError: a width that the heads do not divide.
     """
 
+    q_nn: torch.nn.Linear | None
+    kv_nn: torch.nn.Linear | None
+
     def __init__(
         self,
         in_dim: int,
@@ -42,16 +44,8 @@ class MultiheadCrossAttention(torch.nn.Module):
         dropout: float = 0.0,
         learn_weights: bool = True,
     ) -> None:
-        super().__init__()
-        att_dim = att_dim if learn_weights else in_dim
-        out_dim = in_dim if out_dim is None else out_dim
-        self.head_dim = head_width(type(self).__name__, att_dim, n_heads, learn_weights)
-        self.in_dim, self.att_dim, self.n_heads = in_dim, att_dim, n_heads
-        self.dropout = dropout
-        self.learn_weights = learn_weights
-        self.q_nn = torch.nn.Linear(in_dim, att_dim, bias=False) if learn_weights else None
-        self.kv_nn = torch.nn.Linear(in_dim, 2 * att_dim, bias=False) if learn_weights else None
-        self.out_proj = torch.nn.Linear(att_dim, out_dim) if out_dim != att_dim else torch.nn.Identity()
+        super().__init__(in_dim, out_dim, att_dim, n_heads, dropout, learn_weights, {"q_nn": 1, "kv_nn": 2})
+        self.in_dim = in_dim
 
     def forward_packed(self, x: Tensor, segments: Segments, y: Tensor, y_segments: Segments) -> Tensor:
         """Rows ``(T, in_dim)`` that ask and rows ``(S, in_dim)`` that answer, bag by bag, to ``(T, out_dim)``.
@@ -62,17 +56,10 @@ class MultiheadCrossAttention(torch.nn.Module):
             y: the rows that answer.
             y_segments: how those are cut into the same B bags. A bag without any gives zeros before ``out_proj``.
         """
-        (q,), (k, v) = self._project(x, self.q_nn, 1), self._project(y, self.kv_nn, 2)
+        asks, answers = (None if layer is None else layer.weight for layer in (self.q_nn, self.kv_nn))
+        (q,), (k, v) = self.heads(x, asks, 1), self.heads(y, answers, 2)
         out = ops.masked_attention(q, k, v, segments, y_segments, **attention_dropout(self))
         return self.out_proj(out.flatten(1))
-
-    def _project(self, rows: Tensor, linear: torch.nn.Linear | None, parts: int) -> tuple[Tensor, ...]:
-        found = (rows,) * parts
-        if linear is not None:
-            widen = Widen(stream_dtype(rows, linear.weight))
-            results = by_rows(widen, rows, projection=Projection(linear.weight, parts=parts))
-            found = (results,) if parts == 1 else results
-        return tuple(t.unflatten(-1, (self.n_heads, self.head_dim)) for t in found)
 
     def forward(self, x: Tensor, y: Tensor, mask: Tensor | None = None, y_mask: Tensor | None = None) -> Tensor:
         """Padded form.

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bigbag.nn.attention.multihead_self_attention import MultiheadSelfAttention
-from bigbag.nn.transformers.encoder import Encoder, layer_widths
+from bigbag.nn.transformers.encoder import LayerStack
 from bigbag.nn.transformers.layer import Layer
 
 
@@ -41,7 +40,7 @@ class TransformerLayer(Layer):
         return super().forward(X, return_att, mask=mask)
 
 
-class TransformerEncoder(Encoder):
+class TransformerEncoder(LayerStack):
     r"""A stack of :class:`TransformerLayer`, normalised at the end.
 
     Args:
@@ -66,13 +65,11 @@ class TransformerEncoder(Encoder):
         add_self: bool = False,
         dropout: float = 0.0,
     ) -> None:
-        out_dim = in_dim if out_dim is None else out_dim
-        layers = [
-            TransformerLayer(width_in, width_out, att_dim, n_heads, use_mlp, dropout)
-            for width_in, width_out in layer_widths(in_dim, att_dim, out_dim, n_layers)
-        ]
-        super().__init__(torch.nn.ModuleList(layers), add_self)
-        self.norm = torch.nn.LayerNorm(out_dim)
+
+        def layer(width_in: int, width_out: int) -> TransformerLayer:
+            return TransformerLayer(width_in, width_out, att_dim, n_heads, use_mlp, dropout)
+
+        super().__init__(layer, in_dim, out_dim, att_dim, n_layers, add_self)
 
     def forward(self, X: Tensor, mask: Tensor | None = None, return_att: bool = False) -> Any:  # type: ignore[override]
         """As :meth:`Encoder.forward`, with ``mask`` ``(B, N)``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -78,13 +79,14 @@ class Encoder(torch.nn.Module):
         dtype = next(norm.parameters()).dtype
         return by_rows(lambda rows: norm(rows.to(dtype)).to(y.dtype), y, modules=[norm])
 
-    def forward(self, X: Tensor, return_att: bool = False, **kwargs: Any) -> Any:
+    def forward(self, X: Tensor, return_att: bool = False, mask: Tensor | None = None, **kwargs: Any) -> Any:
         """Padded form.
 
         Args:
             X: ``(B, N, in_dim)``.
             return_att: also return the attention weights, which costs O(B H N^2) memory per layer: for small bags.
-            kwargs: ``mask``, ``(B, N)``, and what the layers take beside it.
+            mask: ``(B, N)``, zero where there is no instance.
+            kwargs: what the layers take beside it.
 
         Returns:
             Y: ``(B, N, out_dim)``.
@@ -92,13 +94,41 @@ class Encoder(torch.nn.Module):
         """
         Y, atts = X, []
         for layer in self._layers:
-            Y = layer(Y, return_att=return_att, **kwargs)
+            Y = layer(Y, return_att=return_att, mask=mask, **kwargs)
             if return_att:
                 Y, att = Y
                 atts.append(att)
             Y = Y + X if self.add_self else Y
         Y = self._norm(Y)
         return (Y, torch.stack(atts)) if return_att else Y
+
+
+class LayerStack(Encoder):
+    """A stack of layers of one kind, ``att_dim`` wide between them, normalised at the end.
+
+    Args:
+        layer: makes a layer from its input and output width.
+        in_dim: input width.
+        out_dim: output width; None: ``in_dim``.
+        att_dim: width between the layers.
+        n_layers: layers.
+        add_self: as in :class:`Encoder`.
+    """
+
+    def __init__(
+        self,
+        layer: Callable[[int, int], torch.nn.Module],
+        in_dim: int,
+        out_dim: int | None,
+        att_dim: int,
+        n_layers: int,
+        add_self: bool,
+    ) -> None:
+        out_dim = in_dim if out_dim is None else out_dim
+        super().__init__(
+            torch.nn.ModuleList(layer(*pair) for pair in layer_widths(in_dim, att_dim, out_dim, n_layers)), add_self
+        )
+        self.norm = torch.nn.LayerNorm(out_dim)
 
 
 def layer_widths(in_dim: int, att_dim: int, out_dim: int, n_layers: int) -> list[tuple[int, int]]:

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-from torch import Tensor
-
 from bigbag.nn.attention.irpe_multihead_self_attention import iRPEMultiheadSelfAttention
-from bigbag.nn.transformers.encoder import Encoder, layer_widths
+from bigbag.nn.transformers.encoder import LayerStack
 from bigbag.nn.transformers.layer import Layer
 
 
@@ -45,12 +40,8 @@ class iRPETransformerLayer(Layer):
         att_module = iRPEMultiheadSelfAttention(in_dim, att_dim, att_dim, n_heads, dropout, True, *position)
         super().__init__(att_module, in_dim, in_dim, out_dim, att_dim, use_mlp, dropout=dropout)
 
-    def forward(self, X: Tensor, return_att: bool = False, mask: Tensor | None = None) -> Any:  # type: ignore[override]
-        """As :meth:`Layer.forward`, with ``mask`` ``(B, N)``; places as in :meth:`iRPEMultiheadSelfAttention.pack`."""
-        return super().forward(X, return_att, mask=mask)
 
-
-class iRPETransformerEncoder(Encoder):
+class iRPETransformerEncoder(LayerStack):
     r"""A stack of :class:`iRPETransformerLayer`, normalised at the end.
 
     Args:
@@ -83,16 +74,10 @@ class iRPETransformerEncoder(Encoder):
         rpe_on: str = "k",
         torchmil_layout: bool = False,
     ) -> None:
-        out_dim = in_dim if out_dim is None else out_dim
-        position = (rpe_ratio, rpe_method, rpe_mode, rpe_shared_head, rpe_skip, rpe_on, torchmil_layout)
-        layers = [
-            iRPETransformerLayer(width_in, width_out, att_dim, n_heads, use_mlp, dropout, *position)
-            for width_in, width_out in layer_widths(in_dim, att_dim, out_dim, n_layers)
-        ]
-        super().__init__(torch.nn.ModuleList(layers), add_self)
-        self.rpe_skip = rpe_skip
-        self.norm = torch.nn.LayerNorm(out_dim)
 
-    def forward(self, X: Tensor, return_att: bool = False, mask: Tensor | None = None) -> Any:  # type: ignore[override]
-        """As :meth:`Encoder.forward`, with ``mask`` ``(B, N)``."""
-        return super().forward(X, return_att, mask=mask)
+        def layer(width_in: int, width_out: int) -> iRPETransformerLayer:
+            position = (rpe_ratio, rpe_method, rpe_mode, rpe_shared_head, rpe_skip, rpe_on, torchmil_layout)
+            return iRPETransformerLayer(width_in, width_out, att_dim, n_heads, use_mlp, dropout, *position)
+
+        super().__init__(layer, in_dim, out_dim, att_dim, n_layers, add_self)
+        self.rpe_skip = rpe_skip

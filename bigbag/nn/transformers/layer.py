@@ -53,12 +53,12 @@ class Layer(torch.nn.Module):
         out_dim = in_dim if out_dim is None else out_dim
         att_out_dim = att_in_dim if att_out_dim is None else att_out_dim
         self.att_module = att_module
-        self.in_proj = _linear(in_dim, att_in_dim)
-        self.att_proj = _linear(att_in_dim, att_out_dim)
+        self.in_proj = linear_or_identity(in_dim, att_in_dim)
+        self.att_proj = linear_or_identity(att_in_dim, att_out_dim)
         self.use_mlp = use_mlp
         if use_mlp:
-            self.mlp_module = mlp_module if mlp_module is not None else _mlp(att_out_dim, dropout)
-        self.out_proj = _linear(att_out_dim, out_dim)
+            self.mlp_module = mlp_module if mlp_module is not None else mlp_of(att_out_dim, torch.nn.GELU(), dropout)
+        self.out_proj = linear_or_identity(att_out_dim, out_dim)
         self.norm1 = torch.nn.LayerNorm(att_in_dim)
         self.norm2 = torch.nn.LayerNorm(att_out_dim).requires_grad_(use_mlp)
 
@@ -125,18 +125,21 @@ class Layer(torch.nn.Module):
             y = y + self.mlp_module(self.norm2(y))
         return self.out_proj(y)
 
-    def forward(self, X: Tensor, return_att: bool = False, **kwargs: Any) -> Any:
+    def forward(self, X: Tensor, return_att: bool = False, mask: Tensor | None = None, **kwargs: Any) -> Any:
         """Padded form.
 
         Args:
             X: ``(B, N, in_dim)``.
             return_att: also return the attention weights, which costs O(B H N^2) memory: for small bags.
-            kwargs: ``mask``, ``(B, N)``, and what the attention takes beside it.
+            mask: ``(B, N)``, zero where there is no instance.
+            kwargs: what the attention takes beside it.
 
         Returns:
             Y: ``(B, N, out_dim)``.
             att: ``(B, H, N, N)``, only if ``return_att``.
         """
+        if mask is not None:
+            kwargs["mask"] = mask
         if not isinstance(self.att_module, SelfAttention):
             found = self.att_module(self.norm1(self.in_proj(X)), return_att=return_att, **kwargs)
             y, *att = found if return_att else (found,)
@@ -149,14 +152,16 @@ class Layer(torch.nn.Module):
         return Y, self.att_module.padded_attention(bags.with_x(by_rows(self.entry, bags.x)), **extras)
 
 
-def _linear(in_dim: int, out_dim: int) -> torch.nn.Module:
+def linear_or_identity(in_dim: int, out_dim: int) -> torch.nn.Module:
+    """A linear layer where the widths differ."""
     return torch.nn.Identity() if in_dim == out_dim else torch.nn.Linear(in_dim, out_dim)
 
 
-def _mlp(dim: int, dropout: float) -> torch.nn.Module:
+def mlp_of(dim: int, activation: torch.nn.Module, dropout: float) -> torch.nn.Sequential:
+    """The MLP of a transformer layer: to four times the width and back."""
     return torch.nn.Sequential(
         torch.nn.Linear(dim, 4 * dim),
-        torch.nn.GELU(),
+        activation,
         torch.nn.Dropout(dropout),
         torch.nn.Linear(4 * dim, dim),
         torch.nn.Dropout(dropout),

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bigbag.nn.attention.nystrom_attention import NystromAttention
-from bigbag.nn.transformers.encoder import Encoder, layer_widths
+from bigbag.nn.transformers.encoder import LayerStack
 from bigbag.nn.transformers.layer import Layer
 
 
@@ -52,7 +51,7 @@ class NystromTransformerLayer(Layer):
         return super().forward(X, return_att, mask=mask)
 
 
-class NystromTransformerEncoder(Encoder):
+class NystromTransformerEncoder(LayerStack):
     r"""A stack of :class:`NystromTransformerLayer`, normalised at the end.
 
     Args:
@@ -85,24 +84,12 @@ class NystromTransformerEncoder(Encoder):
         zero_padding: bool = True,
         conv_residual: bool = False,
     ) -> None:
-        out_dim = in_dim if out_dim is None else out_dim
-        layers = [
-            NystromTransformerLayer(
-                width_in,
-                width_out,
-                att_dim,
-                n_heads,
-                n_landmarks=n_landmarks,
-                pinv_iterations=pinv_iterations,
-                dropout=dropout,
-                use_mlp=use_mlp,
-                zero_padding=zero_padding,
-                conv_residual=conv_residual,
-            )
-            for width_in, width_out in layer_widths(in_dim, att_dim, out_dim, n_layers)
-        ]
-        super().__init__(torch.nn.ModuleList(layers), add_self)
-        self.norm = torch.nn.LayerNorm(out_dim)
+
+        def layer(width_in: int, width_out: int) -> NystromTransformerLayer:
+            nystrom = (True, n_landmarks, pinv_iterations, dropout, use_mlp, zero_padding, conv_residual)
+            return NystromTransformerLayer(width_in, width_out, att_dim, n_heads, *nystrom)
+
+        super().__init__(layer, in_dim, out_dim, att_dim, n_layers, add_self)
 
     def forward(self, X: Tensor, mask: Tensor | None = None, return_att: bool = False) -> Any:  # type: ignore[override]
         """As :meth:`Encoder.forward`, with ``mask`` ``(B, N)``."""

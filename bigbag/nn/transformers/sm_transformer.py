@@ -11,7 +11,7 @@ from bigbag.adjacency import Adjacency
 from bigbag.bags import PackedBags, Segments
 from bigbag.nn.attention.multihead_self_attention import MultiheadSelfAttention
 from bigbag.nn.sm import Sm
-from bigbag.nn.transformers.encoder import Encoder, layer_widths
+from bigbag.nn.transformers.encoder import LayerStack
 from bigbag.nn.transformers.layer import Layer
 
 
@@ -121,7 +121,7 @@ class SmTransformerLayer(Layer):
         return super().forward(X, return_att, adj=adj, mask=mask)
 
 
-class SmTransformerEncoder(Encoder):
+class SmTransformerEncoder(LayerStack):
     r"""A stack of :class:`SmTransformerLayer`, normalised at the end.
 
     Args:
@@ -152,15 +152,12 @@ class SmTransformerEncoder(Encoder):
         sm_mode: str = "approx",
         sm_steps: int = 10,
     ) -> None:
-        out_dim = in_dim if out_dim is None else out_dim
-        layers = [
-            SmTransformerLayer(
-                width_in, width_out, att_dim, n_heads, use_mlp, dropout, sm_alpha, sm_mode=sm_mode, sm_steps=sm_steps
-            )
-            for width_in, width_out in layer_widths(in_dim, att_dim, out_dim, n_layers)
-        ]
-        super().__init__(torch.nn.ModuleList(layers), add_self)
-        self.norm = torch.nn.LayerNorm(out_dim)
+
+        def layer(width_in: int, width_out: int) -> SmTransformerLayer:
+            smoothing = (sm_alpha, sm_mode, sm_steps)
+            return SmTransformerLayer(width_in, width_out, att_dim, n_heads, use_mlp, dropout, *smoothing)
+
+        super().__init__(layer, in_dim, out_dim, att_dim, n_layers, add_self)
 
     def forward(  # type: ignore[override]
         self, X: Tensor, adj: Tensor, mask: Tensor | None = None, return_att: bool = False
