@@ -1,6 +1,7 @@
 """The command line: ``bigbag pack | train | evaluate | report | compare | cap-curve | bench``.
 
-``launch/*.py`` call the same functions. Whatever a user can cause ends in one line on standard error and exit status 2.
+``launch/*.py`` call the same functions. Whatever a user can cause ends in one line on standard error and exit status
+2; a run that SIGTERM or SIGUSR1 asked to leave ends with status 85, its checkpoint written.
 """
 
 from __future__ import annotations
@@ -33,14 +34,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.command_line = arguments
     _quiet_known_noise()
     try:
-        options.command(options)
+        return options.command(options) or 0
     except (ValueError, OSError) as error:
         if options.traceback:
             raise
         rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
         print(f"{rank}error: {error}", file=sys.stderr, flush=True)
         return 2
-    return 0
 
 
 def _bench(arguments: Sequence[str]) -> int:
@@ -132,7 +132,8 @@ def _pack(options: argparse.Namespace) -> None:
     )
 
 
-def _train(options: argparse.Namespace) -> None:
+def _train(options: argparse.Namespace) -> int:
+    from bigbag.engine import preemption
     from bigbag.engine.backend import choose_backend
     from bigbag.engine.run import train
     from bigbag.engine.world import start_world
@@ -142,7 +143,15 @@ def _train(options: argparse.Namespace) -> None:
     if options.restart and world.is_main:
         shutil.rmtree(config.run_dir, ignore_errors=True)
     world.barrier()
-    _conclude(config, train(config, world=world), world.is_main)
+    preemption.watch()
+    try:
+        results = train(config, world=world)
+    except preemption.Preempted:
+        if world.is_main:
+            print("asked to leave: a checkpoint is written, and the same command goes on from there", flush=True)
+        return preemption.leave()
+    _conclude(config, results, world.is_main)
+    return 0
 
 
 def _evaluate(options: argparse.Namespace) -> None:

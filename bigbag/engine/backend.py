@@ -15,7 +15,7 @@ from torch import Tensor
 from bigbag.bags import PackedBags
 from bigbag.config import Config
 from bigbag.engine.optim import build_optimizer
-from bigbag.engine.world import World
+from bigbag.engine.world import World, launched
 from bigbag.models import MILModel
 
 
@@ -196,9 +196,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def choose_backend(setting: str) -> str:
     """ "torch" or "deepspeed" for the config's "auto": DeepSpeed under a launcher, plain torch otherwise."""
-    import os
-
-    return ("deepspeed" if "WORLD_SIZE" in os.environ else "torch") if setting == "auto" else setting
+    return ("deepspeed" if launched() else "torch") if setting == "auto" else setting
 
 
 def build_backend(name: str, model: MILModel, config: Config, world: World) -> Backend:

@@ -14,9 +14,12 @@ from bigbag.config import Config
 from bigbag.data import BagStore, capped_sizes, plan_epoch
 from bigbag.engine.feed import feed
 from bigbag.engine.metrics import bag_metrics, instance_metrics
+from bigbag.engine.preemption import Preempted, asked_to_leave
 from bigbag.engine.step import to_device
 from bigbag.engine.world import World
 from bigbag.models import MILModel
+
+_PACKS_PER_QUESTION = 8
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,9 @@ def predict_bags(
         config: the run's settings.
         world: the ranks.
         with_instances: also collect the scores of instances whose label is known.
+
+    Raises:
+        Preempted: a rank was asked to leave.
     """
     data = config.data
     plan = plan_epoch(
@@ -72,7 +78,10 @@ def predict_bags(
     mine: list[_OfBag] = []
     want = "logits and scores" if with_instances else "logits"
     with torch.no_grad():
-        for _, _, pack, host_bags in feed(store, plan, config, world):
+        for number, (_, _, pack, host_bags) in enumerate(feed(store, plan, config, world)):
+            # All ranks have the same number of packs. Asking at each of them would make them wait for each other.
+            if number % _PACKS_PER_QUESTION == 0 and asked_to_leave(world):
+                raise Preempted
             out = forward(to_device(host_bags, world), want)
             if pack.is_filler:
                 continue

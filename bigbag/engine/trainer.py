@@ -26,6 +26,7 @@ from bigbag.engine.feed import TrainingFeed
 from bigbag.engine.log import RunLog, progress
 from bigbag.engine.metrics import headline
 from bigbag.engine.optim import learning_rate
+from bigbag.engine.preemption import Preempted, asked_to_leave
 from bigbag.engine.step import Packs, StepSums, accumulate
 from bigbag.engine.world import World
 from bigbag.models import MILModel, save_model
@@ -69,11 +70,18 @@ class Trainer:
         self.log = RunLog(self.config.run_dir, self.world, done.log_position, self._global_step(done))
         while not done.finished:
             self._train_epoch(done)
-            self._finish_epoch(done)
-            done.log_position = self.log.position
-            save_checkpoint(self.checkpoints, self.backend, done, self.world)
+            try:
+                self._finish_epoch(done)
+            except Preempted:  # in validation, which a resume from the end of the epoch's steps repeats
+                self._save(done)
+                raise
+            self._save(done)
         self.log.close()
         return done
+
+    def _save(self, done: Progress) -> None:
+        done.log_position = self.log.position
+        save_checkpoint(self.checkpoints, self.backend, done, self.world)
 
     def _global_step(self, done: Progress) -> int:
         return done.epoch * self.steps_per_epoch + done.step
@@ -93,9 +101,11 @@ class Trainer:
             bar.update()
             bar.set_postfix(loss=f"{loss:.4f}")
             every = train.checkpoint_every_steps
-            if every and done.step % every == 0 and done.step < self.steps_per_epoch:
-                done.log_position = self.log.position
-                save_checkpoint(self.checkpoints, self.backend, done, self.world)
+            leaving = asked_to_leave(self.world)
+            if leaving or (every and done.step % every == 0 and done.step < self.steps_per_epoch):
+                self._save(done)
+            if leaving:
+                raise Preempted
         bar.close()
 
     def _step(self, done: Progress, packs: Packs, plan: StepPlan) -> float:

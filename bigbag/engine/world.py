@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
 import warnings
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -77,6 +80,14 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` holds on any rank, known to every rank, without waiting for the device."""
+        if self.size == 1:
+            return flag
+        flags = torch.tensor([int(flag)])
+        dist.all_reduce(flags, group=_host_group())
+        return bool(flags.item())
+
     def gather(self, value: Any) -> list[Any]:
         """The picklable ``value`` of every rank, on every rank."""
         if self.size == 1:
@@ -86,6 +97,43 @@ class World:
         return values
 
 
+@cache
+def _host_group() -> dist.ProcessGroup | None:
+    """The group for messages from host to host: gloo, where the default one carries tensors of the device."""
+    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+
+
+def launched() -> bool:
+    """Whether a launcher started this process as a rank: ``deepspeed``, ``torchrun`` or ``srun``.
+
+    ``srun`` sets variables of its own, which are translated here to those of the others. Those of the batch script
+    around it (SLURM_NTASKS) don't count: a process that is not a task of a step is one process.
+    """
+    if "WORLD_SIZE" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:
+        _adopt_slurm_step()
+    return "WORLD_SIZE" in os.environ
+
+
+def _adopt_slurm_step() -> None:
+    step = os.environ
+    tasks = re.match(r"\d+", step["SLURM_STEP_TASKS_PER_NODE"])  # "2", "2(x3)" or "2,1": tasks of the first node
+    assert tasks is not None
+    os.environ.update(
+        RANK=step["SLURM_PROCID"],
+        WORLD_SIZE=step["SLURM_STEP_NUM_TASKS"],
+        LOCAL_RANK=step["SLURM_LOCALID"],
+        LOCAL_WORLD_SIZE=tasks[0],
+    )
+    if "MASTER_ADDR" not in step:
+        command = ["scontrol", "show", "hostnames", step["SLURM_STEP_NODELIST"]]
+        os.environ["MASTER_ADDR"] = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[
+            0
+        ]
+    # Any job of the cluster may have a rendezvous on the first node; job and step make the port its own.
+    number = int(step["SLURM_JOB_ID"]) * 10 + int(step["SLURM_STEP_ID"])
+    os.environ.setdefault("MASTER_PORT", str(20000 + number % 10000))
+
+
 def start_world(backend: str, threads: int | None = None) -> World:
     """Join the run that the launcher's environment (RANK, WORLD_SIZE, LOCAL_RANK) describes, or start alone.
 
@@ -93,6 +141,7 @@ def start_world(backend: str, threads: int | None = None) -> World:
         backend: "torch" or "deepspeed".
         threads: CPU threads of this rank; None shares the cores of the machine among its ranks.
     """
+    launched()
     size = int(os.environ.get("WORLD_SIZE", "1"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
