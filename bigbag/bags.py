@@ -149,7 +149,8 @@ class PackedBags:
     ) -> PackedBags:
         """Lay ``bags`` end to end in one buffer, so that moving the pack to a device is a single copy.
 
-        Optional fields (``y``, ``y_inst``, ``coords``, ``adj``) are kept where every bag has them.
+        Optional fields (``y``, ``coords``, ``adj``) are kept where every bag has them, ``y_inst`` where one has it: the
+        instances of the others are unknown.
 
         Args:
             bags: at least one bag, all of the same feature shape and dtype.
@@ -168,8 +169,10 @@ class PackedBags:
         if all(bag.y is not None for bag in bags):
             labels = np.asarray([bag.y for bag in bags])
             arrays["y"] = [labels.astype(np.int64 if labels.dtype.kind in "iub" else np.float32)]
-        if all(bag.y_inst is not None for bag in bags):
-            arrays["y_inst"] = [bag.y_inst.astype(np.int64) for bag in bags]  # type: ignore[union-attr]
+        if any(bag.y_inst is not None for bag in bags):
+            arrays["y_inst"] = [
+                np.full(bag.num_instances, -1) if bag.y_inst is None else bag.y_inst.astype(np.int64) for bag in bags
+            ]
         if all(bag.coords is not None for bag in bags):
             arrays["coords"] = [bag.coords for bag in bags]  # type: ignore[misc]
         graphs = [bag.adj for bag in bags if bag.adj is not None]

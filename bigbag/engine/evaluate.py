@@ -121,7 +121,7 @@ class _OfBag(NamedTuple):
 
 
 def _of_bag(bag: int, logits: np.ndarray, scores: torch.Tensor | None, host_bags: PackedBags, inside: slice) -> _OfBag:
-    if scores is None or host_bags.y_inst is None:
+    if scores is None or host_bags.y_inst is None or not (host_bags.y_inst[inside] >= 0).any():
         return _OfBag(bag, logits, np.empty(0, np.int64), np.empty(0, np.float32), None)
     coords = None if host_bags.coords is None else host_bags.coords[inside].numpy().copy()
     return _OfBag(bag, logits, host_bags.y_inst[inside].numpy().copy(), scores.float().cpu().numpy(), coords)

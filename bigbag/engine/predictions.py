@@ -38,7 +38,7 @@ def write_predictions(config: Config, store: BagStore, predictions: Mapping[str,
         for bag, logits, row in zip(part.bags, part.logits, chances):
             info = store.infos[bag]
             label = info.label if isinstance(info.label, int | float) else json.dumps(info.label)
-            numbers = [*(f"{value:.9g}" for value in logits), *(f"{value:.17g}" for value in row)]
+            numbers = [repr(float(value)) for value in (*logits, *row)]
             writer.writerow([info.name, split, label, *numbers, info.num_instances, info.patient or ""])
     write_atomically(config.run_dir / "predictions.csv", text.getvalue())
     if config.report.instance_scores:
