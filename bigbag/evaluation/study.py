@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -163,6 +165,8 @@ class Study:
 def _train(path: str | Path, settings: Sequence[str], output: Path) -> tuple[int, int]:
     """Run ``bigbag train`` in a process of its own; exit status and the most resident bytes it had."""
     output.parent.mkdir(parents=True, exist_ok=True)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the run does not outlive us
     command = [sys.executable, "-m", "bigbag.cli", "train", "--config", str(path), *settings]
     with open(output, "wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)

@@ -13,7 +13,7 @@ import numpy as np
 from bigbag.evaluation.cap_curve import Point
 from bigbag.evaluation.compare import NAMES, Line, Spread
 from bigbag.files import write_atomically
-from bigbag.visualize.charts import CLASS_COLOURS, INK, MUTED, NEGATIVE, POSITIVE, STYLE, short_count
+from bigbag.visualize.charts import CLASS_COLOURS, INK, MUTED, NEGATIVE, POSITIVE, STYLE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -83,7 +83,7 @@ def draw_cap_curve(points: Sequence[Point], name: str, folder: Path) -> Path:
             axes.fill_between(caps, low, high, color=NEGATIVE, alpha=0.15, linewidth=0)
             axes.plot(caps, [s.mean for s in spreads], "o-", color=NEGATIVE, label="a random part of each bag")
             axes.set_xscale("log", base=2)
-            axes.set_xticks(caps, [short_count(cap) for cap in caps])
+            axes.set_xticks(caps, [f"{cap:,.0f}" for cap in caps])
             axes.minorticks_off()
         axes.set(xlabel="most instances of a bag, in training and testing", ylabel=f"test {NAMES[name]}")
         axes.legend(loc="lower right")
@@ -113,6 +113,7 @@ def _bars(axes: Axes, places: np.ndarray, values: Sequence[float], title: str) -
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
     axes.locator_params(axis="x", nbins=3)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
 def _save(figure: Figure, folder: Path) -> Path:
