@@ -30,7 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["bench"]:
         return _bench(arguments[1:])
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, more = parser.parse_known_args(arguments)
+    if any(word.startswith("-") or "=" not in word for word in more):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    options.overrides += more  # settings after an option, which argparse does not count to those before it
     options.command_line = arguments
     _quiet_known_noise()
     try:
