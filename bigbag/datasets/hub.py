@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import logging
 import os
 import shutil
 import tarfile
 import tempfile
+import zlib
 from pathlib import Path, PurePosixPath
 
 logger = logging.getLogger(__name__)
@@ -101,11 +103,14 @@ def _unpack(archive: Path, target: Path) -> None:
         files = Path(folder, target.name)
         files.mkdir()
         try:
-            with tarfile.open(archive, "r|gz") as tar:
+            # tarfile takes a stream that ends between two members for a whole one; gzip knows better at its end.
+            with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
                 for member in tar:
                     if not member.isdir():
                         _write_member(tar, member, files, archive)
-        except (tarfile.TarError, EOFError, OSError) as error:
+                while stream.read(1 << 20):
+                    pass
+        except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
             raise ValueError(f"{archive}: damaged ({error}); delete it and run the download again") from error
         if not any(files.iterdir()):
             raise ValueError(f"{archive}: holds no files; delete it and run the download again")
