@@ -30,6 +30,10 @@ _PER_INSTANCE = ("x", "coords", "y_inst", "positions")
 _PIECE = 1 << 20  # values that are converted at once
 
 
+class LengthError(ValueError):
+    """Arrays of one bag that do not have the same number of rows."""
+
+
 def _as_array(value: Any, what: str) -> np.ndarray | None:
     if isinstance(value, Tensor):
         if value.dtype == torch.bfloat16:
@@ -71,7 +75,7 @@ class Bag:
             value = _as_array(getattr(self, name), name)
             object.__setattr__(self, name, value)
             if value is not None and (value.ndim == 0 or len(value) != len(self.x)):
-                raise ValueError(
+                raise LengthError(
                     f"bag {self.key!r}: {name} has shape {value.shape}, expected {len(self.x)} rows, one per instance"
                 )
         if self.adj is not None and self.adj.num_nodes != len(self.x):

@@ -129,6 +129,7 @@ def _pack(options: argparse.Namespace) -> None:
         shard_bytes=data.shard_bytes,
         empty=data.empty_bags,
         left_out_ok=data.missing_bags == "leave_out",
+        invalid=data.invalid_bags,
         unlabelled=options.unlabelled,
         graph=data.graph,
         workers=options.workers,

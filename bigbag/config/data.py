@@ -159,6 +159,8 @@ class DataConfig(Section):
     """What packing does with a bag of no instances: stop, or leave it out and list it."""
     missing_bags: Literal["error", "leave_out"] = "error"
     """What packing does with bags that the source names but does not hold: stop, or leave them out and list them."""
+    invalid_bags: Literal["error", "leave_out"] = "error"
+    """What packing does with a bag that has an error: look at all others and stop, or leave it out and list it."""
     budget_instances: int = 131_072
     """Most instances in one pack; a larger bag is a pack of its own."""
     max_instances: int | None = None

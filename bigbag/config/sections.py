@@ -26,6 +26,7 @@ _DATA_KEYS_WITHOUT_EFFECT = (
     "shard_bytes",
     "empty_bags",
     "missing_bags",
+    "invalid_bags",
     "splits",  # their outcome is part of the identity of a run
 )
 _TRAIN_KEYS_WITHOUT_EFFECT = ("checkpoint_every_steps", "log_every_steps")

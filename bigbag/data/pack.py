@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from bigbag.bags import Bag
-from bigbag.data.graph import with_graph
-from bigbag.data.lattice import on_lattice
-from bigbag.data.manifest import BagInfo, Manifest, ShardInfo, count_splits, make_keys
+from bigbag.data.encode import Encoded, encode_all
+from bigbag.data.manifest import MANIFEST_NAME, BagInfo, Manifest, ShardInfo, count_splits, make_keys
 from bigbag.data.progress import PROGRESS_NAME, Progress, entries_digest, exclusive, fingerprint, finished_set, resume
-from bigbag.data.shards import MAX_MEMBER_BYTES, Members, ShardWriter, encode_bag
+from bigbag.data.report import Finding, error_text, geometry_findings, patient_findings, write_report
+from bigbag.data.shards import ShardWriter
 from bigbag.data.sources.base import Source, SourceEntry
-from bigbag.data.validate import check_bag, check_entries, label_warning, plain_label
+from bigbag.data.validate import entry_errors, plain_label, set_findings, where_of
 from bigbag.files import write_json
 
 if TYPE_CHECKING:
@@ -31,23 +26,6 @@ logger = logging.getLogger(__name__)
 
 _SPLIT_ORDER = ("train", "val", "test")
 _MEMBER_OVERHEAD = 1024  # header and padding of one member in a tar
-
-
-@dataclass(frozen=True)
-class _Encoded:
-    """One bag ready to be written; ``members`` is None where the bag is left out."""
-
-    info: BagInfo
-    source_features: list[Any]
-    members: Members | None
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def fields(self) -> list[str]:
-        """Names of the optional fields that the bag holds."""
-        assert self.members is not None
-        first = {"adj": "adj.crow.npy", "coords": "coords.npy", "y_inst": "y_inst.npy"}
-        return [name for name, member in first.items() if member in self.members]
 
 
 def pack(
@@ -62,12 +40,16 @@ def pack(
     left_out_ok: bool = False,
     unlabelled: Literal["error", "keep"] = "error",
     graph: GraphConfig | None = None,
+    invalid: Literal["error", "leave_out"] = "error",
     overwrite: bool = False,
 ) -> Manifest:
     """Write the bags of ``source`` to shards in the folder ``out``.
 
     A packing that was interrupted goes on after the last finished shard when it is run again, and then gives the same
     bytes as one that was not. A shard holds bags of one split.
+
+    Every bag is checked as it passes; ``validation.json`` has what was found (:mod:`bigbag.data.report`). After an
+    error nothing more is written, but all other bags are looked at, so that all errors come in one message.
 
     Args:
         source: where the bags come from.
@@ -81,38 +63,47 @@ def pack(
             manifest.
         unlabelled: "keep" packs bags without a label, which can be predicted but not trained on.
         graph: build a graph over the instances of each bag and store it; see :mod:`bigbag.data.graph`.
+        invalid: what to do with a bag that has an error: stop, or leave it out and list it in the manifest.
         overwrite: replace a finished set of another source or other options.
 
     Returns:
         The manifest of the finished set.
 
     Raises:
-        ValueError: a bag or an option that is wrong, with the remedy.
+        ValueError: an option that is wrong, or all that is wrong with the bags, with the remedies.
         OSError: the disk is full or fails; finished shards are kept.
     """
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    options: dict[str, Any] = {"dtype": dtype, "shard_bytes": shard_bytes, "empty": empty}
+    options: dict[str, Any] = {"dtype": dtype, "shard_bytes": shard_bytes, "empty": empty, "invalid": invalid}
     options |= {"left_out_ok": left_out_ok, "unlabelled": unlabelled}
     if graph is not None:
         options["graph"] = graph.model_dump(mode="json")
     _check_options(options, workers)
-    entries = _ordered_entries(source, unlabelled)
-    left_out = _left_out_by(source, left_out_ok)
+    entries, left_out, findings = _survey_entries(source, options)
+    failed = any(finding.severity == "error" for finding in findings)
     with exclusive(folder):
-        if not overwrite:
+        if not (overwrite or failed):
             done = finished_set(folder, source, options, entries)
             if done is not None:
                 (folder / PROGRESS_NAME).unlink(missing_ok=True)  # left where the very last step was interrupted
                 return done
-        state = resume(folder, fingerprint(source, options, entries), left_out, overwrite)
-        _write_shards(folder, source, entries, state, options, workers, progress)
-        manifest = _manifest(source, options, entries, state)
+        if failed:
+            state = Progress("", left_out=left_out)
+        else:
+            state = resume(folder, fingerprint(source, options, entries), left_out, overwrite)
+        seen = _Seen(state)
+        _write_shards(folder, source, entries, state, seen, options, workers, progress, look_only=failed)
+        findings += [*seen.findings, *patient_findings(seen.bags), *geometry_findings(seen.bags, seen.facts)]
+        if not (failed and (folder / MANIFEST_NAME).exists()):  # a finished set keeps its own report
+            logger.info("%s", write_report(folder, seen.bags, seen.facts, findings, state.left_out))
+        if failed or seen.num_errors:
+            raise ValueError(error_text(findings, folder))
+        if not state.bags:
+            raise ValueError("pack: no bag is left to pack: all of them were left out")
+        manifest = _manifest(source, options, entries, state, findings)
         manifest.write(folder)
         (folder / PROGRESS_NAME).unlink()
-    for name, items in (("left out", manifest.left_out), ("warning", manifest.warnings)):
-        for item in items:
-            logger.warning("pack: %s: %s", name, item)
     return manifest
 
 
@@ -120,6 +111,7 @@ def _check_options(options: dict[str, Any], workers: int) -> None:
     choices = {
         "dtype": ("float16", "float32", "float64", "uint8"),
         "empty": ("error", "leave_out"),
+        "invalid": ("error", "leave_out"),
         "unlabelled": ("error", "keep"),
     }
     for name, allowed in choices.items():
@@ -130,23 +122,39 @@ def _check_options(options: dict[str, Any], workers: int) -> None:
             raise ValueError(f"pack: {name} is {value}, expected at least 1")
 
 
-def _ordered_entries(source: Source, unlabelled: str) -> list[SourceEntry]:
-    """Entries with plain labels, split by split, so that a shard holds one split."""
+def _survey_entries(
+    source: Source, options: dict[str, Any]
+) -> tuple[list[SourceEntry], list[dict[str, str]], list[Finding]]:
+    """Entries with plain labels, split by split, so that a shard holds one split; those left out; what was found."""
     entries = [replace(entry, label=plain_label(entry.label)) for entry in source.entries()]
-    check_entries(entries, unlabelled)
-    names = {split: i for i, split in enumerate(dict.fromkeys([*_SPLIT_ORDER, *(e.split for e in entries)]))}
-    return sorted(entries, key=lambda entry: names[entry.split])
-
-
-def _left_out_by(source: Source, left_out_ok: bool) -> list[dict[str, str]]:
+    if not entries:
+        raise ValueError("the source has no bags: check its folder and its arguments")
     left_out = [dict(item) for item in getattr(source, "left_out", ())]
-    if left_out and not left_out_ok:
-        listed = "; ".join(f"{item['name']}: {item['reason']}" for item in left_out[:5])
-        raise ValueError(
-            f"{len(left_out)} bags cannot be packed ({listed}{'; ...' if len(left_out) > 5 else ''}): repair the "
-            "source, or pack without them with left_out_ok=True (data.missing_bags: leave_out), which lists them"
-        )
-    return left_out
+    found: list[Finding] = []
+    if left_out and not options["left_out_ok"] and options["invalid"] == "error":
+        found.append(Finding("missing", "error", "", _missing_text(left_out)))
+    elif left_out:
+        found.append(Finding("missing", "warning", "", f"{len(left_out)} bags are missing and left out"))
+    wrong = list(entry_errors(entries, options["unlabelled"]))
+    if options["invalid"] == "leave_out":
+        left_out += [{"name": entry.name, "reason": finding.message} for entry, finding in wrong]
+        dropped = {id(entry) for entry, _ in wrong}
+        entries = [entry for entry in entries if id(entry) not in dropped]
+    else:
+        found += [finding for _, finding in wrong]
+        labels_gone = {id(entry) for entry, finding in wrong if finding.check == "labels"}
+        entries = [replace(entry, label=None) if id(entry) in labels_gone else entry for entry in entries]
+    found += set_findings(entries)
+    names = {split: i for i, split in enumerate(dict.fromkeys([*_SPLIT_ORDER, *(e.split for e in entries)]))}
+    return sorted(entries, key=lambda entry: names[entry.split]), left_out, found
+
+
+def _missing_text(left_out: Sequence[dict[str, str]]) -> str:
+    listed = "; ".join(f"{item['name']}: {item['reason']}" for item in left_out[:5])
+    return (
+        f"{len(left_out)} bags cannot be packed ({listed}{'; ...' if len(left_out) > 5 else ''}): repair the "
+        "source, or pack without them with left_out_ok=True (data.missing_bags: leave_out), which lists them"
+    )
 
 
 def _write_shards(
@@ -154,13 +162,16 @@ def _write_shards(
     source: Source,
     entries: Sequence[SourceEntry],
     state: Progress,
+    seen: _Seen,
     options: dict[str, Any],
     workers: int,
     progress: bool,
+    look_only: bool,
 ) -> None:
+    """Write the bags that are not written yet, until one has an error; the others are only looked at."""
     from tqdm import tqdm
 
-    keys = make_keys([entry.name for entry in entries])
+    keys = [""] * len(entries) if look_only else make_keys([entry.name for entry in entries])
     todo = list(zip(entries, keys))[state.num_entries :]
     bar = tqdm(
         total=len(entries), initial=state.num_entries, desc="pack", unit="bag", disable=None if progress else True
@@ -168,15 +179,20 @@ def _write_shards(
     shard: _OpenShard | None = None
     try:
         with bar:
-            for entry, bag in _encode_all(source, todo, options, workers):
-                _check_like_first(bag, entry, state)
+            for entry, loaded in encode_all(source, todo, options, workers):
+                bag = seen.add(seen.compared(loaded, entry), options)
+                bar.update()
+                if seen.num_errors or look_only:
+                    if shard is not None:
+                        shard.discard()
+                        shard = None
+                    continue
                 if shard is not None and bag.members is not None and not shard.fits(bag, options["shard_bytes"]):
                     shard.finish(folder, state)
                     shard = None
                 if shard is None:
                     shard = _OpenShard(folder, state, bag.info.split)
                 shard.add(bag)
-                bar.update()
             if shard is not None:
                 shard.finish(folder, state)
                 shard = None
@@ -191,92 +207,56 @@ def _write_shards(
     finally:
         if shard is not None:
             shard.discard()
-    if not state.bags:
-        raise ValueError("pack: no bag is left to pack: all of them were left out")
 
 
-def _encode_all(
-    source: Source, todo: Sequence[tuple[SourceEntry, str]], options: dict[str, Any], workers: int
-) -> Iterator[tuple[SourceEntry, _Encoded]]:
-    """Encoded bags in order, at most ``workers`` of them ahead of the consumer."""
-    if workers == 1:
-        for entry, key in todo:
-            yield entry, _encode(source, entry, key, options)
-        return
-    # Threads, not processes: reading, casting and hashing release the interpreter lock, and nothing is copied over.
-    with ThreadPoolExecutor(workers) as pool:
-        waiting = iter(todo)
-        running: deque[tuple[SourceEntry, Future[_Encoded]]] = deque()
-        try:
-            while True:
-                for entry, key in islice(waiting, workers - len(running)):
-                    running.append((entry, pool.submit(_encode, source, entry, key, options)))
-                if not running:
-                    return
-                entry, future = running.popleft()
-                yield entry, future.result()
-        finally:
-            for _, future in running:
-                future.cancel()
+def _may_leave_out(problem: Finding, options: dict[str, Any]) -> bool:
+    return options["invalid"] == "leave_out" or (problem.check == "empty" and options["empty"] == "leave_out")
 
 
-def _encode(source: Source, entry: SourceEntry, key: str, options: dict[str, Any]) -> _Encoded:
-    bag = _load(source, entry)
-    features = [list(bag.x.shape[1:]), bag.x.dtype.name]
-    info = BagInfo(key, entry.name, entry.split, entry.label, entry.patient, bag.num_instances)
-    if bag.num_instances == 0:
-        if options["empty"] == "error":
-            raise ValueError(
-                f"bag {entry.name!r}{_path_of(entry)}: has no instances, expected at least 1; repair it, or leave "
-                'empty bags out with empty="leave_out" (data.empty_bags: leave_out), which lists them'
+class _Seen:
+    """All bags so far, those of an interrupted packing among them, and what was found."""
+
+    def __init__(self, state: Progress) -> None:
+        self.state = state
+        self.bags, self.facts, self.findings = list(state.bags), list(state.facts), list(state.findings)
+        self.num_errors = 0
+        self._with_features = {fact["x_sha256"]: bag for bag, fact in zip(state.bags, state.facts)}
+
+    def add(self, bag: Encoded, options: dict[str, Any]) -> Encoded:
+        """Take a bag into the report."""
+        self.findings += bag.findings
+        if bag.problem is None:
+            self.bags.append(bag.info)
+            self.facts.append(bag.fact)
+        elif not _may_leave_out(bag.problem, options):
+            self.num_errors += 1
+            self.findings.append(bag.problem)
+            logger.error("pack: %s", bag.problem.message)
+        return bag
+
+    def compared(self, bag: Encoded, entry: SourceEntry) -> Encoded:
+        """The bag, refused where its features are not like those before it, or the same as some."""
+        if bag.members is None:
+            return bag
+        if not self.state.features:
+            self.state.features = [*bag.source_features, entry.name]
+        shape, dtype, first = self.state.features
+        if [shape, dtype] != bag.source_features:
+            return bag.refused(
+                "features",
+                f"{where_of(entry)}: x has instances of shape {tuple(bag.source_features[0])} "
+                f"{bag.source_features[1]}, expected {tuple(shape)} {dtype} as in bag {first!r}: extract all bags with "
+                "the same extractor and precision",
             )
-        return _Encoded(info, features, None)
-    warnings = []
-    where, graph = f"bag {entry.name!r}{_path_of(entry)}", options.get("graph")
-    try:
-        bag = on_lattice(bag, None if graph is None else graph["stride"])
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-    info = replace(info, stride=bag.stride)
-    if graph is not None:
-        bag, warning = with_graph(bag, graph, where)
-        warnings.append(warning)
-    stored = check_bag(bag, entry, options["dtype"])
-    warnings.append(label_warning(stored, entry))
-    members = encode_bag(stored, info)
-    largest = max(members, key=lambda name: len(members[name]))
-    if len(members[largest]) > MAX_MEMBER_BYTES:
-        raise ValueError(
-            f"bag {entry.name!r}{_path_of(entry)}: {largest} takes {len(members[largest])} bytes, a tar member at most "
-            f"{MAX_MEMBER_BYTES}: store a narrower dtype"
-        )
-    info = replace(info, sha256=hashlib.sha256(members["json"]).hexdigest())
-    return _Encoded(info, features, members, tuple(warning for warning in warnings if warning))
-
-
-def _load(source: Source, entry: SourceEntry) -> Bag:
-    try:
-        bag = source.load(entry)
-    except ValueError as error:
-        text = str(error)
-        where = "" if entry.path in text and entry.name in text else f"bag {entry.name!r}{_path_of(entry)}: "
-        raise ValueError(f"{where}{text}") from error
-    return replace(bag, y=entry.label, key=entry.name)
-
-
-def _check_like_first(bag: _Encoded, entry: SourceEntry, state: Progress) -> None:
-    """All bags have the width and dtype of the first one that has instances."""
-    if bag.members is None:
-        return
-    if not state.features:
-        state.features = [*bag.source_features, entry.name]
-    shape, dtype, first = state.features
-    if [shape, dtype] != bag.source_features:
-        raise ValueError(
-            f"bag {entry.name!r}{_path_of(entry)}: x has instances of shape {tuple(bag.source_features[0])} "
-            f"{bag.source_features[1]}, expected {tuple(shape)} {dtype} as in bag {first!r}: extract all bags with "
-            "the same extractor and precision"
-        )
+        same = self._with_features.setdefault(bag.fact["x_sha256"], bag.info)
+        if same is bag.info:
+            return bag
+        text = f"{where_of(entry)}: has the same features as bag {same.name!r}"
+        if None not in (same.split, entry.split) and same.split != entry.split:
+            return bag.refused(
+                "leakage", f"{text}, which is in {same.split}, this one in {entry.split}: drop one of them"
+            )
+        return replace(bag, findings=(*bag.findings, Finding("leakage", "warning", entry.name, text)))
 
 
 class _OpenShard:
@@ -289,21 +269,25 @@ class _OpenShard:
         self.writer = ShardWriter(folder / self.name, folder / f".{self.name}.tmp")
         self.bags: list[BagInfo] = []
         self.left_out: list[dict[str, str]] = []
-        self.warnings: list[str] = []
+        self.findings: list[Finding] = []
+        self.facts: list[dict[str, Any]] = []
         self.fields = state.fields
 
-    def fits(self, bag: _Encoded, shard_bytes: int) -> bool:
+    def fits(self, bag: Encoded, shard_bytes: int) -> bool:
         assert bag.members is not None
         size = sum(len(content) + _MEMBER_OVERHEAD for content in bag.members.values())
         return self.split == bag.info.split and (not self.bags or self.writer.num_bytes + size <= shard_bytes)
 
-    def add(self, bag: _Encoded) -> None:
+    def add(self, bag: Encoded) -> None:
         if bag.members is None:
-            self.left_out.append({"name": bag.info.name, "reason": "no instances"})
+            assert bag.problem is not None
+            reason = "no instances" if bag.problem.check == "empty" else bag.problem.message
+            self.left_out.append({"name": bag.info.name, "reason": reason})
             return
         self.writer.add(bag.info.key, bag.members)
         self.bags.append(replace(bag.info, shard=self.name))
-        self.warnings += bag.warnings
+        self.findings += bag.findings
+        self.facts.append(bag.fact)
         self.fields = [name for name in bag.fields if self.fields is None or name in self.fields]
 
     def finish(self, folder: Path, state: Progress) -> None:
@@ -316,7 +300,8 @@ class _OpenShard:
             self.writer.discard()
         state.bags += self.bags
         state.left_out += self.left_out
-        state.warnings += self.warnings
+        state.findings += self.findings
+        state.facts += self.facts
         state.fields = self.fields
         state.num_entries += len(self.bags) + len(self.left_out)
         write_json(folder / PROGRESS_NAME, asdict(state))
@@ -329,7 +314,13 @@ def _shard_prefix(split: str | None) -> str:
     return "bags" if split is None else make_keys([split])[0]
 
 
-def _manifest(source: Source, options: dict[str, Any], entries: Sequence[SourceEntry], state: Progress) -> Manifest:
+def _manifest(
+    source: Source,
+    options: dict[str, Any],
+    entries: Sequence[SourceEntry],
+    state: Progress,
+    findings: Sequence[Finding],
+) -> Manifest:
     return Manifest(
         source=json.loads(json.dumps(source.description())),
         options={**options, "entries": entries_digest(entries)},
@@ -340,10 +331,6 @@ def _manifest(source: Source, options: dict[str, Any], entries: Sequence[SourceE
         bags=tuple(state.bags),
         shards=tuple(state.shards),
         left_out=tuple(state.left_out),
-        warnings=tuple(state.warnings),
+        warnings=tuple(finding.message for finding in findings if finding.severity == "warning"),
         fields=tuple(state.fields or ()),
     )
-
-
-def _path_of(entry: SourceEntry) -> str:
-    return f" ({entry.path})" if entry.path else ""

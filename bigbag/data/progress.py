@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bigbag.data.manifest import MANIFEST_NAME, BagInfo, Manifest, ShardInfo
+from bigbag.data.report import Finding
 from bigbag.data.sources.base import Source, SourceEntry
 from bigbag.files import write_json
 
@@ -32,7 +33,8 @@ class Progress:
     bags: list[BagInfo] = field(default_factory=list)
     shards: list[ShardInfo] = field(default_factory=list)
     left_out: list[dict[str, str]] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    facts: list[dict[str, Any]] = field(default_factory=list)
     fields: list[str] | None = None
 
 
@@ -111,6 +113,7 @@ def _read_progress(folder: Path, wanted: str) -> Progress | None:
             logger.warning("pack: %s: source or options have changed since the interruption; starting again", folder)
             return None
         content["bags"] = [BagInfo(**bag) for bag in content["bags"]]
+        content["findings"] = [Finding(**finding) for finding in content["findings"]]
         content["shards"] = [ShardInfo(**shard) for shard in content["shards"]]
         state = Progress(**content)
     except (ValueError, TypeError, KeyError) as error:

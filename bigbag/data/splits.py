@@ -19,6 +19,7 @@ from bigbag.config import ConfigError, SplitsConfig, check_arguments
 from bigbag.data.divide import Splittable, classes_of, folds_of, groups_of, hold_out, site_folds
 from bigbag.data.split_tables import count_folds, read_splits
 from bigbag.data.stores import BagStore
+from bigbag.data.validate import leaking_patients
 
 logger = logging.getLogger(__name__)
 
@@ -176,13 +177,11 @@ def check_leakage(infos: Sequence[Splittable], splits: Mapping[str, Sequence[int
     Raises:
         ValueError: such patients, the first three by name.
     """
-    found: dict[str, set[str]] = defaultdict(set)
+    of_bag: list[str | None] = [None] * len(infos)
     for split, bags in splits.items():
         for bag in bags:
-            patient = infos[bag].patient
-            if patient is not None and split != "unassigned":
-                found[patient].add(split)
-    leaking = {patient: sorted(of) for patient, of in found.items() if len(of) > 1}
+            of_bag[bag] = None if split == "unassigned" else split
+    leaking = leaking_patients(infos, of_bag)
     if leaking:
         listed = "; ".join(f"{patient!r} in {' and '.join(of)}" for patient, of in sorted(leaking.items())[:3])
         raise ValueError(

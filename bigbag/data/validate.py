@@ -1,9 +1,10 @@
-"""What a bag must satisfy to be packed: one clear error for each way in which it can be wrong."""
+"""What bags must satisfy to be packed: one clear message for each way in which they can be wrong or odd."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,9 @@ import numpy as np
 import torch
 
 from bigbag.bags import Adjacency, Bag, Label
+from bigbag.data.divide import Splittable
+from bigbag.data.names import bare_name
+from bigbag.data.report import Finding
 from bigbag.data.sources.base import SourceEntry
 
 _CHUNK = 1 << 22
@@ -47,32 +51,75 @@ def plain_label(label: Any) -> Label | None:
     return int(value) if isinstance(value, bool) else value
 
 
-def check_entries(entries: Sequence[SourceEntry], unlabelled: str) -> None:
-    """Check what is known of the bags before any is read.
+class BagError(ValueError):
+    """What is wrong with a bag, and the check (of :data:`bigbag.data.report.CHECKS`) that found it."""
 
-    Raises:
-        ValueError: no bags, a bag without a name, a name twice, a missing or non-finite label.
-    """
-    if not entries:
-        raise ValueError("the source has no bags: check its folder and its arguments")
+    def __init__(self, check: str, message: str) -> None:
+        super().__init__(message)
+        self.check = check
+
+
+def entry_errors(entries: Sequence[SourceEntry], unlabelled: str) -> Iterator[tuple[SourceEntry, Finding]]:
+    """What is wrong with single bags before any is read: no name, a name twice, a missing or non-finite label."""
     seen: dict[str, SourceEntry] = {}
     for entry in entries:
+
+        def error(check: str, message: str, entry: SourceEntry = entry) -> tuple[SourceEntry, Finding]:
+            return entry, Finding(check, "error", entry.name, message)
+
         if not entry.name:
-            raise ValueError(f"a bag read from {entry.path!r} has an empty name: give every bag a unique name")
-        if entry.name in seen:
-            raise ValueError(
+            yield error("names", f"a bag read from {entry.path!r} has an empty name: give every bag a unique name")
+        elif entry.name in seen:
+            yield error(
+                "unique_names",
                 f"two bags are called {entry.name!r} ({seen[entry.name].path or 'generated'} and "
-                f"{entry.path or 'generated'}): names must be unique; rename one of them"
+                f"{entry.path or 'generated'}): names must be unique; rename one of them",
             )
-        seen[entry.name] = entry
-        if entry.label is None and unlabelled == "error":
-            raise ValueError(
-                f"bag {entry.name!r}{_at(entry)}: label is missing; add it to the labels of the source, or pack "
-                'for prediction only with unlabelled="keep"'
+        elif entry.label is None and unlabelled == "error":
+            yield error(
+                "labels",
+                f"{where_of(entry)}: label is missing; add it to the labels of the source, or pack for prediction "
+                'only with unlabelled="keep"',
             )
-        numbers: Sequence[float] = _as_list(entry.label)
-        if not all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers):
-            raise ValueError(f"bag {entry.name!r}{_at(entry)}: label {entry.label!r}, expected finite numbers")
+        elif not all(isinstance(n, (int, float)) and math.isfinite(n) for n in _as_list(entry.label)):
+            yield error("labels", f"{where_of(entry)}: label {entry.label!r}, expected finite numbers")
+        seen.setdefault(entry.name, entry)
+
+
+def set_findings(entries: Sequence[SourceEntry]) -> Iterator[Finding]:
+    """What is wrong or odd about all bags together before any is read: leakage, and names."""
+    for patient, of in sorted(leaking_patients(entries, [entry.split for entry in entries]).items()):
+        message = f"patient {patient!r} has bags in {' and '.join(of)}: put all of them into one split (--splits)"
+        yield Finding("leakage", "error", "", message)
+    alike: dict[str, list[SourceEntry]] = defaultdict(list)
+    for entry in entries:
+        alike[bare_name(entry.name)].append(entry)
+    for same in alike.values():
+        if len({entry.name for entry in same}) > 1:
+            leaks = len({entry.split for entry in same}) > 1
+            listed = " and ".join(repr(entry.name) for entry in same)
+            message = f"{listed} differ by folder or extension only{': one slide in two splits?' if leaks else ''}"
+            yield Finding("leakage" if leaks else "unique_names", "warning", same[1].name, message)
+    extended = [entry.name for entry in entries if bare_name(entry.name) != entry.name]
+    if extended:
+        message = f"{len(extended)} names have a folder or an extension, the first of them {extended[0]!r}"
+        yield Finding("names", "warning", "", message)
+    dotted = [entry.name for entry in entries if "." in bare_name(entry.name)]
+    if dotted:
+        message = f"{len(dotted)} names have dots in them, the first of them {dotted[0]!r}; they are kept as they are"
+        yield Finding("names", "note", "", message)
+    without = sum(entry.label is None for entry in entries)
+    if without:
+        yield Finding("labels", "note", "", f"{without} bags have no label and can only be predicted")
+
+
+def leaking_patients(bags: Sequence[Splittable], splits: Sequence[str | None]) -> dict[str, list[str]]:
+    """Patients with bags in several splits, and these splits."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for bag, split in zip(bags, splits):
+        if bag.patient is not None and split is not None:
+            found[bag.patient].add(split)
+    return {patient: sorted(of) for patient, of in found.items() if len(of) > 1}
 
 
 def check_bag(bag: Bag, entry: SourceEntry, dtype: str) -> Bag:
@@ -81,19 +128,21 @@ def check_bag(bag: Bag, entry: SourceEntry, dtype: str) -> Bag:
     Raises:
         ValueError: the first thing that is wrong, with bag, path, field, expected, got and the remedy.
     """
-    where = f"bag {entry.name!r}{_at(entry)}"
+    where = where_of(entry)
     if bag.x.ndim < 2:
-        raise ValueError(f"{where}: x has shape {bag.x.shape}, expected (N, P), one row per instance")
+        raise BagError("type", f"{where}: x has shape {bag.x.shape}, expected (N, P), one row per instance")
     for field in ("x", "coords", "y_inst"):
         values = getattr(bag, field)
         kinds = "biu" if field == "y_inst" else "biuf"
         if values is not None and (values.dtype.kind not in kinds or values.dtype == np.longdouble):
-            raise ValueError(f"{where}: {field} is of type {values.dtype}, expected {_kind_names(kinds)}")
+            raise BagError("type", f"{where}: {field} is of type {values.dtype}, expected {_kind_names(kinds)}")
     if bag.coords is not None and (bag.coords.ndim != 2 or not all_finite(bag.coords)):
-        raise ValueError(f"{where}: coords has shape {bag.coords.shape}, expected finite (N, c) positions")
+        check = "type" if bag.coords.ndim != 2 else "finite"
+        raise BagError(check, f"{where}: coords has shape {bag.coords.shape}, expected finite (N, c) positions")
     if bag.y_inst is not None and bag.y_inst.shape != (bag.num_instances,):
-        raise ValueError(
-            f"{where}: y_inst has shape {bag.y_inst.shape}, expected ({bag.num_instances},), one label per instance"
+        raise BagError(
+            "lengths",
+            f"{where}: y_inst has shape {bag.y_inst.shape}, expected ({bag.num_instances},), one label per instance",
         )
     if bag.adj is not None:
         _check_adjacency(bag.adj, where)
@@ -108,9 +157,9 @@ def label_warning(bag: Bag, entry: SourceEntry) -> str | None:
     if known.size == 0 or known.max() > 1:
         return None
     if entry.label == 0 and known.max() == 1:
-        return f"bag {entry.name!r}{_at(entry)}: label 0, but {int((known == 1).sum())} instances are labelled 1"
+        return f"{where_of(entry)}: label 0, but {int((known == 1).sum())} instances are labelled 1"
     if entry.label == 1 and known.max() == 0 and known.size == bag.num_instances:
-        return f"bag {entry.name!r}{_at(entry)}: label 1, but all {known.size} instances are labelled 0"
+        return f"{where_of(entry)}: label 1, but all {known.size} instances are labelled 0"
     return None
 
 
@@ -118,38 +167,45 @@ def _cast(x: np.ndarray, dtype: str, where: str) -> np.ndarray:
     with np.errstate(over="ignore", invalid="ignore"):
         stored = np.ascontiguousarray(x, dtype=dtype)
     if dtype == "uint8" and not np.array_equal(stored, x):
-        raise ValueError(f"{where}: x holds values that uint8 cannot, expected integers from 0 to 255; use float16")
+        raise BagError(
+            "type", f"{where}: x holds values that uint8 cannot, expected integers from 0 to 255; use float16"
+        )
     if all_finite(stored):
         return stored
     flat = x.reshape(len(x), -1)
     bad = ~np.isfinite(flat)
     if bad.any():
         row, column = np.argwhere(bad)[0]
-        raise ValueError(
+        raise BagError(
+            "finite",
             f"{where}: x[{row}, {column}] is {flat[row, column]}, expected finite numbers; {int(bad.sum())} values "
-            f"in {int(bad.any(1).sum())} of {len(x)} instances are NaN or infinite: extract the features again"
+            f"in {int(bad.any(1).sum())} of {len(x)} instances are NaN or infinite: extract the features again",
         )
     row, column = np.argwhere(~np.isfinite(stored.reshape(len(x), -1)))[0]
-    raise ValueError(
+    raise BagError(
+        "finite",
         f"{where}: x[{row}, {column}] = {flat[row, column]} overflows {dtype} (largest number "
-        f"{np.finfo(dtype).max}); store float32, or scale the features"
+        f"{np.finfo(dtype).max}); store float32, or scale the features",
     )
 
 
 def _check_adjacency(adj: Adjacency, where: str) -> None:
     crow, col, num_nodes = adj.crow, adj.col, adj.num_nodes
     if int(crow[0]) != 0 or int(crow[-1]) != adj.num_edges or bool((crow.diff() < 0).any()):
-        raise ValueError(f"{where}: adj.crow must rise from 0 to the number of edges, {adj.num_edges}")
+        raise BagError("graph", f"{where}: adj.crow must rise from 0 to the number of edges, {adj.num_edges}")
     if adj.num_edges and (int(col.min()) < 0 or int(col.max()) >= num_nodes):
-        raise ValueError(
-            f"{where}: adj.col holds {int(col.min())} to {int(col.max())}, expected instances from 0 to {num_nodes - 1}"
+        raise BagError(
+            "graph",
+            f"{where}: adj.col holds {int(col.min())} to {int(col.max())}, expected instances from 0 to "
+            f"{num_nodes - 1}",
         )
     if adj.weight is not None and (adj.weight.shape != col.shape or not bool(torch.isfinite(adj.weight).all())):
-        raise ValueError(f"{where}: adj.weight must have one finite number for each of {adj.num_edges} edges")
+        raise BagError("graph", f"{where}: adj.weight must have one finite number for each of {adj.num_edges} edges")
 
 
-def _at(entry: SourceEntry) -> str:
-    return f" ({entry.path})" if entry.path else ""
+def where_of(entry: SourceEntry) -> str:
+    """Name and path of a bag, for messages."""
+    return f"bag {entry.name!r} ({entry.path})" if entry.path else f"bag {entry.name!r}"
 
 
 def _as_list(label: Label | None) -> Sequence[float]:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -187,7 +188,8 @@ def test_other_options_start_again_and_say_so(
 
 
 def bag(key: str = "s.1", n: int = 4, **fields: object) -> Bag:
-    values = {"x": np.ones((n, 3), np.float32), "y": 1, "key": key, **fields}
+    x = np.full((n, 3), zlib.crc32(key.encode()) % 1000, np.float32)  # bags of other names have other features
+    values = {"x": x, "y": 1, "key": key, **fields}
     return Bag(**values)
 
 
