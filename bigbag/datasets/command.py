@@ -32,7 +32,9 @@ def add_pack_options(pack: argparse.ArgumentParser) -> None:
     pack.add_argument("--graph", action="store_true", help="build the graph of 8 neighbours of each bag")
     pack.add_argument("--missing", choices=["error", "leave_out"], help="slides without file or label")
     pack.add_argument("--empty", choices=["error", "leave_out"], help="slides without patches")
-    pack.add_argument("--invalid", choices=["error", "leave_out"], help="slides with an error; validation.json names all")
+    pack.add_argument(
+        "--invalid", choices=["error", "leave_out"], help="slides with an error; validation.json names all"
+    )
     pack.add_argument("--unlabelled", choices=["error", "keep"], default="error", help="keep: for prediction only")
 
 
