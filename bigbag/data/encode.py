@@ -139,7 +139,8 @@ def _load(source: Source, entry: SourceEntry) -> Bag:
         bag = source.load(entry)
     except (ValueError, OSError) as error:
         text = str(error)
-        where = "" if entry.path in text and entry.name in text else f"{where_of(entry)}: "
+        named = repr(entry.name) in text or (entry.path and entry.path in text)
+        where = "" if named else f"{where_of(entry)}: "
         raise BagError("lengths" if isinstance(error, LengthError) else "readable", f"{where}{text}") from error
     return replace(bag, y=entry.label, key=entry.name)
 

@@ -132,7 +132,8 @@ def test_warnings_are_listed_and_do_not_stop(tmp_path: Path, caplog: pytest.LogC
     grid = slide("x").coords
     bags = [
         slide("plain", attributes={"target_magnification": 20}), slide("twice", coords=twice), slide("off", coords=off),
-        slide("wrong", stride=128.0), slide("large", stride=512.0, coords=grid * 2, attributes={"target_magnification": 40}),
+        slide("wrong", stride=128.0),
+        slide("large", stride=512.0, coords=grid * 2, attributes={"target_magnification": 40}),
         slide("a.svs"), slide("a"), slide("TCGA-1.x"), slide("same", seed=sum(b"plain")),
     ]  # fmt: skip
     splits = ["train"] * 6 + ["test"] + ["train"] * 2

@@ -31,8 +31,8 @@ def x_of(write: SimpleNamespace, name: str, width: int = 8) -> np.ndarray:
     return write.features(SIZES[name], SIZES[name], width)
 
 
-def label_table(root: Path, write: SimpleNamespace, suffix: str = "") -> str:
-    rows = [(f"patient{i // 2}", f"{name}{suffix}", label) for i, (name, label) in enumerate(LABELS.items())]
+def label_table(root: Path, write: SimpleNamespace, suffix: str = "", slides_per_patient: int = 2) -> str:
+    rows = [(f"patient{i // slides_per_patient}", f"{name}{suffix}", label) for i, (name, label) in enumerate(LABELS.items())]
     return write.table(root / "labels.csv", [("case_id", "slide_id", "label"), *rows])
 
 
@@ -68,13 +68,13 @@ def test_clam(tmp_path: Path, write: SimpleNamespace, packed: Callable, about: d
         tmp_path / "splits_0.csv",
         [("", "train", "val", "test"), (0, "slide.A", "slide.C", "slide.B")],
     )
-    more = ["--labels", label_table(tmp_path, write), "--splits", splits]
+    more = ["--labels", label_table(tmp_path, write, slides_per_patient=1), "--splits", splits]
     found = packed(root, *more, "--option", f"patches={tmp_path / 'RESULTS' / 'patches'}")
     check(write, found, stride)
     assert {name: one.info.split for name, one in found.items()} == {
         "slide.A": "train", "slide.B": "test", "slide.C": "val",
     }  # fmt: skip
-    assert found["slide.A"].info.patient == found["slide.B"].info.patient == "patient0"
+    assert [found[name].info.patient for name in SIZES] == ["patient0", "patient1", "patient2"]
     check(write, packed(root, *more, out="measured"), stride)  # without the patches
 
 
@@ -83,7 +83,7 @@ def test_clam_tensors_with_coordinates_beside_them(tmp_path: Path, write: Simple
     for name in SIZES:
         write.clam(tmp_path / "f", name, x_of(write, name), cells(write, name) * 448)
     (tmp_path / "f" / "h5_files").rename(tmp_path / "coords")
-    labels = label_table(tmp_path, write, ".svs")
+    labels = label_table(tmp_path, write, ".svs", slides_per_patient=1)
     check(write, packed(tmp_path / "f", "--labels", labels, "--option", f"h5_path={tmp_path / 'coords'}"), 448.0)
     alone = packed(tmp_path / "f", "--labels", labels, out="alone")
     check(write, alone, None)
