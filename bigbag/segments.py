@@ -37,7 +37,8 @@ class Segments:
         """The number of instances of each bag, those on other ranks included."""
         return self.sizes if self.parts is None else self.parts.totals
 
-    @cached_property
+    # Not cached: torch.compile can't follow the lock of Python 3.11's cached_property.
+    @property
     def bag_sizes(self) -> Tensor:
         """``(B,)`` int64: :attr:`totals` on the device."""
         if self.parts is None:
