@@ -32,7 +32,10 @@ def x_of(write: SimpleNamespace, name: str, width: int = 8) -> np.ndarray:
 
 
 def label_table(root: Path, write: SimpleNamespace, suffix: str = "", slides_per_patient: int = 2) -> str:
-    rows = [(f"patient{i // slides_per_patient}", f"{name}{suffix}", label) for i, (name, label) in enumerate(LABELS.items())]
+    rows = [
+        (f"patient{i // slides_per_patient}", f"{name}{suffix}", label)
+        for i, (name, label) in enumerate(LABELS.items())
+    ]
     return write.table(root / "labels.csv", [("case_id", "slide_id", "label"), *rows])
 
 
