@@ -77,6 +77,7 @@ class Bag:
             if value is not None and (value.ndim == 0 or len(value) != len(self.x)):
                 raise LengthError(
                     f"bag {self.key!r}: {name} has shape {value.shape}, expected {len(self.x)} rows, one per instance"
+                    + ("" if len(self.x) else ": x has no instances")
                 )
         if self.adj is not None and self.adj.num_nodes != len(self.x):
             raise ValueError(f"bag {self.key!r}: adj has {self.adj.num_nodes} nodes for {len(self.x)} instances")
