@@ -70,8 +70,9 @@ def _most_frequent(gaps: np.ndarray) -> float | None:
         return None
     values, counts = np.unique(gaps, return_counts=True)
     common = int(counts.argmax())
-    # Cut to integers, a stride of 287.5 is 287 here and 288 there: those count together, by their mean.
-    near = np.abs(values - values[common]) <= 1
+    # Cut to integers, a stride of 287.5 is 287 here and 288 there: those count together, by their mean. Not so the
+    # steps 1 and 2 of coordinates that are counted in patches.
+    near = np.abs(values - values[common]) <= (1 if _SAME * values[common] >= 1 else 0)
     if counts[near].sum() < _COMMON_SHARE * len(gaps):
         return None
     return float(np.average(values[near], weights=counts[near]))

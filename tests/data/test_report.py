@@ -209,3 +209,13 @@ def test_surveys_of_coordinates(dtype: str) -> None:
     assert survey_coords(rng.integers(0, 10**6, (1000, 2)).astype(dtype)).step is None
     assert survey_coords(np.zeros((3, 3), dtype)).num_duplicates == 2
     assert survey_coords(np.zeros((0, 2), dtype)).num_duplicates == 0
+
+
+@pytest.mark.parametrize(
+    ("scale", "step"), [(1, 1.0), (287.5, 287.5)], ids=["counted in patches", "in pixels, cut to integers"]
+)
+def test_holes_in_a_slide_are_no_other_step(scale: float, step: float) -> None:
+    lattice = np.stack(np.divmod(np.arange(900), 30), 1)
+    with_holes = lattice[np.random.default_rng(0).random(900) < 0.7]
+    found = survey_coords((with_holes * scale).astype(np.int64)).step
+    assert found == pytest.approx(step, rel=2e-3 if scale > 1 else 0)
