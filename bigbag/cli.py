@@ -154,7 +154,7 @@ def _train(options: argparse.Namespace) -> int:
     except preemption.Preempted:
         if world.is_main:
             print("asked to leave: a checkpoint is written, and the same command goes on from there", flush=True)
-        return preemption.leave()
+        preemption.leave()
     _conclude(config, results, world.is_main)
     return 0
 

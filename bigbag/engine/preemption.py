@@ -7,8 +7,11 @@ process then ends with status :data:`EXIT_PREEMPTED`, by which a batch script kn
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 from types import FrameType
+from typing import NoReturn
 
 from bigbag.engine.world import World
 
@@ -37,14 +40,15 @@ def asked_to_leave(world: World) -> bool:
     return _watching and world.any(_received is not None)
 
 
-def leave() -> int:
-    """The exit status of a run that has saved; from now on nothing but SIGKILL keeps the process from ending with it.
+def leave() -> NoReturn:
+    """End the process of a run that has saved with :data:`EXIT_PREEMPTED`.
 
-    ``srun --kill-on-bad-exit`` sends SIGTERM to the ranks that are still on their way out.
+    At once: on the usual way out ``srun --kill-on-bad-exit`` sends SIGTERM to the ranks that are slower, and threads of
+    gloo that are still at work abort the process, and either would make it another status.
     """
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    return EXIT_PREEMPTED
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(EXIT_PREEMPTED)
 
 
 def _note(number: int, frame: FrameType | None) -> None:

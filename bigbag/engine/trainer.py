@@ -68,15 +68,17 @@ class Trainer:
         done = load_checkpoint(self.checkpoints, self.backend, self.world) or Progress()
         self.annealing = build_schedulers(self.config.train.loss_coefficients, self._global_step(done))
         self.log = RunLog(self.config.run_dir, self.world, done.log_position, self._global_step(done))
-        while not done.finished:
-            self._train_epoch(done)
-            try:
-                self._finish_epoch(done)
-            except Preempted:  # in validation, which a resume from the end of the epoch's steps repeats
+        try:
+            while not done.finished:
+                self._train_epoch(done)
+                try:
+                    self._finish_epoch(done)
+                except Preempted:  # in validation, which a resume from the end of the epoch's steps repeats
+                    self._save(done)
+                    raise
                 self._save(done)
-                raise
-            self._save(done)
-        self.log.close()
+        finally:
+            self.log.close()
         return done
 
     def _save(self, done: Progress) -> None:
