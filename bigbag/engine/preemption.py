@@ -18,7 +18,7 @@ from bigbag.engine.world import World
 EXIT_PREEMPTED = 85
 """Exit status of a run that saved and left: that of an interrupted call to be restarted (ERESTART), as sites use it."""
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+LEAVE_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _watching = False
 _received: signal.Signals | None = None
 
@@ -30,7 +30,7 @@ class Preempted(Exception):
 def watch() -> None:
     """From now on SIGTERM and SIGUSR1 ask the run to leave; call it on every rank, in the main thread."""
     global _watching
-    for number in _SIGNALS:
+    for number in LEAVE_SIGNALS:
         signal.signal(number, _note)
     _watching = True
 

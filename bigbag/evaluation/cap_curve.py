@@ -86,7 +86,7 @@ def summarise_cap_curve(study: Study, outcomes: Sequence[Outcome]) -> list[Point
         done = [outcome for outcome in outcomes if outcome.planned.labels["cap"] == cap and not outcome.error]
         if done:
             values = {name: [o.test[name] for o in done if name in o.test] for name in names}
-            metrics = {name: spread(found) for name, found in values.items() if found}
+            metrics = {name: spread(found, name) for name, found in values.items() if found}
             left_out = sum(max(0, size - int(cap)) for size in study.store.sizes) / total if cap else 0.0
             points.append(Point(int(cap) if cap else None, metrics, left_out, len(done)))
     return points

@@ -167,7 +167,7 @@ def with_mean(test: Mapping[str, Any]) -> dict[str, Any]:
 def _line(study: Study, model: str, outcomes: Sequence[Outcome], names: Sequence[str]) -> Line:
     done = [outcome for outcome in outcomes if not outcome.error]
     values = {name: [with_mean(o.test)[name] for o in done if name in with_mean(o.test)] for name in names}
-    spreads = {name: spread(found) for name, found in values.items() if found}
+    spreads = {name: spread(found, name) for name, found in values.items() if found}
     if len(done) == 1:
         spreads |= _intervals_of_run(study.folder / done[0].planned.name, spreads)
     seconds = [outcome.seconds for outcome in done if outcome.seconds is not None]
@@ -181,14 +181,15 @@ def _line(study: Study, model: str, outcomes: Sequence[Outcome], names: Sequence
     )
 
 
-def spread(values: Sequence[float]) -> Spread:
-    """Mean and Student's 95 % interval of the mean, ``t_{0.975, n-1} s / sqrt(n)``."""
+def spread(values: Sequence[float], name: str) -> Spread:
+    """Mean of a metric and Student's 95 % interval of it, ``t_{0.975, n-1} s / sqrt(n)``, cut to values it can have."""
     if len(values) < 2:
         return Spread(values[0])
     from scipy.stats import t
 
     half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
-    return Spread(mean(values), mean(values) - half, mean(values) + half)
+    lowest, highest = (0.0, math.inf) if name in ("mae", "rmse") else (-math.inf, 1.0) if name == "r2" else (0.0, 1.0)
+    return Spread(mean(values), max(lowest, mean(values) - half), min(highest, mean(values) + half))
 
 
 def _intervals_of_run(folder: Path, spreads: Mapping[str, Spread]) -> dict[str, Spread]:

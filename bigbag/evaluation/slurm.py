@@ -10,7 +10,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bigbag.config import ConfigError
+from bigbag.engine.preemption import EXIT_PREEMPTED
 from bigbag.evaluation.study import Study
+
+# The shell outlives the signals and passes them on; a run that saved and left is queued again.
+_REQUEUE = f"""run=$!
+trap 'kill -TERM $run' TERM USR1
+while wait $run; status=$?; kill -0 $run 2>/dev/null; do :; done
+if [[ $status == {EXIT_PREEMPTED} ]]; then
+    scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID" && sleep 120
+fi
+exit $status
+"""
 
 
 def array_ranges(numbers: Sequence[int]) -> str:
@@ -45,9 +56,16 @@ def write_jobs(study: Study, command: Sequence[str], options: Sequence[str], lim
     scripts = []
     for number, indices in enumerate(stage for stage in stages if stage):
         array = array_ranges(indices) + (f"%{limit}" if limit else "")
-        lines = [f"--array={array}", "--requeue", "--open-mode=append", f"--output={folder}/%A_%a.txt", *options]
+        lines = [
+            f"--array={array}",
+            "--requeue",
+            "--open-mode=append",
+            "--signal=B:USR1@120",
+            f"--output={folder}/%A_%a.txt",
+            *options,
+        ]
         path = folder / f"runs{number}.sbatch"
-        path.write_text(_script(study, lines, [*command, "--index"]) + ' "$SLURM_ARRAY_TASK_ID"\n')
+        path.write_text(_script(study, lines, [*command, "--index"]) + ' "$SLURM_ARRAY_TASK_ID" &\n' + _REQUEUE)
         scripts.append(path)
     path = folder / "collect.sbatch"
     path.write_text(_script(study, [f"--output={folder}/collect.txt"], [*command, "--collect"]) + "\n")
@@ -80,4 +98,4 @@ def _script(study: Study, options: Sequence[str], command: Sequence[str]) -> str
     head = [f"--job-name=bigbag-{study.config.name.replace('/', '-')}", *options]
     directives = "".join(f"#SBATCH {option}\n" for option in head)
     run = shlex.join([sys.executable, "-m", "bigbag.cli", *command])
-    return f"#!/bin/bash\n{directives}set -e\ncd {shlex.quote(os.getcwd())}\nexec {run}"
+    return f"#!/bin/bash\n{directives}cd {shlex.quote(os.getcwd())} || exit\n{run}"

@@ -23,6 +23,7 @@ from typing import Any
 
 from bigbag.config import Config, ConfigError, load_config
 from bigbag.data import BagStore, split_bags
+from bigbag.engine.preemption import EXIT_PREEMPTED, LEAVE_SIGNALS
 from bigbag.engine.run import open_configured_store, run_identity
 from bigbag.files import write_json
 
@@ -111,6 +112,8 @@ class Study:
             (config.run_dir / _FAILED).unlink(missing_ok=True)
             started = time.perf_counter()
             status, peak = _train(self.path, settings, config.run_dir / "output.txt")
+            if status == EXIT_PREEMPTED:
+                sys.exit(status)  # the run has saved; the same command goes on with it
             if status:
                 lines = (config.run_dir / "output.txt").read_text(errors="replace").strip().splitlines()
                 write_json(config.run_dir / _FAILED, {"error": lines[-1] if lines else f"exit status {status}"})
@@ -163,19 +166,33 @@ class Study:
 
 
 def _train(path: str | Path, settings: Sequence[str], output: Path) -> tuple[int, int]:
-    """Run ``bigbag train`` in a process of its own; exit status and the most resident bytes it had."""
+    """Run ``bigbag train`` in a process of its own; exit status and the most resident bytes it had.
+
+    SIGTERM and SIGUSR1 are passed on: the run saves and leaves (:mod:`bigbag.engine.preemption`), and so do we.
+    """
     output.parent.mkdir(parents=True, exist_ok=True)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the run does not outlive us
     command = [sys.executable, "-m", "bigbag.cli", "train", "--config", str(path), *settings]
     with open(output, "wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        told: list[int] = []
+
+        def pass_on(number: int, _: object) -> None:
+            told.append(number)
+            process.send_signal(number)
+
+        main = threading.current_thread() is threading.main_thread()
+        before = {number: signal.signal(number, pass_on) for number in LEAVE_SIGNALS if main}
         try:
             _, status, usage = os.wait4(process.pid, 0)
         except BaseException:
             process.kill()
             raise
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
     process.returncode = os.waitstatus_to_exitcode(status)
+    if -process.returncode in told:  # it was not listening yet
+        process.returncode = EXIT_PREEMPTED
     return process.returncode, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

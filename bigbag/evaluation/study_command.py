@@ -53,7 +53,8 @@ def carry_out(
             print(f"submitted: {', '.join(submit_jobs(scripts))}")
         return
     outcomes = study.collect() if options.collect else study.run(say)
-    finish(outcomes)
+    if not all(outcome.waiting for outcome in outcomes):  # tables of nothing would take the place of earlier ones
+        finish(outcomes)
     _complain(outcomes)
 
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
 import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -106,10 +110,12 @@ def test_a_model_gets_what_it_takes() -> None:
 
 
 def test_intervals_over_runs_are_students() -> None:
-    found = spread([0.5, 0.7, 0.6, 0.6])
+    found = spread([0.5, 0.7, 0.6, 0.6], "auroc")
     half = 3.182446305 * np.std([0.5, 0.7, 0.6, 0.6], ddof=1) / 2
     assert (found.mean, found.low, found.high) == pytest.approx((0.6, 0.6 - half, 0.6 + half))
-    assert spread([0.5]).mean == 0.5 and np.isnan(spread([0.5]).low)
+    assert spread([0.5], "auroc").mean == 0.5 and np.isnan(spread([0.5], "auroc").low)
+    wide, free = spread([0.9, 1.0], "auroc"), spread([0.9, 1.0], "mae")
+    assert (wide.low, wide.high) == (pytest.approx(0.95 - 12.7062047 * 0.05), 1.0) and free.high > 1.5
 
 
 def test_the_table_has_intervals_differences_and_failures() -> None:
@@ -126,6 +132,8 @@ def test_models_seeds_and_folds(config: Path, trained: list[list[str]], capsys: 
     assert main([*command, "--list"]) == 0 and not trained
     listed = capsys.readouterr().out.splitlines()
     assert len(listed) == 18 and listed[7].split() == ["7", "CLAM_SB-seed0-fold1", "not", "finished"]
+    assert main([*command, "--collect"]) == 2 and not (config.parent / "runs").exists()
+    capsys.readouterr()
     assert main([*command, "--index", "7"]) == 0 and len(trained) == 1
     assert "data.splits.folds=3" in trained[0] and "data.splits.fold=1" in trained[0]
     assert main([*command, "--collect"]) == 2 and len(trained) == 1
@@ -233,6 +241,35 @@ def test_slurm(config: Path, trained: list[list[str]], monkeypatch: pytest.Monke
             f"--parsable --dependency=afterany:2 {scripts}/collect.sbatch",
         ][: 3 * submit]
     )
+
+
+def test_a_task_that_is_asked_to_leave_is_queued_again(config: Path, trained: list[list[str]], tmp_path: Path) -> None:
+    """The script of the array, with stand-ins for Python (which leaves with status 85 on SIGTERM) and scontrol."""
+    assert main(["compare", "--config", str(config), "--models", "MeanMIL", "--slurm", "write"]) == 0
+    text = (config.parent / "runs" / "small" / "slurm" / "runs0.sbatch").read_text()
+    (tmp_path / "python").write_text("#!/bin/bash\ntrap 'exit 85' TERM\ntouch started\nwhile :; do sleep 0.05; done\n")
+    (tmp_path / "scontrol").write_text('#!/bin/bash\necho "$@" > requeued\nexit 1\n')
+    for name in ("python", "scontrol"):
+        (tmp_path / name).chmod(0o755)
+    script = tmp_path / "task.sh"
+    script.write_text(text.replace(sys.executable, str(tmp_path / "python")).replace(f"cd {os.getcwd()}", "cd ."))
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0"}
+    task = subprocess.Popen(["bash", str(script)], cwd=tmp_path, env=environment)
+    while not (tmp_path / "started").exists():
+        time.sleep(0.02)
+    task.send_signal(signal.SIGUSR1)
+    assert task.wait(20) == 85 and (tmp_path / "requeued").read_text() == "requeue 7_0\n"
+
+
+def test_signals_reach_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "python").write_text(
+        "#!/bin/bash\ntrap 'exit 85' USR1\nkill -USR1 $PPID\nwhile :; do sleep 0.05; done\n"
+    )
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(module.sys, "executable", str(tmp_path / "python"))
+    before = signal.getsignal(signal.SIGUSR1)
+    assert module._train("c.yaml", [], tmp_path / "output.txt")[0] == 85
+    assert signal.getsignal(signal.SIGUSR1) == before
 
 
 def test_ranges() -> None:
