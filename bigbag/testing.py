@@ -13,6 +13,7 @@ import gc
 import importlib
 import os
 import pkgutil
+import socket
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -237,6 +238,13 @@ def _rank_main(rank: int, world_size: int, folder: str, fn: Callable[..., Any], 
     path = os.path.join(folder, f"rank{rank}")
     torch.save(outcome, path + ".part")
     os.replace(path + ".part", path)
+
+
+def free_port() -> int:
+    """A port for the rendezvous of a launcher; two launchers on their default one would meet each other."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120) -> list[Any]:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from bigbag.cli import main
+from bigbag.testing import free_port
 
 ROOT = Path(__file__).parents[1]
 CONFIG = str(ROOT / "configs" / "camelyon16.yaml")
@@ -96,6 +97,8 @@ def test_deepspeed_launcher_on_two_ranks(packed, tmp_path):
     """The main command itself; its launcher, its ranks, its exit status."""
     run = [
         "deepspeed",
+        "--master_port",
+        str(free_port()),
         "--num_gpus",
         "2",
         str(ROOT / "launch/train.py"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,13 +85,15 @@ class Augmentation:
                 f"data.augment.feature_noise: features are {pack.x.dtype}, expected floats; set data.dtype"
             )
         before = (0,) * pack.num_bags if pack.parts is None else pack.parts.before
-        for key, x, num_before in zip(keys, pack.x.split(list(pack.sizes)), before):
-            rng = np.random.Generator(np.random.SFC64(derive_seed(*key, _NOISE, 0)))
-            for start in range(0, num_before * x[0:1].numel(), _PIECE):  # drawn for the rows of other ranks
-                rng.standard_normal(min(_PIECE, num_before * x[0:1].numel() - start), dtype=np.float32)
-            for piece in x.reshape(-1).split(_PIECE):
-                noise = torch.from_numpy(rng.standard_normal(len(piece), dtype=np.float32))
-                piece.copy_(piece.float().add_(noise, alpha=self.feature_noise))
+        step = max(1, _PIECE // max(1, math.prod(pack.x.shape[1:])))
+        for key, x, first in zip(keys, pack.x.split(list(pack.sizes)), before):
+            # Each run of ``step`` rows of the whole bag has a seed of its own, so that a rank draws for its part alone.
+            for start in range(first - first % step, first + len(x), step):
+                stop = min(start + step, first + len(x))
+                rng = np.random.Generator(np.random.SFC64(derive_seed(*key, _NOISE, start // step)))
+                noise = rng.standard_normal((stop - start, *x.shape[1:]), dtype=np.float32)[max(first - start, 0) :]
+                rows = x[stop - first - len(noise) : stop - first]
+                rows.copy_(rows.float().add_(torch.from_numpy(noise), alpha=self.feature_noise))
 
     def counted(self, sizes: Sequence[int]) -> dict[str, Any]:
         """What is done to bags of ``sizes`` in an epoch that visits each once, for the results; {} if nothing."""

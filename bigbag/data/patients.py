@@ -29,8 +29,8 @@ class PatientStore(BagStore):
         self.store = store
         members: dict[tuple[bool, str], list[int]] = {}
         for index, info in enumerate(store.infos):
-            has_patient = info.patient is not None
-            members.setdefault((has_patient, info.patient if has_patient else info.name), []).append(index)  # type: ignore[arg-type]
+            name = info.name if info.patient is None else info.patient
+            members.setdefault((info.patient is not None, name), []).append(index)
         names = [name for _, name in members]
         if len(set(names)) != len(names):
             twice = next(name for _, name in members if names.count(name) > 1)

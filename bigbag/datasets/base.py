@@ -81,7 +81,7 @@ class InMemoryDataset(MILDataset):
     bags_list: list[dict[str, Tensor]]
     split: str | None = None
 
-    @property
+    @cached_property
     def bag_names(self) -> list[str]:  # type: ignore[override]
         return [f"{type(self).__name__}-{index:05d}" for index in range(len(self.bags_list))]
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from bigbag.config import Config, ConfigError, load_config
-from bigbag.engine.metrics import probabilities
+from bigbag.engine.metrics import metric_range, probabilities
 from bigbag.evaluation.bootstrap import Bootstrap
 from bigbag.evaluation.predictions import PredictionTable, read_predictions
 from bigbag.evaluation.study import Outcome, Planned, Study, fold_settings, nested
@@ -188,7 +188,7 @@ def spread(values: Sequence[float], name: str) -> Spread:
     from scipy.stats import t
 
     half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
-    lowest, highest = (0.0, math.inf) if name in ("mae", "rmse") else (-math.inf, 1.0) if name == "r2" else (0.0, 1.0)
+    lowest, highest = metric_range(name)
     return Spread(mean(values), max(lowest, mean(values) - half), min(highest, mean(values) + half))
 
 

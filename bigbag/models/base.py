@@ -104,7 +104,7 @@ class MILModel(torch.nn.Module):
         if bags.parts is not None and not self.in_parts:
             raise ValueError(
                 f"{type(self).__name__} computes on whole bags, but these are shared out over {bags.parts.num_ranks} "
-                "ranks: set parallel.bag to 1, or take a model that has in_parts, such as ABMIL or TransMIL"
+                "ranks: set parallel.bag to 1, or take a model that has in_parts, such as ABMIL or CLAM_SB"
             )
         if bags.parts is not None:
             refuse_batch_statistics(self)

@@ -12,12 +12,15 @@ import psutil
 import pytest
 import yaml
 
+from bigbag.testing import free_port
+
 ROOT = Path(__file__).parents[2]
 
 
 def start(config: Path) -> subprocess.Popen:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    command = ["deepspeed", "--num_gpus", "2", str(ROOT / "launch/train.py"), "--config", str(config)]
+    launcher = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port())]
+    command = [*launcher, str(ROOT / "launch/train.py"), "--config", str(config)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

@@ -320,3 +320,8 @@ def test_an_interrupted_run_goes_on_and_has_no_time(config: Path, trained: list[
     assert not outcomes and study.collect()[0].waiting
     (outcome,) = study.run(outcomes.append)
     assert len(trained) == 2 and not outcome.error and outcome.seconds is None
+
+
+def test_intervals_stay_within_what_a_metric_can_be() -> None:
+    assert spread([-0.9, 0.9], "kappa").low == -1.0 and spread([0.1, 0.9], "auroc").low == 0.0
+    assert spread([1.0, 9.0], "rmse").low == 0.0 and spread([0.9, 1.0], "r2").high == 1.0

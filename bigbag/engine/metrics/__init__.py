@@ -12,7 +12,7 @@ from bigbag.engine.metrics.calibration import reliability_curve
 from bigbag.engine.metrics.concordance import concordance_index
 from bigbag.engine.metrics.instances import instance_metrics
 from bigbag.engine.metrics.probabilities import TASKS, THRESHOLD, probabilities, risk_of
-from bigbag.engine.metrics.tasks import bag_metrics, check_bags, headline, weighted_metrics, why_undefined
+from bigbag.engine.metrics.tasks import bag_metrics, check_bags, headline, metric_range, weighted_metrics, why_undefined
 
 __all__ = [
     "TASKS",
@@ -22,6 +22,7 @@ __all__ = [
     "concordance_index",
     "headline",
     "instance_metrics",
+    "metric_range",
     "probabilities",
     "reliability_curve",
     "risk_of",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -206,6 +207,17 @@ _BY_TASK: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[Values,
     "survival": _survival,
     _DISCRETE: _survival,
 }
+
+
+def metric_range(name: str) -> tuple[float, float]:
+    """The least and the largest value that a metric can have."""
+    if name in ("mae", "rmse", "loss"):
+        return 0.0, math.inf
+    if name == "r2":
+        return -math.inf, 1.0
+    if name.startswith("brier"):  # over classes it is a sum
+        return 0.0, 2.0
+    return (-1.0 if "kappa" in name else 0.0), 1.0
 
 
 def why_undefined(name: str, labels: np.ndarray, logits: np.ndarray, task: str) -> str:
