@@ -1,5 +1,15 @@
 """One thread per test process: the tests themselves run side by side, and their tensors are small."""
 
+import os
+from pathlib import Path
+
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """The folder of real data; a test skips where what it needs is not there."""
+    return Path(os.environ.get("BIGBAG_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))

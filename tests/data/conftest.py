@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,8 +33,3 @@ def make_bags() -> Callable[..., list[Bag]]:
         return [make_bag(f"slide-{i}", 3 + 5 * i, i, graph) for i in range(count)]
 
     return make
-
-
-@pytest.fixture(scope="session")
-def test_data() -> Path:
-    return Path(os.environ.get("BIGBAG_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,11 +66,6 @@ def sequences_root(tmp_path) -> Path:
             write_bag(name, {kind: tmp_path / path for kind, path in kinds.items()})
     write_splits(tmp_path, [item for item in SPLITS.items() for _ in range(2)])
     return tmp_path
-
-
-@pytest.fixture(scope="session")
-def test_data() -> Path:
-    return Path(os.environ.get("BIGBAG_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
 
 @pytest.fixture
