@@ -172,28 +172,40 @@ def _train(path: str | Path, settings: Sequence[str], output: Path) -> tuple[int
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "bigbag.cli", "train", "--config", str(path), *settings]
-    with open(output, "wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
-        told: list[int] = []
-
-        def pass_on(number: int, _: object) -> None:
-            told.append(number)
-            process.send_signal(number)
-
-        main = threading.current_thread() is threading.main_thread()
-        before = {number: signal.signal(number, pass_on) for number in LEAVE_SIGNALS if main}
-        try:
-            _, status, usage = os.wait4(process.pid, 0)
-        except BaseException:
-            process.kill()
-            raise
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    told: list[int] = []
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, lambda n, _: told.append(n)) for number in LEAVE_SIGNALS if main}
+    try:
+        with open(output, "wb") as file:
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        status, usage = _wait(process, told)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     process.returncode = os.waitstatus_to_exitcode(status)
     if -process.returncode in told:  # it was not listening yet
         process.returncode = EXIT_PREEMPTED
     return process.returncode, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _wait(process: subprocess.Popen[bytes], told: Sequence[int]) -> tuple[int, Any]:
+    """The status and usage of a process when it has ended; what is appended to ``told`` meanwhile is passed on to it.
+
+    It looks every 0.1 s: a signal that comes just before a wait without end would not interrupt it.
+    """
+    passed_on = 0
+    try:
+        while True:
+            for number in told[passed_on:]:
+                os.kill(process.pid, number)  # Popen would reap it, and its usage with it
+                passed_on += 1
+            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+            if pid:
+                return status, usage
+            time.sleep(0.1)
+    except BaseException:
+        process.kill()
+        raise
 
 
 def fold_settings(config: Config, folds: int | None) -> Iterator[tuple[dict[str, Any], tuple[str, ...]]]:
