@@ -1,4 +1,4 @@
-"""The command line: ``bigbag pack | train | evaluate | report | compare | cap-curve | bench``.
+"""The command line: ``bigbag pack | train | evaluate | predict | report | compare | cap-curve | bench``.
 
 ``launch/*.py`` call the same functions. Whatever a user can cause ends in one line on standard error and exit status
 2; a run that SIGTERM or SIGUSR1 asked to leave ends with status 85, its checkpoint written.
@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from bigbag.config import Config, ConfigError, load_config
 from bigbag.datasets.command import add_pack_options, data_config, say_what_was_found
-from bigbag.evaluation.options import add_evaluation_options, add_grid_options, add_study_options, numbers
+from bigbag.evaluation.options import (
+    add_evaluation_options,
+    add_grid_options,
+    add_predict_options,
+    add_study_options,
+    numbers,
+)
 
 if TYPE_CHECKING:
     from bigbag.evaluation.study import Outcome
@@ -66,12 +72,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bigbag", description="Deep multiple-instance learning on whole bags.")
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    def add(name: str, function: Any, text: str, needs_config: bool = True) -> argparse.ArgumentParser:
+    def add(name: str, function: Any, text: str, needs_config: bool | None = True) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
-        command.set_defaults(command=function)
-        command.add_argument("--config", required=needs_config, help="YAML file of the run")
+        command.set_defaults(command=function, overrides=[])
         command.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
-        command.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings over those of the file")
+        if needs_config is not None:
+            command.add_argument("--config", required=needs_config, help="YAML file of the run")
+            command.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings over the file's")
         return command
 
     pack = add("pack", _pack, "Pack bags into shards: those of --from, or of data.source in a config.", False)
@@ -83,6 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     text = "Evaluate the best model of a run again and report; or only what is saved, with --predictions."
     evaluate = add("evaluate", _evaluate, text, needs_config=False)
     add_evaluation_options(evaluate)
+    text = "Predict new slides with the best model of a run; draw what it sees in them."
+    add_predict_options(add("predict", _predict, text, needs_config=None))
     report = add("report", _report, "Write report.html of a run from the files in its folder.")
     report.set_defaults(local_rank=0)
     compare = add("compare", _compare, "Train several models on one packed set and make a table of them.")
@@ -174,6 +183,13 @@ def _evaluate(options: argparse.Namespace) -> None:
     config = _config(options)
     world = start_world(choose_backend(config.engine.backend), config.engine.threads)
     _conclude(config, evaluate(config, world=world), world.is_main)
+
+
+def _predict(options: argparse.Namespace) -> None:
+    from bigbag.engine.world import start_world
+    from bigbag.visualize.predict_command import predict_command
+
+    predict_command(options, start_world("torch", options.threads))
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -5,21 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
-from bigbag.bags import Bag, LengthError
-from bigbag.data.graph import with_graph
-from bigbag.data.lattice import on_lattice
+from bigbag.bags import Bag
 from bigbag.data.manifest import BagInfo
+from bigbag.data.prepare import load, prepare
 from bigbag.data.report import Finding, alike
 from bigbag.data.shards import MAX_MEMBER_BYTES, Members, encode_bag
 from bigbag.data.sources.base import Source, SourceEntry
-from bigbag.data.survey import coord_remarks, survey_coords
-from bigbag.data.validate import BagError, check_bag, label_warning, where_of
+from bigbag.data.validate import BagError, label_warning, where_of
 
 
 @dataclass(frozen=True)
@@ -83,32 +81,15 @@ def encode(source: Source, entry: SourceEntry, key: str, options: dict[str, Any]
     """Load one bag, check it and encode it; what is wrong with it comes back as ``problem``."""
     encoded = Encoded(BagInfo(key, entry.name, entry.split, entry.label, entry.patient, 0))
     try:
-        return _encode(_load(source, entry), entry, encoded, options)
+        return _encode(load(source, entry), entry, encoded, options)
     except BagError as error:
         return encoded.refused(error.check, str(error))
 
 
 def _encode(bag: Bag, entry: SourceEntry, encoded: Encoded, options: dict[str, Any]) -> Encoded:
-    where, graph = where_of(entry), options.get("graph")
-    if bag.num_instances == 0:
-        raise BagError(
-            "empty",
-            f"{where}: has no instances, expected at least 1; repair it, or leave empty bags out with "
-            'empty="leave_out" (data.empty_bags: leave_out), which lists them',
-        )
-    features = [list(bag.x.shape[1:]), bag.x.dtype.name]
-    stored = check_bag(bag, entry, options["dtype"])
-    bag = _checked("type", where, lambda: on_lattice(bag, None if graph is None else graph["stride"]))
-    found: list[tuple[str, str]] = []
-    step = None
-    if bag.coords is not None:
-        survey = survey_coords(bag.coords if bag.positions is None else bag.positions)
-        step = survey.step
-        found += [(check, f"{where}: {message}") for check, message in coord_remarks(bag, survey)]
-    if graph is not None:
-        bag, warning = _checked("graph", "", lambda: with_graph(bag, graph, where))
-        found += [("graph", warning)] if warning else []
-    bag = replace(bag, x=stored.x)
+    where, features = where_of(entry), [list(bag.x.shape[1:]), bag.x.dtype.name]
+    bag, remarks, step = prepare(bag, entry, options["dtype"], options.get("graph"))
+    found = list(remarks)
     contradiction = label_warning(bag, entry)
     found += [("instance_labels", contradiction)] if contradiction else []
     info = replace(encoded.info, num_instances=bag.num_instances, stride=bag.stride)
@@ -132,25 +113,6 @@ def _encode(bag: Bag, entry: SourceEntry, encoded: Encoded, options: dict[str, A
             "x_sha256": json.loads(bytes(members["json"]))["sha256"]["x.npy"],
         },
     )
-
-
-def _load(source: Source, entry: SourceEntry) -> Bag:
-    try:
-        bag = source.load(entry)
-    except (ValueError, OSError) as error:
-        text = str(error)
-        named = repr(entry.name) in text or (entry.path and entry.path in text)
-        where = "" if named else f"{where_of(entry)}: "
-        raise BagError("lengths" if isinstance(error, LengthError) else "readable", f"{where}{text}") from error
-    return replace(bag, y=entry.label, key=entry.name)
-
-
-def _checked(check: str, where: str, step: Callable[[], Any]) -> Any:
-    """The result of ``step``, whose ``ValueError`` is what ``check`` found."""
-    try:
-        return step()
-    except ValueError as error:
-        raise BagError(check, f"{where}: {error}" if where else str(error)) from error
 
 
 def _number(value: Any) -> float | None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
+from bigbag.data.manifest import make_keys
+
 SUFFIXES = (
     ".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".czi", ".vms", ".vmu", ".bif", ".isyntax", ".dcm",
     ".h5", ".hdf5", ".pt", ".pth", ".npy", ".npz", ".csv", ".safetensors", ".zarr", ".png", ".jpg", ".jpeg",
@@ -20,3 +24,8 @@ def bare_name(name: str) -> str:
         if not stem or f".{suffix.lower()}" not in SUFFIXES:
             return name
         name = stem
+
+
+def file_name(name: str) -> str:
+    """``name`` where it is fit for a file's name, else a key made of it, so that each name has a file of its own."""
+    return name if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 ._+-]{0,149}", name) else make_keys([name])[0]

@@ -45,17 +45,25 @@ def data_config(options: argparse.Namespace) -> DataConfig:
     if options.graph:
         changes["graph"] = {}
     if options.root is not None:
-        columns: dict[str, Any] = _pairs("--column", options.column)
-        if "," in columns.get("label", ""):
-            columns["label"] = columns["label"].split(",")
-        given = {"labels": options.labels, "slides": options.slides, "columns": columns}
-        given |= {key: yaml.safe_load(value) for key, value in _pairs("--option", options.option).items()}
-        changes["source"] = recognise(options.root, options.format, {k: v for k, v in given.items() if v})
+        given = source_arguments(options.labels, options.slides, options.column, options.option)
+        changes["source"] = recognise(options.root, options.format, given)
     elif options.labels or options.slides or options.format or options.column or options.option:
         raise ConfigError(
             "--labels, --slides, --format, --column and --option go with --from; a config has data.source"
         )
     return load_data_config(options.config, options.overrides, {k: v for k, v in changes.items() if v is not None})
+
+
+def source_arguments(
+    labels: str | None, slides: str | None, columns: Sequence[str], others: Sequence[str]
+) -> dict[str, Any]:
+    """Arguments of a source by the texts of the options: tables, ``ROLE=NAME`` and ``KEY=VALUE``."""
+    named: dict[str, Any] = _pairs("--column", columns)
+    if "," in named.get("label", ""):
+        named["label"] = named["label"].split(",")
+    given = {"labels": labels, "slides": slides, "columns": named}
+    given |= {key: yaml.safe_load(value) for key, value in _pairs("--option", others).items()}
+    return {key: value for key, value in given.items() if value}
 
 
 def _pairs(option: str, texts: Sequence[str]) -> dict[str, str]:

@@ -52,18 +52,30 @@ def open_source(name: str, **params: Any) -> Source:
     Raises:
         ValueError: no such source, an argument it does not take, or one that it needs and is not given.
     """
-    if name not in SOURCES:
-        raise ValueError(f"no source is called {name!r}{_nearest(name, SOURCES)}; there are {', '.join(SOURCES)}")
-    module, class_name = SOURCES[name]
-    cls = getattr(importlib.import_module(module), class_name)
-    known = inspect.signature(cls).parameters
+    known = arguments_of_source(name)
     for key in params:
         if key not in known:
             raise ValueError(f"source {name} takes no {key!r}{_nearest(key, known)}; it takes {', '.join(known)}")
     missing = [key for key, value in known.items() if value.default is value.empty and key not in params]
     if missing:
         raise ValueError(f"source {name} needs {missing[0]!r}; give it in the config under data.source")
-    return cls(**{**_for_packing(known), **params})
+    return _class_of(name)(**{**_for_packing(known), **params})
+
+
+def arguments_of_source(name: str) -> Mapping[str, inspect.Parameter]:
+    """Constructor arguments of the source ``name``.
+
+    Raises:
+        ValueError: no such source.
+    """
+    return inspect.signature(_class_of(name)).parameters
+
+
+def _class_of(name: str) -> Any:
+    if name not in SOURCES:
+        raise ValueError(f"no source is called {name!r}{_nearest(name, SOURCES)}; there are {', '.join(SOURCES)}")
+    module, class_name = SOURCES[name]
+    return getattr(importlib.import_module(module), class_name)
 
 
 def recognise(root: str, name: str | None, params: Mapping[str, Any]) -> dict[str, Any]:

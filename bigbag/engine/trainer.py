@@ -20,6 +20,7 @@ from bigbag.config import Config
 from bigbag.data import BagStore, StepPlan, count_draws
 from bigbag.engine.annealing import build_schedulers
 from bigbag.engine.backend import Backend
+from bigbag.engine.bag_settings import bag_settings
 from bigbag.engine.checkpoint import Progress, load_checkpoint, save_checkpoint
 from bigbag.engine.evaluate import predict_bags, score
 from bigbag.engine.feed import TrainingFeed
@@ -168,8 +169,9 @@ class Trainer:
         if better:
             state = self.backend.model_state()
             if self.world.is_main:
-                in_shape = self.store.feature_shape
-                save_model(self.best_folder, state, self.config.model, in_shape, self.config.task)
+                made = bag_settings(self.config, self.store).to_json()
+                shape, task = self.store.feature_shape, self.config.task
+                save_model(self.best_folder, state, self.config.model, shape, task, made)
             done.best_epoch, done.stale_epochs = done.epoch, 0
         if self.world.is_main:
             print(_epoch_line(values, train.epochs, self.config.monitor, better), flush=True)

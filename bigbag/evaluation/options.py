@@ -1,4 +1,4 @@
-"""Options of the commands that evaluate and compare; light, since every command line is read with them."""
+"""Options of the commands that evaluate, predict and compare; light, since every command line is read with them."""
 
 from __future__ import annotations
 
@@ -22,6 +22,34 @@ def add_evaluation_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--stratified", action="store_true", help="resample the patients of each label on their own")
     group.add_argument("--patient-rule", choices=("mean", "max"), default="mean", help="from slides to a patient")
     group.add_argument("--min-diameter", type=float, default=0.0, help="FROC: leave smaller lesions out, in patches")
+
+
+def add_predict_options(parser: argparse.ArgumentParser) -> None:
+    """The options of ``bigbag predict``; those of pictures are fields of ``bigbag.visualize.prediction.Pictures``."""
+    parser.add_argument("--checkpoint", required=True, metavar="RUN|FILE", help="a run's folder, or a saved model")
+    parser.add_argument("--from", dest="root", required=True, metavar="DIR|SHARDS|FILE", help="new slides")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the results")
+    parser.add_argument("--format", metavar="NAME", help="layout of --from, instead of the recognised one")
+    parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="argument of the layout")
+    parser.add_argument("--labels", metavar="TABLE", help="labels, where they are known; only copied to the results")
+    parser.add_argument("--patients", metavar="TABLE", help="patient of each slide, for models of patients")
+    parser.add_argument("--column", action="append", default=[], metavar="ROLE=NAME", help="column of a table")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    group = parser.add_argument_group("pictures", argument_default=argparse.SUPPRESS)
+    group.add_argument("--slides", default=None, metavar="DIR", help="whole-slide images, to draw heatmaps over")
+    group.add_argument("--heatmaps", action="store_true", help="draw the instance scores of each slide")
+    group.add_argument("--deepzoom", action="store_true", help="and as a pyramid for OpenSeadragon")
+    group.add_argument("--geojson", action="store_true", help="instances and regions of high score, for QuPath")
+    group.add_argument("--top-k", type=int, metavar="K", help="highest instances, as GeoJSON and patches")
+    group.add_argument("--scale", choices=("rank", "linear", "attention"), help="from scores to colours; default rank")
+    group.add_argument("--limits", nargs=2, type=float, metavar=("LOW", "HIGH"), help="scores of a linear scale's ends")
+    group.add_argument("--threshold", type=float, help="of regions, 0 to 1 on the scale; default 0.9")
+    group.add_argument("--min-instances", type=int, help="of a region; default 1")
+    group.add_argument("--opacity", type=float, help="of heatmaps over slides; default 0.5")
+    group.add_argument("--max-side", type=int, help="of a heatmap, in pixels; default 2000")
+    group.add_argument("--colour-map", help="a name that matplotlib knows; default turbo")
+    group.add_argument("--patch-size", type=float, help="side of a patch in the unit of the coordinates")
 
 
 def add_study_options(parser: argparse.ArgumentParser) -> None:

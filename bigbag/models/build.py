@@ -129,38 +129,60 @@ def save_model(
     model: ModelConfig,
     in_shape: tuple[int, ...],
     task: TaskConfig,
+    bags: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write ``model.safetensors`` and ``model.json`` into ``folder``, each atomically."""
+    """Write ``model.safetensors`` and ``model.json`` into ``folder``, each atomically.
+
+    Args:
+        folder: made if absent.
+        state_dict: the weights.
+        model: class and arguments.
+        in_shape: shape of one instance.
+        task: meaning of the logits.
+        bags: how the bags were made that it was trained on, for predictions (``BagSettings.to_json``).
+    """
     from safetensors.torch import save
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
     settings = {"model": model.model_dump(mode="json"), "task": task.model_dump(mode="json")}
+    about = {**settings, "in_shape": list(in_shape), **({} if bags is None else {"bags": dict(bags)})}
     write_atomically(folder / "model.safetensors", save(weights))
-    write_json(folder / "model.json", {**settings, "in_shape": list(in_shape)})
+    write_json(folder / "model.json", about)
+
+
+def saved_model(path: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The folder of a saved model, and the content of its ``model.json``.
+
+    Args:
+        path: a folder that :func:`save_model` wrote, a file in it, or the folder of a run (its best model is taken).
+
+    Raises:
+        FileNotFoundError: none of these.
+    """
+    place = Path(path)
+    folders = (place.parent,) if place.is_file() else (place, place / "checkpoints" / "best")
+    folder = next((f for f in folders if (f / "model.json").is_file()), None)
+    if folder is None:
+        raise FileNotFoundError(
+            f"{path}: no model.json here or in checkpoints/best; give the folder of a run or of a saved model"
+        )
+    return folder, json.loads((folder / "model.json").read_text())
 
 
 def load_model(path: str | Path) -> MILModel:
     """Load a saved model, in eval mode.
 
     Args:
-        path: a folder that :func:`save_model` wrote, or the folder of a run (its best model is taken).
+        path: as of :func:`saved_model`.
 
     Raises:
-        FileNotFoundError: neither of the two.
+        FileNotFoundError: no model there.
     """
     from safetensors.torch import load_file
 
-    folders = (Path(path), Path(path) / "checkpoints" / "best")
-    folder = next((f for f in folders if (f / "model.json").is_file()), None)
-    if folder is None:
-        raise FileNotFoundError(
-            f"{path}: no model.json here or in checkpoints/best; give the folder of a run or of a saved model"
-        )
-    description = json.loads((folder / "model.json").read_text())
-    model = build_model(
-        ModelConfig(**description["model"]), tuple(description["in_shape"]), TaskConfig(**description["task"])
-    )
+    folder, about = saved_model(path)
+    model = build_model(ModelConfig(**about["model"]), tuple(about["in_shape"]), TaskConfig(**about["task"]))
     model.load_state_dict(load_file(folder / "model.safetensors"))
     return model.eval()

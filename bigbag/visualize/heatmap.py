@@ -39,7 +39,7 @@ class Scale:
     label: str
 
 
-def scaled(scores: np.ndarray, how: ScaleName = "rank", limits: tuple[float, float] | None = None) -> Scale:
+def scaled(scores: np.ndarray, how: ScaleName = "rank", limits: Sequence[float] | None = None) -> Scale:
     """Instance scores, of whatever range a model gives them, as numbers from 0 to 1.
 
     Args:
@@ -165,10 +165,16 @@ def with_colour_bar(picture: np.ndarray, scale: Scale, colour_map: str = COLOUR_
     return np.asarray(image)
 
 
-def picture_shape(box: Box, max_side: int) -> tuple[int, int]:
-    """Height and width of a picture of ``box`` of at most ``max_side`` pixels, and at most one for a level-0 pixel."""
-    width, height = box[2] - box[0], box[3] - box[1]
-    scale = min(max_side / max(width, height), 1.0)
+def picture_shape(box: Box, max_side: int, finest: float = 1.0) -> tuple[int, int]:
+    """Height and width of a picture of ``box`` of at most ``max_side`` pixels.
+
+    Args:
+        box: what it shows.
+        max_side: longer side in pixels.
+        finest: level-0 pixels that a pixel shows at least.
+    """
+    width, height = max(box[2] - box[0], finest), max(box[3] - box[1], finest)
+    scale = min(max_side / max(width, height), 1 / finest)
     return max(round(height * scale), 1), max(round(width * scale), 1)
 
 
