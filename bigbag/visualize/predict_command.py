@@ -41,13 +41,15 @@ def predict_command(options: argparse.Namespace, world: World) -> None:
         raise ValueError(f"{options.root}: holds no slides to predict")
     locate = None if options.slides is None else _locator(options.slides, [s for bag in bags for s in bag.slides])
     options.out.mkdir(parents=True, exist_ok=True)
-    redraw = world.any(world.is_main and pictures.any and not settle(options.out, pictures))
+    if world.is_main and pictures.any:
+        settle(options.out, pictures, locate is not None)
+    world.barrier()
     rows, failures, fresh = [], list[Failure](), 0
     for number, found in enumerate(predict_bags_of(predictor, bags, options.out, world, salt), 1):
         if isinstance(found, Predicted):
             rows.append(found.row)
             fresh += found.fresh
-            failures += _draw(found, options.out, pictures, locate, redraw)
+            failures += _draw(found, options.out, pictures, locate)
         else:
             failures.append(found)
         _say(number, found, -(-len(bags) // world.size), world)
@@ -102,8 +104,8 @@ def _source_settings(options: argparse.Namespace, settings: BagSettings) -> tupl
         place = one.parent.parent if one.parent.name in _INNER_FOLDERS else one.parent
     given = source_arguments(None, options.patients, options.column, options.option)
     described = recognise(str(place), options.format, given)
-    if settings.source_bags == "patient" and "bags" in arguments_of_source(described["name"]):
-        described.setdefault("bags", "patient")
+    if "bags" in arguments_of_source(described["name"]):
+        described.setdefault("bags", settings.source_bags)
     return described, one
 
 
@@ -127,14 +129,12 @@ def _locator(folder: str, names: Sequence[str]) -> Callable[[str], Path]:
     return locate
 
 
-def _draw(
-    found: Predicted, out: Path, pictures: Pictures, locate: Callable[[str], Path] | None, redraw: bool
-) -> list[Failure]:
+def _draw(found: Predicted, out: Path, pictures: Pictures, locate: Callable[[str], Path] | None) -> list[Failure]:
     """Draw the slides of a bag; what went wrong."""
     failures = []
     for path in found.files if pictures.any else ():
         try:
-            draw(path, out, pictures, locate, redraw)
+            draw(path, out, pictures, locate)
         except (ValueError, OSError) as error:
             failures.append(Failure(found.row.key, str(error)))
     return failures

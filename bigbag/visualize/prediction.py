@@ -96,31 +96,38 @@ class Pictures:
         return wanted + ([f"top/{name}.png"] if self.top_k and with_slide else [])
 
 
-def settle(out: Path, pictures: Pictures) -> bool:
-    """Note how the pictures in ``out`` are drawn; False where some are there that were drawn otherwise."""
+_FILES_OF = {
+    "heatmaps": ("heatmaps/*.png",),
+    "deepzoom": ("heatmaps/*.dzi",),
+    "geojson": ("geojson/*.instances.geojson", "geojson/*.regions.geojson"),
+    "top_k": ("geojson/*.top.geojson", "top/*.png"),
+}
+
+
+def settle(out: Path, pictures: Pictures, with_slides: bool) -> None:
+    """Remove pictures of the wanted kinds that are in ``out`` and were drawn otherwise, and note how they are drawn."""
     path = out / _SETTINGS
-    settings = json.loads(json.dumps(asdict(pictures)))
-    same = not path.is_file() or _look(json.loads(path.read_text())) == _look(settings)
-    write_json(path, settings)
-    return same
+    noted = json.loads(path.read_text()) if path.is_file() else {}
+    look = {**asdict(pictures), "slides": with_slides}
+    look = json.loads(
+        json.dumps({key: value for key, value in look.items() if key not in ("heatmaps", "deepzoom", "geojson")})
+    )
+    for kind, patterns in _FILES_OF.items():
+        if getattr(pictures, kind) and noted.get(kind) != look:
+            for file in (file for pattern in patterns for file in out.glob(pattern)):
+                file.unlink()
+            noted[kind] = look
+    write_json(path, noted)
 
 
-def _look(settings: dict[str, object]) -> dict[str, object]:
-    """What changes the look of a picture, whichever are drawn."""
-    return {key: value for key, value in settings.items() if key not in ("heatmaps", "deepzoom", "geojson")}
-
-
-def draw(
-    scores_file: Path, out: Path, pictures: Pictures, locate: Callable[[str], Path] | None, redraw: bool
-) -> list[Path]:
-    """Draw one slide; pictures that are newer than its scores are kept unless ``redraw``.
+def draw(scores_file: Path, out: Path, pictures: Pictures, locate: Callable[[str], Path] | None) -> list[Path]:
+    """Draw one slide, unless all its pictures are there and newer than its scores.
 
     Args:
         scores_file: ``scores/<slide>.npz``.
         out: folder of the results.
         pictures: what to draw.
         locate: gives the file of a slide by its name; None: there are only features.
-        redraw: draw again what is there.
 
     Returns:
         the pictures.
@@ -130,7 +137,7 @@ def draw(
     """
     paths = [out / path for path in pictures.files(scores_file.name[: -len(".npz")], locate is not None)]
     made = scores_file.stat().st_mtime_ns
-    if not redraw and all(path.is_file() and path.stat().st_mtime_ns >= made for path in paths):
+    if all(path.is_file() and path.stat().st_mtime_ns >= made for path in paths):
         return paths
     found = read_scores(scores_file)
     for path in paths:
