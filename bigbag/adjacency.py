@@ -24,8 +24,8 @@ class Adjacency:
         col: ``(E,)`` int32.
         weight: ``(E,)`` floating, or None for a binary graph.
         symmetric: True promises ``A == A.T``, so that the backward of a product needs no transposed copy.
-        halo: where bags are shared out over ranks, the rows of other ranks that stand behind this rank's as columns
-            ``T, T + 1, ...``.
+        halo: where bags are shared out over ranks, so that T counts this rank's rows: the rows of other ranks that
+            columns ``T, T + 1, ...`` stand for. ``symmetric`` is then said of the whole graph.
     """
 
     crow: Tensor
@@ -56,7 +56,7 @@ class Adjacency:
         """The rows from ``start`` to ``end``; columns count from ``start``, and may lie beyond those rows."""
         first, last = int(self.crow[start]), int(self.crow[end])
         weight = None if self.weight is None else self.weight[first:last]
-        return Adjacency(self.crow[start : end + 1] - first, self.col[first:last] - start, weight)
+        return Adjacency(self.crow[start : end + 1] - first, self.col[first:last] - start, weight, self.symmetric)
 
     def rows(self) -> Tensor:
         """``(E,)`` int64: the row of every edge."""

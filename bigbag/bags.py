@@ -113,7 +113,7 @@ class PackedBags:
         padded_size: N of the padded batch that the pack came from, or None.
         padded_index: ``(T,)`` int64, place of each instance in that batch's flattened ``(B * N)``; None means that
             the instances of each bag come first in their row.
-        parts: where the bags are shared out over ranks (:func:`bigbag.ops.distributed.join_parts`): who holds what.
+        parts: where the bags are shared out over ranks (:func:`bigbag.ops.join.join_parts`): who holds what.
     """
 
     x: Tensor

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -51,6 +50,12 @@ class Parts:
         """The same ranks holding other rows."""
         return replace(self, sizes=tuple(tuple(own) for own in sizes))
 
+    def rows(self) -> np.ndarray:
+        """(T,) int64: where in the whole pack (bags laid end to end) the rows of this rank are."""
+        firsts = np.cumsum([0, *self.totals[:-1]]) + np.asarray(self.before, dtype=np.int64)
+        own = [np.arange(first, first + size) for first, size in zip(firsts.tolist(), self.sizes[self.rank])]
+        return np.concatenate([np.zeros(0, np.int64), *own])
+
     def locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Rank, and row among that rank's, of rows of the whole pack (bags laid end to end)."""
         sizes = np.asarray(self.sizes, dtype=np.int64).reshape(self.num_ranks, -1)
@@ -77,7 +82,6 @@ class Halo:
         counts: how many come from each rank.
         order: ``(H,)`` int64: place among what comes, ordered by rank, of each row that was asked for.
         parts: the ranks.
-        transposed: of a graph: its transpose is meant.
     """
 
     send: Tensor
@@ -85,7 +89,6 @@ class Halo:
     counts: tuple[int, ...]
     order: Tensor
     parts: Parts
-    transposed: bool = False
 
     @property
     def num_rows(self) -> int:
@@ -113,8 +116,3 @@ class Halo:
             torch.from_numpy(order).to(device),
             parts,
         )
-
-
-def starts_of(sizes: Sequence[int]) -> list[int]:
-    """Where each of parts that lie end to end begins, and where the last one ends."""
-    return [0, *accumulate(sizes)]

@@ -23,7 +23,7 @@ from bigbag.data import PackPlan, StepPlan
 from bigbag.engine.backend import Backend
 from bigbag.engine.world import World
 from bigbag.models import MILModel
-from bigbag.ops.distributed import join_parts
+from bigbag.ops.join import join_parts
 
 Packs = Iterable[tuple[int, int, PackPlan, PackedBags]]
 Call = tuple[Tensor, Tensor]

@@ -45,6 +45,8 @@ class DeepGraphSurv(GraphMILModel):
         ValueError: neither ``in_shape`` nor ``hidden_dim`` (which torchmil cannot do without either).
     """
 
+    in_parts = True
+
     def __init__(
         self,
         in_shape: tuple[int, ...] | None = None,

@@ -41,6 +41,8 @@ class PatchGCN(GraphMILModel):
         ValueError: ``n_gcn_layers`` or ``mlp_depth`` below 1.
     """
 
+    in_parts = True
+
     def __init__(
         self,
         in_shape: tuple[int, ...],

@@ -32,6 +32,8 @@ class SmABMIL(GraphMILModel):
         ValueError: no ``in_shape``; arguments that :class:`bigbag.nn.SmAttentionPool` refuses.
     """
 
+    in_parts = True
+
     def __init__(
         self,
         in_shape: tuple[int, ...],

@@ -11,6 +11,7 @@ from bigbag.adjacency import Adjacency
 from bigbag.bags import Segments
 from bigbag.kernels.cpu.memory import huge_pages
 from bigbag.ops import segments as _segments
+from bigbag.ops.join import with_halo
 from bigbag.ops.registry import Operator
 from bigbag.ops.spmm import (
     DTYPES,
@@ -135,10 +136,14 @@ def lambda_max(
     """
     with torch.no_grad():
         degree = degrees(adj, impl=impl)
+        if segments is None and adj.halo is not None:
+            raise ValueError("lambda_max: where ranks share the bags, it needs segments, with parts")
         cut = Segments.from_sizes((adj.num_nodes,), degree.device) if segments is None else segments
-        chosen, _ = prepare("lambda_max", adj, degree, impl)
+        chosen, _ = prepare("lambda_max", adj, degree, impl, in_parts=True)
         weight = None if adj.weight is None else adj.weight.to(degree.dtype)[:, None]
-        local = torch.arange(adj.num_nodes, device=degree.device) - cut.offsets[cut.bag_of_instance]
+        before = 0 if cut.parts is None else torch.tensor(cut.parts.before, device=degree.device)
+        bag = cut.bag_of_instance
+        local = torch.arange(adj.num_nodes, device=degree.device) + (before - cut.offsets[:-1])[bag]
         # An irregular start, the same for a bag alone and in a pack. A's leading vector has one sign, D - A's has both.
         w = torch.frac(local.double() * 0.6180339887498949).to(degree.dtype) - (0.5 if laplacian else 0.0)
         shift = torch.zeros_like(degree) if laplacian else _largest_degree(degree, cut, chosen)
@@ -147,14 +152,14 @@ def lambda_max(
         tridiagonal = degree.new_zeros(cut.num_bags, num_steps, num_steps, dtype=torch.float64)
         for j in range(num_steps):
             norm = _per_bag(w.square(), cut, chosen).sqrt()
-            before, v = v, w / norm.clamp_min(1e-30)[cut.bag_of_instance]
+            previous, v = v, w / norm.clamp_min(1e-30)[bag]
             w = sign * _multiply(adj, weight, v, chosen) + diagonal * v
             if j > 0:
                 tridiagonal[:, j, j - 1] = tridiagonal[:, j - 1, j] = norm.double()
-                w -= norm[cut.bag_of_instance] * before
+                w -= norm[bag] * previous
             dot = _per_bag(w * v, cut, chosen)
             tridiagonal[:, j, j] = dot.double()
-            w -= dot[cut.bag_of_instance] * v
+            w -= dot[bag] * v
         shifts = _segments.segment_max(shift, cut, impl=chosen)
         return (_largest_eigenvalue(tridiagonal).to(degree.dtype) - shifts).clamp_min(0)
 
@@ -181,7 +186,7 @@ def _per_bag(values: Tensor, segments: Segments, impl: str) -> Tensor:
 def _multiply(adj: Adjacency, weight: Tensor | None, v: Tensor, impl: str) -> Tensor:
     if impl == "reference":
         return reference_spmm(adj, weight, v[:, None])[:, 0]
-    return kernels(impl).spmm(adj.crow, adj.col, weight, v[:, None])[:, 0]
+    return kernels(impl).spmm(adj.crow, adj.col, weight, with_halo(v, adj.halo)[:, None])[:, 0]
 
 
 def _reference(

@@ -12,6 +12,7 @@ from torch import Tensor
 from bigbag.adjacency import Adjacency
 from bigbag.bags import Segments
 from bigbag.ops.chebyshev import chebyshev, scaling
+from bigbag.ops.join import with_halo
 from bigbag.ops.registry import choose
 from bigbag.ops.spmm import DTYPES, accumulation_dtype, degrees, kernels, needs_grad
 from bigbag.ops.transpose import transpose
@@ -39,7 +40,8 @@ def chebyshev_conv(
 
     Cost: 2 T K P D FLOP forward and for each gradient (of x where D > P: as much again), and with M = min(P, D)
     2 (K - 1) E M forward and backward. Bytes: K - 1 products with A of width M; beside x, y and their gradients it
-    holds at most three tensors (T, M) at a time.
+    holds at most three tensors (T, M) at a time. Where bags are shared out over ranks (``adj.halo``), each of those
+    products asks for the M columns of the halo.
 
     Args:
         adj: (T, T) adjacency; D are its column sums, as in torchmil (for a symmetric graph: its row sums).
@@ -68,7 +70,7 @@ def chebyshev_conv(
     chosen = choose("chebyshev_conv", DTYPES, impl, x.device.type, dtype)
     adj_t = transpose(adj)
     degree = degrees(adj_t)
-    if chosen == "reference":
+    if chosen == "reference":  # which refuses bags that are shared out
         num_terms = weight.shape[1] // x.shape[1]
         terms = chebyshev(adj, x.to(dtype), num_terms, lambda_max, segments, degree=degree, impl="reference")
         return terms.transpose(0, 1).flatten(1) @ weight.to(dtype).t()
@@ -99,6 +101,7 @@ class _Laplacian:
         diagonal = self.ratio * self.degree.to(self.ratio.dtype) - 1
         beta = None if added is None else self.ratio.new_full((1,), sign)
         graph = (self.adj.crow.contiguous(), self.adj.col.contiguous(), weight)
+        z = with_halo(z, self.adj.halo)
         return self.kernels.spmm(*graph, z, -factor * self.ratio, factor * diagonal, added, beta, out)
 
     def terms(self, z: Tensor, count: int) -> Iterator[Tensor]:

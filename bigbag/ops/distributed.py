@@ -11,16 +11,13 @@ every rank, even where a rank holds no rows.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bigbag.adjacency import Adjacency
-from bigbag.bags import PackedBags, Segments
 from bigbag.parts import Halo, Parts
 
 
@@ -81,71 +78,29 @@ def shares(log_sums: Tensor, parts: Parts) -> Tensor:
 
 
 def exchange(x: Tensor, halo: Halo) -> Tensor:
-    """The rows of other ranks (or one's own) that ``halo`` names, ``(H, ...)``; gradients go back the same way."""
-    return _Exchange.apply(x, _anchor(), halo)
+    """The rows of other ranks (or one's own) that ``halo`` names, ``(H, ...)``; gradients go back the same way.
 
-
-def _send(rows: Tensor, send_counts: tuple[int, ...], counts: tuple[int, ...], parts: Parts) -> Tensor:
-    received = rows.new_empty(sum(counts), *rows.shape[1:])
-    dist.all_to_all_single(received, rows.contiguous(), list(counts), list(send_counts), group=parts.group)
-    return received
+    Whether ``x`` requires grad must be the same on all ranks. Bytes: those of the rows, each way once.
+    """
+    return _Exchange.apply(x, halo)
 
 
 class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, halo: Halo) -> Tensor:
+    def forward(ctx: Any, x: Tensor, halo: Halo) -> Tensor:
         ctx.halo, ctx.shape = halo, x.shape
-        return _send(x[halo.send], halo.send_counts, halo.counts, halo.parts)[halo.order]
+        return send_rows(x[halo.send], halo.send_counts, halo.counts, halo.parts)[halo.order]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         halo = ctx.halo
-        return return_rows(grad, halo, grad.new_zeros(ctx.shape)), None, None
+        by_rank = torch.empty_like(grad).index_copy_(0, halo.order, grad)
+        returned = send_rows(by_rank, halo.counts, halo.send_counts, halo.parts)
+        return grad.new_zeros(ctx.shape).index_add_(0, halo.send, returned), None
 
 
-def return_rows(rows: Tensor, halo: Halo, total: Tensor) -> Tensor:
-    """Send ``rows``, which stand for those that :func:`exchange` gave, to their owners, who add them to ``total``."""
-    by_rank = torch.empty_like(rows).index_copy_(0, halo.order, rows)
-    return total.index_add_(0, halo.send, _send(by_rank, halo.counts, halo.send_counts, halo.parts))
-
-
-def join_parts(pack: PackedBags, group: Any = None) -> PackedBags:
-    """Tell a pack of parts of bags of the other ranks' parts; all ranks of the group call it.
-
-    Args:
-        pack: this rank's parts (:meth:`bigbag.Bag.part`), on its device, and in ``parts`` who holds what.
-        group: the process group; None: that of all ranks.
-
-    Raises:
-        ValueError: a pack of whole bags, or of parts of other sizes.
-    """
-    if pack.parts is None or pack.parts.sizes[pack.parts.rank] != pack.sizes:
-        raise ValueError(
-            f"join_parts: the pack has {pack.sizes} instances, its parts say {pack.parts}: make it of Bag.part, with "
-            "parts=Parts.even(sizes of the whole bags, number of ranks, rank)"
-        )
-    parts = replace(pack.parts, group=group)
-    adj = None if pack.adj is None else _join_graph(pack.adj, pack.segments, parts)
-    return replace(pack, parts=parts, adj=adj)
-
-
-def _join_graph(adj: Adjacency, segments: Segments, parts: Parts) -> Adjacency:
-    """The graph with its columns beyond this rank's rows numbered after those, in the order of ``halo``."""
-    bag = segments.bag_of_instance[adj.rows()].cpu().numpy()
-    starts, ends = np.asarray(segments.starts)[bag], np.asarray(segments.starts)[bag + 1]
-    whole = np.cumsum([0, *parts.totals])[bag] + np.asarray(parts.before, dtype=np.int64)[bag]
-    col = adj.col.cpu().numpy().astype(np.int64)
-    outside = (col < starts) | (col >= ends)
-    wanted, places = np.unique((col - starts + whole)[outside], return_inverse=True)
-    every: list[Any] = [None] * parts.num_ranks
-    dist.all_gather_object(every, wanted, group=parts.group)
-    col[outside] = adj.num_nodes + places
-    joined = torch.from_numpy(col.astype(np.int32)).to(adj.col.device)
-    return replace(adj, col=joined, symmetric=False, halo=Halo.of(parts, every, adj.col.device))
-
-
-def squared(adj: Adjacency) -> Adjacency:
-    """A graph with halo as a square one, over this rank's rows and those of the halo, which have no edges."""
-    assert adj.halo is not None
-    crow = torch.cat([adj.crow, adj.crow[-1:].expand(adj.halo.num_rows)])
-    return Adjacency(crow, adj.col, adj.weight)
+def send_rows(rows: Tensor, send_counts: Sequence[int], counts: Sequence[int], parts: Parts) -> Tensor:
+    """Send ``send_counts[r]`` of ``rows`` to each rank r, those for rank 0 first, and return what comes, in order."""
+    received = rows.new_empty(sum(counts), *rows.shape[1:])
+    dist.all_to_all_single(received, rows.contiguous(), list(counts), list(send_counts), group=parts.group)
+    return received

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bigbag.adjacency import Adjacency
+from bigbag.ops.join import squared, with_halo
 from bigbag.ops.registry import Operator
 from bigbag.ops.spmm import (
     DTYPES,
@@ -21,6 +22,7 @@ from bigbag.ops.spmm import (
     reference_edge_dots,
     reference_spmm,
 )
+from bigbag.parts import Halo
 
 
 def neighbor_attention(
@@ -41,7 +43,8 @@ def neighbor_attention(
     softmax the weights of edges are not used. An instance without neighbours gets zeros.
 
     Cost: 2 E (D + D_v) FLOP forward, twice that backward. Bytes: q, k, v and out once where the graph is local, and
-    some 16 H per edge; it holds O(E H) floats.
+    some 16 H per edge; it holds O(E H) floats. Where bags are shared out over ranks (``adj.halo``), keys and values of
+    the halo come first, and their gradients go back.
 
     Args:
         q: (T, D) or (T, H, D) floating.
@@ -59,6 +62,9 @@ def neighbor_attention(
         ValueError: shapes or dtypes that do not fit, an ``impl`` that can't run.
     """
     _check_heads("neighbor_attention", q, k, v)
+    if adj.halo is not None:
+        whole = (_padded(q, adj.halo), with_halo(k, adj.halo), with_halo(v, adj.halo))
+        return neighbor_attention(*whole, squared(adj), softmax=softmax, scale=scale, impl=impl)[: len(q)]
     chosen, rows_q = prepare("neighbor_attention", adj, q, impl, "q")
     heads = q.shape[1] if q.dim() == 3 else 1
     graph = _graph(adj, chosen, q, k, v)
@@ -102,6 +108,9 @@ def neighbor_scores(
     _check_heads("neighbor_scores", q, k, k)
     if q.dim() != 2:
         raise ValueError(f"neighbor_scores: q must be (T, D), got {tuple(q.shape)}")
+    if adj.halo is not None:
+        whole = (_padded(q, adj.halo), with_halo(k, adj.halo))
+        return neighbor_scores(*whole, squared(adj), scale=scale, impl=impl)[: len(q)]
     chosen, rows = prepare("neighbor_scores", adj, q, impl, "q")
     graph = _graph(adj, chosen, q, k, adj.weight)
     values = _dots(adj, graph, rows, k, 1, chosen) * _scale(q, scale)
@@ -117,6 +126,11 @@ def _check_heads(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     if not fits or not q.dtype == k.dtype == v.dtype:
         shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in (q, k, v))
         raise ValueError(f"{name}: expected q, k (T, [H,] D) and v (T, [H,] D_v) of one dtype, got {shapes}")
+
+
+def _padded(q: Tensor, halo: Halo) -> Tensor:
+    """Queries with rows of zeros for the halo, which asks nothing."""
+    return torch.cat([q, q.new_zeros(halo.num_rows, *q.shape[1:])])
 
 
 def _scale(q: Tensor, scale: float | None) -> float:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bigbag.adjacency import Adjacency
+from bigbag.ops.join import with_halo
 from bigbag.ops.registry import Operator
 from bigbag.ops.spmm import (
     DTYPES,
@@ -20,6 +21,8 @@ from bigbag.ops.spmm import (
     product,
     reference_spmm,
 )
+from bigbag.ops.transpose import transpose
+from bigbag.parts import Halo
 
 
 def smooth(adj: Adjacency, f: Tensor, alpha: float | Tensor, num_steps: int = 10, *, impl: str | None = None) -> Tensor:
@@ -34,6 +37,9 @@ def smooth(adj: Adjacency, f: Tensor, alpha: float | Tensor, num_steps: int = 10
     Cost: 2 T E D FLOP forward and backward, as much for the gradient to alpha. Bytes per step: the state twice and f
     once. It holds two (T, D) states in the dtype of f, one of them the result, and f if ``alpha`` requires grad. States
     are rounded to the dtype of f, sums are accumulated in float32 or float64.
+
+    Where bags are shared out over ranks (``adj.halo``), each step asks for the states of the halo: H D numbers, H its
+    rows. There, weights must not require grad.
 
     Args:
         adj: (T, T) adjacency, as a rule normalised so that rows sum to about one.
@@ -53,11 +59,15 @@ def smooth(adj: Adjacency, f: Tensor, alpha: float | Tensor, num_steps: int = 10
     """
     if num_steps < 0:
         raise ValueError(f"smooth: num_steps is {num_steps}, expected 0 or more")
-    chosen, rows = prepare("smooth", adj, f, impl, "f")
+    chosen, rows = prepare("smooth", adj, f, impl, "f", in_parts=True)
     acc = accumulation_dtype(f.dtype)
     a = _scalar("smooth", "alpha", alpha, f)
     if num_steps == 0:
         return f.clone()
+    if adj.halo is not None:
+        if needs_grad(adj.weight):
+            raise ValueError("smooth: adj.weight requires grad, which it does not get where ranks share a bag")
+        return _SmoothInParts.apply(rows, a, adj, num_steps, chosen).view(f.shape)
     if chosen == "reference" or needs_grad(adj.weight):
         return _by_steps(adj, rows, a, num_steps, chosen).view(f.shape)
     graph = graph_of(adj, chosen, transposed=needs_grad(f, a))
@@ -97,16 +107,64 @@ def _slopes(a: Tensor, num_steps: int) -> Tensor:
 
 
 def _recursion(
-    impl: str, f: Tensor, scales: Tensor, betas: Tensor, weight: Tensor | None, crow: Tensor, col: Tensor
+    impl: str,
+    f: Tensor,
+    scales: Tensor,
+    betas: Tensor,
+    weight: Tensor | None,
+    crow: Tensor,
+    col: Tensor,
+    halo: Halo | None = None,
 ) -> Tensor:
     """``g <- scales[k] A g + betas[k] f`` for each k, from g = f."""
     f = f.contiguous()
     # Two buffers in turn; the first step reads f, which is not ours to write.
     g, spare = f, None
     for k in range(len(scales)):
-        out = kernels(impl).spmm(crow, col, weight, g, scales[k : k + 1], None, f, betas[k : k + 1], spare)
+        x = with_halo(g, halo)
+        out = kernels(impl).spmm(crow, col, weight, x, scales[k : k + 1], None, f, betas[k : k + 1], spare)
         g, spare = out, (g if k else None)
     return g
+
+
+def _slope_factors(a: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
+    """What :func:`_recursion` takes for the derivative to alpha, by Horner's rule."""
+    slopes = _slopes(a.double(), num_steps).to(a.dtype).flip(0)
+    return torch.cat([slopes[:1], slopes.new_ones(num_steps - 1)]), slopes[1:]
+
+
+def _dot(grad: Tensor, derivative: Tensor, acc: torch.dtype) -> Tensor:
+    total = torch.zeros((), dtype=torch.float64, device=grad.device)
+    for g, d in zip(grad.split(_ROWS), derivative.split(_ROWS)):
+        total += (g.to(acc) * d.to(acc)).sum(dtype=torch.float64)
+    return total.to(acc)
+
+
+class _SmoothInParts(torch.autograd.Function):
+    """The same where ranks share the bags: custom operators can't take a halo."""
+
+    @staticmethod
+    def forward(ctx: Any, f: Tensor, a: Tensor, adj: Adjacency, num_steps: int, impl: str) -> Tensor:
+        ctx.adj, ctx.num_steps, ctx.impl = adj, num_steps, impl
+        ctx.save_for_backward(f if ctx.needs_input_grad[1] else None, a)
+        return _recursion_in_parts(adj, f, a.expand(num_steps), (1 - a).expand(num_steps), impl)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        f, a = ctx.saved_tensors
+        grad_f = grad_a = None
+        if ctx.needs_input_grad[1]:
+            derivative = _recursion_in_parts(ctx.adj, f, *_slope_factors(a, ctx.num_steps), ctx.impl)
+            grad_a = _dot(grad, derivative, a.dtype)
+        if ctx.needs_input_grad[0]:
+            factors = (a.expand(ctx.num_steps), (1 - a).expand(ctx.num_steps))
+            grad_f = _recursion_in_parts(transpose(ctx.adj), grad, *factors, ctx.impl)
+        return grad_f, grad_a, None, None, None
+
+
+def _recursion_in_parts(adj: Adjacency, f: Tensor, scales: Tensor, betas: Tensor, impl: str) -> Tensor:
+    weight = None if adj.weight is None else adj.weight.to(scales.dtype)[:, None]
+    return _recursion(impl, f, scales, betas, weight, adj.crow.contiguous(), adj.col.contiguous(), adj.halo)
 
 
 _STEPS = "Tensor? weight, Tensor? weight_t, Tensor crow, Tensor col, Tensor crow_t, Tensor col_t, int num_steps"
@@ -121,13 +179,8 @@ def _register(impl: str) -> None:
         return _recursion(impl, f, a * ones, (1 - a) * ones, weight, crow, col)
 
     def run_alpha(grad: Tensor, f: Tensor, a: Tensor, weight: Any, crow: Tensor, col: Tensor, num_steps: int) -> Tensor:
-        slopes = _slopes(a.double(), num_steps).to(a.dtype).flip(0)
-        scales = torch.cat([slopes[:1], slopes.new_ones(num_steps - 1)])
-        derivative = _recursion(impl, f, scales, slopes[1:], weight, crow, col)
-        total = torch.zeros((), dtype=torch.float64, device=f.device)
-        for g, d in zip(grad.split(_ROWS), derivative.split(_ROWS)):
-            total += (g.to(a.dtype) * d.to(a.dtype)).sum(dtype=torch.float64)
-        return total.to(a.dtype)
+        derivative = _recursion(impl, f, *_slope_factors(a, num_steps), weight, crow, col)
+        return _dot(grad, derivative, a.dtype)
 
     name = f"bigbag::smooth_{impl}"
     steps = torch.library.custom_op(name, run, mutates_args=(), schema=f"(Tensor f, Tensor a, {_STEPS}) -> Tensor")

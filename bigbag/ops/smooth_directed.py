@@ -41,7 +41,7 @@ def smooth_exact_directed(
     Raises:
         ValueError: weights that require grad, shapes that do not fit, no convergence within ``max_steps``.
     """
-    chosen, rows = prepare("smooth_exact_directed", adj, f, impl, "f")
+    chosen, rows = prepare("smooth_exact_directed", adj, f, impl, "f", in_parts=True)
     if needs_grad(adj.weight):
         raise ValueError("smooth_exact_directed: adj.weight requires grad, which it does not get here; detach it")
     g = _Solve.apply(rows, _scalar("smooth_exact_directed", "gamma", gamma, f), adj, max_steps, chosen)
@@ -53,7 +53,7 @@ class _NormalEquations:
 
     def __init__(self, adj: Adjacency, gamma: Tensor, impl: str) -> None:
         wide = adj if adj.weight is None else replace(adj, weight=adj.weight.double())
-        self.adj, self.adj_t, self.gamma, self.impl = wide, transpose(wide), gamma, impl
+        self.adj, self.adj_t, self.gamma, self.impl, self.halo = wide, transpose(wide), gamma, impl, adj.halo
 
     def multiply(self, x: Tensor, transposed: bool = False) -> Tensor:
         """M x, or M^T x."""
@@ -67,7 +67,7 @@ class _NormalEquations:
 
 def _solve(system: _NormalEquations, f: Tensor, tolerance: float, max_steps: int) -> Tensor:
     out, width = torch.empty_like(f, dtype=torch.float64), _columns(f.shape[1])
-    if f.shape[0] == 0:
+    if f.shape[0] == 0 and system.halo is None:
         return out
     for start in range(0, f.shape[1], width):
         block = f[:, start : start + width].double().contiguous()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,9 +10,12 @@ from torch import Tensor
 
 from bigbag.adjacency import Adjacency
 from bigbag.kernels.cpu.memory import huge_pages
+from bigbag.ops.distributed import all_sum
+from bigbag.ops.join import with_halo
 from bigbag.ops.registry import Operator
 from bigbag.ops.smooth import _scalar
-from bigbag.ops.spmm import DTYPES, accumulation_dtype, degrees, graph_of, kernels, prepare, reference_spmm
+from bigbag.ops.spmm import DTYPES, accumulation_dtype, degrees, graph_of, kernels, needs_grad, prepare, reference_spmm
+from bigbag.parts import Halo
 
 LAPLACIANS = ("normalized", "combinatorial")
 # How often the residual is looked at: each look waits for the device.
@@ -39,6 +43,9 @@ def smooth_exact(
     Cost: 2 E D FLOP and about twenty passes over (T, D) per step, forward and backward; steps grow with
     sqrt(1 + 2 gamma). It holds g, and five blocks of D / 8 columns (of 8 to 64).
 
+    Where bags are shared out over ranks (``adj.halo``), a step asks for the directions of the halo, H D numbers, and
+    adds up 2 D inner products over the ranks. There, weights must not require grad.
+
     Args:
         adj: (T, T) symmetric adjacency; for "normalized", with eigenvalues up to 1 (symmetrically normalised).
         f: (T, ...) floating.
@@ -58,7 +65,7 @@ def smooth_exact(
     Castro-Macias et al., Sm: enhanced localization in multiple instance learning for medical imaging classification,
     NeurIPS 2024.
     """
-    chosen, rows = prepare("smooth_exact", adj, f, impl, "f")
+    chosen, rows = prepare("smooth_exact", adj, f, impl, "f", in_parts=True)
     if laplacian not in LAPLACIANS:
         raise ValueError(f"smooth_exact: laplacian must be one of {', '.join(LAPLACIANS)}, got {laplacian!r}")
     if not adj.symmetric:
@@ -74,9 +81,14 @@ def smooth_exact(
     degree = None
     if laplacian == "combinatorial":
         bare = None if weight is None else weight.detach()[:, 0]
-        degree = degrees(Adjacency(adj.crow, adj.col, bare, True), impl=chosen).to(acc)
+        degree = degrees(replace(adj, weight=bare), impl=chosen).to(acc)
     graph = graph_of(adj, chosen, transposed=False)
     tolerance = (1e-12 if acc == torch.float64 else 1e-6) if tolerance is None else tolerance
+    if adj.halo is not None:
+        if needs_grad(adj.weight):
+            raise ValueError("smooth_exact: adj.weight requires grad, which it does not get where ranks share a bag")
+        system = (weight, degree, graph.crow, graph.col, adj.halo)
+        return _SolveInParts.apply(rows, g, system, chosen, tolerance, max_steps).to(f.dtype).view(f.shape)
     solved = _OPS["solve", chosen](rows, g, weight, degree, graph.crow, graph.col, tolerance, max_steps)
     return solved.to(f.dtype).view(f.shape)
 
@@ -91,7 +103,17 @@ def _reference(adj: Adjacency, weight: Tensor | None, f: Tensor, gamma: Tensor, 
 class _System:
     """x -> (I + gamma L) x."""
 
-    def __init__(self, impl: str, gamma: Tensor, weight: Any, degree: Tensor | None, crow: Tensor, col: Tensor) -> None:
+    def __init__(
+        self,
+        impl: str,
+        gamma: Tensor,
+        weight: Any,
+        degree: Tensor | None,
+        crow: Tensor,
+        col: Tensor,
+        halo: Halo | None = None,
+    ) -> None:
+        self.halo = halo
         self.multiply, self.graph = kernels(impl).spmm, (crow, col, weight)
         ones = gamma.new_ones(crow.shape[0] - 1)
         own = ones if degree is None else degree
@@ -99,10 +121,10 @@ class _System:
         self.laplacian = (gamma.new_full((1,), -1), own)
 
     def apply(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        return self.multiply(*self.graph, x, self.scale, self.diagonal, out=out)
+        return self.multiply(*self.graph, with_halo(x, self.halo), self.scale, self.diagonal, out=out)
 
     def apply_laplacian(self, x: Tensor) -> Tensor:
-        return self.multiply(*self.graph, x, *self.laplacian)
+        return self.multiply(*self.graph, with_halo(x, self.halo), *self.laplacian)
 
 
 def _columns(width: int) -> int:
@@ -120,14 +142,18 @@ def _solve(
     tolerance: float,
     steps: int,
 ) -> Tensor:
-    system = _System(impl, gamma, weight, degree, crow, col)
+    return _solve_system(_System(impl, gamma, weight, degree, crow, col), f, tolerance, steps)
+
+
+def _solve_system(system: _System, f: Tensor, tolerance: float, steps: int) -> Tensor:
     # In the precision of the sums: the gradient to gamma takes small differences of it.
-    out = huge_pages(torch.empty(f.shape, dtype=gamma.dtype, device=f.device))
+    dtype = system.scale.dtype
+    out = huge_pages(torch.empty(f.shape, dtype=dtype, device=f.device))
     width = _columns(f.shape[1])
-    if f.shape[0] == 0:
+    if f.shape[0] == 0 and system.halo is None:
         return out
     for start in range(0, f.shape[1], width):
-        block = f[:, start : start + width].to(gamma.dtype).contiguous()
+        block = f[:, start : start + width].to(dtype).contiguous()
         out[:, start : start + width] = _conjugate_gradients(system, block, tolerance, steps)
     return out
 
@@ -136,7 +162,8 @@ def _conjugate_gradients(system: _System, f: Tensor, tolerance: float, max_steps
     """One system per column, all with the same matrix."""
 
     def dot(a: Tensor, b: Tensor) -> Tensor:
-        return torch.linalg.vecdot(a, b, dim=0)
+        own = torch.linalg.vecdot(a, b, dim=0)
+        return own if system.halo is None else all_sum(own, system.halo.parts)
 
     def divided(a: Tensor, b: Tensor) -> Tensor:
         # A column that is solved exactly stays where it is.
@@ -178,6 +205,26 @@ def _grad_gamma(system: _System, u: Tensor, g: Tensor) -> Tensor:
         block = g[:, start : start + step].to(acc).contiguous()
         total -= (u[:, start : start + step].to(acc) * system.apply_laplacian(block)).sum(dtype=torch.float64)
     return total.to(acc)
+
+
+class _SolveInParts(torch.autograd.Function):
+    """The same where ranks share the bags: custom operators can't take a halo."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, f: Tensor, gamma: Tensor, graph: tuple[Any, ...], impl: str, tolerance: float, max_steps: int
+    ) -> Tensor:
+        ctx.system, ctx.options, ctx.dtype = _System(impl, gamma, *graph), (tolerance, max_steps), f.dtype
+        g = _solve_system(ctx.system, f, *ctx.options)
+        ctx.save_for_backward(g if ctx.needs_input_grad[1] else None)
+        return g
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        u = _solve_system(ctx.system, grad, *ctx.options)
+        (g,) = ctx.saved_tensors
+        grad_gamma = None if g is None else _grad_gamma(ctx.system, u, g)
+        return u.to(ctx.dtype) if ctx.needs_input_grad[0] else None, grad_gamma, *[None] * 4
 
 
 def _register(impl: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from bigbag.adjacency import Adjacency
+from bigbag.ops.join import squared, with_halo
 from bigbag.ops.registry import FLOATING, HALF, Operator, choose
 
 DTYPES = {"triton": (*HALF, torch.float32), "cpu": FLOATING, "reference": FLOATING}
@@ -41,6 +42,9 @@ def spmm(adj: Adjacency, x: Tensor, *, impl: str | None = None) -> Tensor:
     Cost: 2 E D FLOP forward, as much for each gradient. Bytes: x and out once (neighbours' rows come from cache where
     the graph is local) and 4 to 8 per edge. Beyond outputs and gradients it holds O(E).
 
+    Where bags are shared out over ranks (``adj.halo``), T counts this rank's rows; x of its halo comes first, and
+    gradients go back: H D numbers each way, H the rows of the halo.
+
     Lattices have no stencil form: over a full rectangle one is 1.2 times as fast at width 512 (2 times at 64 and
     below), but tissue is no rectangle, and a map of its cells is an index list again.
 
@@ -55,6 +59,8 @@ def spmm(adj: Adjacency, x: Tensor, *, impl: str | None = None) -> Tensor:
     Raises:
         ValueError: shapes or devices that do not fit, an ``impl`` that can't run.
     """
+    if adj.halo is not None:
+        return spmm(squared(adj), with_halo(x, adj.halo), impl=impl)[: adj.num_nodes]
     chosen, rows = prepare("spmm", adj, x, impl)
     acc = accumulation_dtype(x.dtype)
     weight = None if adj.weight is None else adj.weight.to(acc)[:, None]
@@ -83,8 +89,10 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def prepare(name: str, adj: Adjacency, x: Tensor, impl: str | None, argument: str = "x") -> tuple[str, Tensor]:
-    """The implementation to run, and (T, ...) as (T, D)."""
+def prepare(
+    name: str, adj: Adjacency, x: Tensor, impl: str | None, argument: str = "x", in_parts: bool = False
+) -> tuple[str, Tensor]:
+    """The implementation to run, and (T, ...) as (T, D); ``in_parts``: the caller knows of halos."""
     fits = x.dim() > 0 and (torch.compiler.is_compiling() or x.shape[0] == adj.num_nodes)
     if not fits or not x.is_floating_point():
         raise ValueError(
@@ -93,7 +101,14 @@ def prepare(name: str, adj: Adjacency, x: Tensor, impl: str | None, argument: st
         )
     if x.device != adj.crow.device:
         raise ValueError(f"{name}: {argument} is on {x.device}, adj on {adj.crow.device}; move one of them")
-    return choose(name, DTYPES, impl, x.device.type, x.dtype), x.reshape(x.shape[0], x.shape[1:].numel())
+    chosen = choose(name, DTYPES, impl, x.device.type, x.dtype)
+    if adj.halo is not None and (chosen == "reference" or not in_parts):
+        raise ValueError(
+            f"{name}: bags are shared out over {adj.halo.parts.num_ranks} ranks, but "
+            + ("the reference" if in_parts else "this operator")
+            + " takes whole graphs: set parallel.bag to 1"
+        )
+    return chosen, x.reshape(x.shape[0], x.shape[1:].numel())
 
 
 def kernels(impl: str) -> ModuleType:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from bigbag.adjacency import Adjacency
+from bigbag.ops.join import symmetric_in_parts, transpose_in_parts
 from bigbag.ops.registry import choose
 from bigbag.ops.spmm import DTYPES, graph_of
 
@@ -21,11 +23,23 @@ def transpose(adj: Adjacency) -> Adjacency:
     """
     if adj.symmetric:
         return adj
+    if adj.halo is not None:
+        return _in_parts(adj)
     chosen = choose("spmm", DTYPES, None, adj.col.device.type, torch.float32)
     if chosen == "reference":
         return Adjacency.from_edges(adj.col.long(), adj.rows(), adj.weight, adj.num_nodes)
     graph = graph_of(adj, chosen, transposed=True)
     return Adjacency(graph.crow_t, graph.col_t, None if adj.weight is None else adj.weight[graph.perm])
+
+
+_known = WeakTensorKeyDictionary()
+
+
+def _in_parts(adj: Adjacency) -> Adjacency:
+    known = _known.get(adj.col)
+    if known is None or known[0] is not adj.crow or known[1] is not adj.weight:
+        known = _known[adj.col] = (adj.crow, adj.weight, transpose_in_parts(adj))
+    return known[2]
 
 
 def marked_symmetric(adj: Adjacency) -> Adjacency:
@@ -36,6 +50,9 @@ def marked_symmetric(adj: Adjacency) -> Adjacency:
     """
     if adj.symmetric:
         return adj
+    if adj.halo is not None:
+        rtol = 0.0 if adj.weight is None else _ROUNDINGS * torch.finfo(adj.weight.dtype).eps
+        return replace(adj, symmetric=symmetric_in_parts(adj, rtol))
     other = transpose(adj)
     same = torch.equal(adj.crow, other.crow) and torch.equal(adj.col, other.col)
     if same and adj.weight is not None and other.weight is not None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from bigbag import PackedBags
 from bigbag.models import MODELS
 from bigbag.nn import VariationalAutoEncoder
-from bigbag.ops.distributed import join_parts
+from bigbag.ops.join import join_parts
 from bigbag.parts import Parts
 from bigbag.testing import run_ranks
 from tests.models.test_models import SMALL, build, make_bag
@@ -23,6 +23,11 @@ VARIANTS = IN_PARTS + [
     ("MaxMIL", {"feat_ext": ENCODER}),
     ("CLAM_SB", {"feat_ext": ENCODER, "k_sample": 3}),
     ("DSMIL", {"nonlinear_q": True, "feat_ext": ENCODER}),
+    ("SmABMIL", {"sm_where": "mid", "sm_alpha": 0.3, "feat_ext": ENCODER}),
+    ("SmABMIL", {"sm_where": "late"}),
+    ("SmABMIL", {"sm_mode": "exact"}),
+    ("PatchGCN", {"n_gcn_layers": 3, "hidden_dim": 5, "mlp_depth": 2, "feat_ext": ENCODER}),
+    ("DeepGraphSurv", {"n_layers_rep": 2, "hidden_dim": 8, "att_dim": 4, "compute_lambda_max": True}),
     ("DTFDMIL", {"distill_mode": "afs", "n_groups": 3, "feat_ext": ENCODER}),
 ]
 
