@@ -101,6 +101,14 @@ class MILModel(torch.nn.Module):
             ValueError: a field that the model needs is missing, or bags shared out over ranks, which it can't take.
         """
         bags = X if isinstance(X, PackedBags) else PackedBags.from_padded(X, mask, adj=adj, coords=coords)
+        self.check_parts(bags)
+        for name in self.needs:
+            if getattr(bags, name) is None:
+                raise ValueError(f"{type(self).__name__} needs {name}: {_REMEDIES[name]}")
+        return bags
+
+    def check_parts(self, bags: PackedBags) -> None:
+        """Refuse bags shared out over ranks where the model can't take them."""
         if bags.parts is not None and not self.in_parts:
             raise ValueError(
                 f"{type(self).__name__} computes on whole bags, but these are shared out over {bags.parts.num_ranks} "
@@ -108,10 +116,6 @@ class MILModel(torch.nn.Module):
             )
         if bags.parts is not None:
             refuse_batch_statistics(self)
-        for name in self.needs:
-            if getattr(bags, name) is None:
-                raise ValueError(f"{type(self).__name__} needs {name}: {_REMEDIES[name]}")
-        return bags
 
     def compute_loss(self, Y: Tensor, X: Tensor | PackedBags, *args: Any, **kwargs: Any) -> Any:
         """Logits and losses, each the mean over the bags.

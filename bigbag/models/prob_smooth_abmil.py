@@ -131,6 +131,7 @@ class ProbSmoothABMIL(GraphMILModel):
             bags = self.pack(X, mask, adj)
         else:
             bags = X if isinstance(X, PackedBags) else PackedBags.from_padded(X, mask)
+            self.check_parts(bags)
         out = self.forward_bags(bags, return_att, return_samples, return_kl_div)
         if isinstance(X, PackedBags) or not return_att:
             return out
@@ -179,6 +180,8 @@ class SmoothABMIL(ProbSmoothABMIL):
         criterion: loss of the logits; None for binary cross-entropy.
         out_dim: logits per bag.
     """
+
+    in_parts = True
 
     def __init__(
         self,

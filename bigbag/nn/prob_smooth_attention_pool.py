@@ -139,7 +139,7 @@ class ProbSmoothAttentionPool(torch.nn.Module):
         if log_var is not None:
             terms = terms + (1 - adj.diagonal()) * log_var.exp() - log_var / 2
         total = ops.segment_sum(terms, segments) - ops.quadratic_form(adj, mu[:, None], segments)
-        return (total / segments.offsets.diff().clamp_min(1)).mean()
+        return (total / segments.bag_sizes.clamp_min(1)).mean()
 
     def forward(
         self,

@@ -119,8 +119,9 @@ def lambda_max(
     with c the largest row sum of the bag; the result is the largest eigenvalue of the tridiagonal (a, b), by squaring
     it again and again. Bags of up to ``num_steps`` instances get it exactly, large lattices to about 1e-3.
 
-    Use it where A is symmetric and not negative. Cost: ``num_steps`` products of width 1, about 8 to 16 bytes per edge
-    each, in float32 (float64 for float64 weights). No dense matrix, no gradient, nothing waits for the device.
+    Use it where A is symmetric and not negative. Cost: ``num_steps`` products of width 1, about 12 bytes per edge each,
+    in float64, in which alone the order of sums does not show (float32 for "triton"). No dense matrix, no gradient,
+    nothing waits for the device.
 
     Args:
         adj: (T, T) adjacency.
@@ -140,6 +141,9 @@ def lambda_max(
             raise ValueError("lambda_max: where ranks share the bags, it needs segments, with parts")
         cut = Segments.from_sizes((adj.num_nodes,), degree.device) if segments is None else segments
         chosen, _ = prepare("lambda_max", adj, degree, impl, in_parts=True)
+        dtype = degree.dtype
+        if chosen != "triton":  # which has no float64
+            degree = degree.double()
         weight = None if adj.weight is None else adj.weight.to(degree.dtype)[:, None]
         before = 0 if cut.parts is None else torch.tensor(cut.parts.before, device=degree.device)
         bag = cut.bag_of_instance
@@ -161,7 +165,7 @@ def lambda_max(
             tridiagonal[:, j, j] = dot.double()
             w -= dot[bag] * v
         shifts = _segments.segment_max(shift, cut, impl=chosen)
-        return (_largest_eigenvalue(tridiagonal).to(degree.dtype) - shifts).clamp_min(0)
+        return (_largest_eigenvalue(tridiagonal).to(degree.dtype) - shifts).clamp_min(0).to(dtype)
 
 
 def _largest_eigenvalue(matrices: Tensor) -> Tensor:

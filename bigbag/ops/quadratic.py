@@ -10,9 +10,12 @@ from torch import Tensor
 from bigbag.adjacency import Adjacency
 from bigbag.bags import Segments
 from bigbag.ops import segments as _segments
+from bigbag.ops.distributed import all_sum
+from bigbag.ops.join import squared, with_halo
 from bigbag.ops.registry import Operator
 from bigbag.ops.spmm import (
     DTYPES,
+    Graph,
     _permuted,
     accumulation_dtype,
     edge_dots,
@@ -45,11 +48,11 @@ def quadratic_form(adj: Adjacency, x: Tensor, segments: Segments | None = None, 
 
     Bianchi et al., Spectral clustering with graph neural networks for graph pooling, ICML 2020.
     """
-    chosen, rows = prepare("quadratic_form", adj, x, impl)
+    chosen, rows = prepare("quadratic_form", adj, x, impl, in_parts=True)
     if chosen == "reference":
         dots = reference_edge_dots(adj, rows, rows, 1)
     else:
-        graph = graph_of(adj, chosen, transposed=needs_grad(x), same=False)
+        rows, graph = _graph(adj, rows, chosen)
         dots = edge_dots(graph, rows, rows, 1, chosen)
     return _sum_edges("quadratic_form", adj, dots[:, 0], segments, chosen)
 
@@ -60,17 +63,29 @@ def dirichlet_energy(adj: Adjacency, x: Tensor, segments: Segments | None = None
     Differences are squared edge by edge, so a smooth x loses nothing to cancellation. Cost: 3 E D FLOP forward, twice
     that backward. Arguments, bytes and returns as in :func:`quadratic_form`.
     """
-    chosen, rows = prepare("dirichlet_energy", adj, x, impl)
+    chosen, rows = prepare("dirichlet_energy", adj, x, impl, in_parts=True)
     if chosen == "reference":
         acc = rows.to(accumulation_dtype(x.dtype))
         squares = (acc[rows_of(adj)] - acc[adj.col.long()]).square().sum(1)
     else:
-        graph = graph_of(adj, chosen, transposed=needs_grad(x), same=False)
+        rows, graph = _graph(adj, rows, chosen)
         squares = _OPS["distances", chosen](rows, *graph)[:, 0]
     return _sum_edges("dirichlet_energy", adj, squares, segments, chosen) / 2
 
 
+def _graph(adj: Adjacency, rows: Tensor, impl: str) -> tuple[Tensor, Graph]:
+    """The rows and the graph on them; with those of the halo, whose edges count on their own ranks."""
+    square = adj if adj.halo is None else squared(adj)
+    return with_halo(rows, adj.halo), graph_of(square, impl, transposed=needs_grad(rows), same=False)
+
+
 def _sum_edges(name: str, adj: Adjacency, values: Tensor, segments: Segments | None, impl: str) -> Tensor:
+    """Of all bags, or of each; those that ranks share, on all ranks."""
+    total = _sum_own_edges(name, adj, values, segments, impl)
+    return total if adj.halo is None else all_sum(total, adj.halo.parts)
+
+
+def _sum_own_edges(name: str, adj: Adjacency, values: Tensor, segments: Segments | None, impl: str) -> Tensor:
     if adj.weight is not None:
         values = values * adj.weight.to(values.dtype)
     if segments is None:
