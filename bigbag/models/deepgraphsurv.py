@@ -84,6 +84,16 @@ class DeepGraphSurv(GraphMILModel):
         self.proj1d = LazyLinear(att_dim, 1)
         self.classifier = LazyLinear(hidden_dim, out_dim)
 
+    def predict(  # type: ignore[override]
+        self,
+        X: Tensor | PackedBags,
+        adj: Tensor | None = None,
+        mask: Tensor | None = None,
+        return_inst_pred: bool = False,
+    ) -> Any:
+        """As :meth:`MILModel.predict`; like torchmil's, without instance scores unless they are asked for."""
+        return super().predict(X, adj, mask, return_inst_pred)
+
     def forward_bags(self, bags: PackedBags, return_att: bool = False) -> Any:
         assert bags.adj is not None
         x = self.encode(self.feat_ext, bags.x)

@@ -84,6 +84,16 @@ class PatchGCN(GraphMILModel):
         self.pool = AttentionPool(in_dim=hidden_dim, att_dim=att_dim)
         self.classifier = LazyLinear(hidden_dim, out_dim)
 
+    def predict(  # type: ignore[override]
+        self,
+        X: Tensor | PackedBags,
+        adj: Tensor | None = None,
+        mask: Tensor | None = None,
+        return_inst_pred: bool = False,
+    ) -> Any:
+        """As :meth:`MILModel.predict`; like torchmil's, without instance scores unless they are asked for."""
+        return super().predict(X, adj, mask, return_inst_pred)
+
     def forward_bags(self, bags: PackedBags, return_att: bool = False):  # type: ignore[no-untyped-def]
         assert bags.adj is not None
         self.pool.recompute = self.activation_checkpointing

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -66,6 +68,17 @@ class TransformerProbSmoothABMIL(ProbSmoothABMIL):
             add_self=transf_add_self,
             dropout=transf_dropout,
         )
+
+    def predict(  # type: ignore[override]
+        self,
+        X: Tensor | PackedBags,
+        adj: Tensor | None = None,
+        mask: Tensor | None = None,
+        return_inst_pred: bool = True,
+        return_samples: bool = False,
+    ) -> Any:
+        """As :meth:`forward`; the graph takes no part in predictions, and ``adj`` may be left out."""
+        return self.forward(X, adj, mask, return_att=return_inst_pred, return_samples=return_samples)
 
     def embed(self, bags: PackedBags) -> Tensor:
         self.transformer_encoder.recompute = self.activation_checkpointing

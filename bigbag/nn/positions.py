@@ -39,6 +39,8 @@ class SinusoidalPositionalEncodingND(torch.nn.Module):
     def forward(self, tensor: Tensor) -> Tensor:
         """Encoding of the places of ``(B, l_1, ..., l_n, C)``, in that shape; the same memory for all B.
 
+        Where C is more than the encoding's ``n_dim`` times c channels, there are as many as those.
+
         Raises:
             RuntimeError: not ``n_dim`` dimensions between the first and the last.
         """
@@ -50,4 +52,4 @@ class SinusoidalPositionalEncodingND(torch.nn.Module):
             waves = self.encode(torch.arange(length, device=tensor.device))
             parts.append(waves.view(*[1] * i, length, *[1] * (self.n_dim - i - 1), -1).expand(*grid, -1))
         dtype = tensor.dtype if self.dtype_override is None else self.dtype_override
-        return torch.cat(parts, -1)[..., : tensor.shape[-1]].to(dtype).expand_as(tensor)
+        return torch.cat(parts, -1)[..., : tensor.shape[-1]].to(dtype).expand(*tensor.shape[:-1], -1)

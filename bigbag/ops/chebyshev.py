@@ -149,7 +149,7 @@ def lambda_max(
         bag = cut.bag_of_instance
         local = torch.arange(adj.num_nodes, device=degree.device) + (before - cut.offsets[:-1])[bag]
         # An irregular start, the same for a bag alone and in a pack. A's leading vector has one sign, D - A's has both.
-        w = torch.frac(local.double() * 0.6180339887498949).to(degree.dtype) - (0.5 if laplacian else 0.0)
+        w = torch.frac((local + 1).double() * 0.6180339887498949).to(degree.dtype) - (0.5 if laplacian else 0.0)
         shift = torch.zeros_like(degree) if laplacian else _largest_degree(degree, cut, chosen)
         sign, diagonal = (-1.0, degree) if laplacian else (1.0, shift)
         v = torch.zeros_like(w)

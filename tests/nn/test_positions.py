@@ -16,6 +16,11 @@ def test_equals_torchmil(shape, dtype):
     torch.testing.assert_close(ours(x), other(x))
 
 
+def test_an_input_wider_than_the_encoding_gets_all_of_it():
+    theirs, x = pytest.importorskip("torchmil.nn").SinusoidalPositionalEncodingND, torch.zeros(2, 3, 9)
+    torch.testing.assert_close(SinusoidalPositionalEncodingND(1, 5)(x), theirs(1, 5)(x))
+
+
 def test_formula_and_error():
     encoding = SinusoidalPositionalEncodingND(1, 4)(torch.zeros(1, 3, 4))
     expected = [[f(p * w) for w in (1.0, 0.01) for f in (torch.sin, torch.cos)] for p in torch.arange(3.0)]

@@ -151,7 +151,7 @@ def test_smooth_exact_refuses_what_conjugate_gradients_cannot_solve() -> None:
 @pytest.mark.parametrize("laplacian", [True, False])
 def test_lambda_max_is_the_largest_eigenvalue_of_each_bag(laplacian: bool) -> None:
     sizes = (23, 0, 1, 40)
-    adj = pattern("lattice", sizes)
+    adj = pattern("lattice", sizes).with_self_loops()
     adj = replace(adj, weight=adj.rows().double().cos().square() + 0.5 + adj.col.double().cos().square())
     matrix = dense(adj)
     matrix = matrix.sum(1).diag() - matrix if laplacian else matrix

@@ -1,0 +1,58 @@
+"""Every model and layer takes torchmil's arguments: same names, order and defaults, extras at the end."""
+
+import inspect
+
+import pytest
+import torch
+
+import bigbag.models
+import bigbag.nn
+
+theirs_models, theirs_nn = pytest.importorskip("torchmil.models"), pytest.importorskip("torchmil.nn")
+
+MODELS = sorted(name for name, cls in vars(theirs_models).items() if inspect.isclass(cls))
+LAYERS = sorted(name for name, cls in vars(theirs_nn).items() if inspect.isclass(cls) or inspect.isfunction(cls))
+METHODS = ("forward", "compute_loss", "predict")
+DIFFERENT = {
+    ("VAEABMIL", "__init__", "feat_ext"): None,  # made from in_shape where it is left out
+    ("VAEABMIL", "forward", "n_samples"): None,  # one in training, the posterior's mean in eval
+}
+"""Defaults that differ on purpose."""
+
+
+def arguments(function):
+    return [p for p in inspect.signature(function).parameters.values() if p.name != "self"]
+
+
+def plain(default):
+    return list(map(plain, default)) if isinstance(default, list | tuple) else default
+
+
+def compare(name, method, theirs, ours):
+    ours = arguments(ours)
+    for place, expected in enumerate(arguments(theirs)):
+        if ours[place].kind is inspect.Parameter.VAR_POSITIONAL:
+            return  # passed on to forward, which is compared by itself
+        found = ours[place]
+        assert found.name == expected.name, f"{name}.{method}: argument {place}"
+        default = DIFFERENT.get((name, method, expected.name), expected.default)
+        if isinstance(default, torch.nn.Module):
+            assert found.default is None or type(found.default) is type(default)
+        elif default is not inspect.Parameter.empty:  # what torchmil demands may have a default here
+            assert plain(found.default) == plain(default), f"{name}.{method}: default of {found.name}"
+    extras = ours[len(arguments(theirs)) :]
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    assert all(p.default is not inspect.Parameter.empty or p.kind in variadic for p in extras)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("MILModel", "MILModelWrapper")])
+def test_model_takes_torchmils_arguments(name):
+    theirs, ours = getattr(theirs_models, name), getattr(bigbag.models, name)
+    for method in ("__init__", *METHODS):
+        compare(name, method, getattr(theirs, method), getattr(ours, method))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer_takes_torchmils_arguments(name):
+    theirs, ours = getattr(theirs_nn, name), getattr(bigbag.nn, name)
+    compare(name, "__init__", theirs, ours)
