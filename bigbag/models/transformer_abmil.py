@@ -68,7 +68,7 @@ class TransformerABMIL(MILModel):
 
     def forward_bags(self, bags: PackedBags, return_att: bool = False):  # type: ignore[no-untyped-def]
         self.transformer_encoder.recompute = self.pool.recompute = self.activation_checkpointing
-        x = self.transformer_encoder.forward_packed(self.encode(self.feat_ext, bags.x), bags.segments)
+        x = self.transformer_encoder.forward_encoded(self.encode(self.feat_ext, bags.x), bags.segments)
         z, f = self.pool.pool(x, bags.segments)
         Y_pred = squeeze_single_output(self.last_layer(z))
         return (Y_pred, f) if return_att else Y_pred

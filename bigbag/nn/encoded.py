@@ -70,16 +70,12 @@ class Encoded:
         return [self.device] if self.x.is_cuda else []
 
     def _encode(self, rows: Tensor, *places: Tensor) -> Tensor:
-        dtype = next((p.dtype for p in self.module.parameters()), rows.dtype)
-        if not (places and len(rows)):
-            return self.module(rows.to(dtype))
-        with torch.random.fork_rng(self._devices):
-            torch.manual_seed(int(places[0][0]))
-            return self.module(rows.to(dtype))
+        return _encode(self.module, rows, *places)
 
     def _after(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        num_places = len(self._places)
-        return lambda rows, *more: function(self._encode(rows, *more[:num_places]), *more[num_places:])
+        # Without self, and so all rows, in what is returned, which lives until the backward pass is over.
+        module, num_places = self.module, len(self._places)
+        return lambda rows, *more: function(_encode(module, rows, *more[:num_places]), *more[num_places:])
 
     def map(
         self,
@@ -148,6 +144,15 @@ class Encoded:
 
     def _some_of(self, rows: Tensor, *given: Tensor) -> Tensor:
         return self._encode(*given)[rows]
+
+
+def _encode(module: torch.nn.Module, rows: Tensor, *places: Tensor) -> Tensor:
+    dtype = next((p.dtype for p in module.parameters()), rows.dtype)
+    if not (places and len(rows)):
+        return module(rows.to(dtype))
+    with torch.random.fork_rng([rows.device] if rows.is_cuda else []):
+        torch.manual_seed(int(places[0][0]))
+        return module(rows.to(dtype))
 
 
 def rows_of(

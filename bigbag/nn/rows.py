@@ -161,10 +161,17 @@ def row_chunks(x: Tensor) -> list[slice]:
     return [rows for rows, _ in _chunks(x, None)]
 
 
-def chunk_rows(x: Tensor, chunk: int | None = None) -> int:
-    """Rows that one chunk of ``x`` has: as asked for, else so many as 2048 (GPU: 16,384) rows of 1024 numbers hold."""
+def chunk_rows(x: Tensor, chunk: int | None = None, width: int | None = None) -> int:
+    """Rows that one chunk of ``x`` has: as asked for, else so many as 2048 (GPU: 16,384) rows of 1024 numbers hold.
+
+    Args:
+        x: the rows.
+        chunk: the number asked for.
+        width: numbers per row; None: those of ``x``.
+    """
     most = _ROWS.get(x.device.type, _ROWS["cuda"])
-    return chunk or max(1, min(most, 1024 * most // max(1, x.shape[1:].numel())))
+    width = x.shape[1:].numel() if width is None else width
+    return chunk or max(1, min(most, 1024 * most // max(1, width)))
 
 
 def _chunks(x: Tensor | Windows, padding: Padding | None, chunk: int | None = None) -> list[tuple[slice, slice]]:

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from numba.extending import overload
 from torch import Tensor
 
+from bigbag.kernels.cpu import attention_pairs as pairs
 from bigbag.kernels.cpu.attention_pool import _share
 from bigbag.kernels.cpu.half import _narrow, _wide
 from bigbag.kernels.cpu.memory import huge_pages
@@ -46,74 +47,6 @@ SPLIT_ROWS = 512
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-
-@_jit
-def _distances(begin, end, c_q, c_k, out):
-    for i in range(begin, end):
-        for j in range(c_k.shape[0]):
-            rows = out.dtype.type(c_q[i, 0]) - out.dtype.type(c_k[j, 0])
-            columns = out.dtype.type(c_q[i, 1]) - out.dtype.type(c_k[j, 1])
-            distance = np.sqrt(rows * rows + columns * columns)
-            out[i, j] = distance if distance == distance else 0
-
-
-@_jit
-def _buckets(begin, end, c_q, c_k, thresholds, product, out):
-    steps = len(thresholds)
-    side = np.int32(2 * steps + 1)
-    nowhere = side * side if product else side
-    for i in range(begin, end):
-        row_up, row_right = c_q[i, 0], c_q[i, 1]
-        out[i] = steps * side + steps if product else steps
-        # One threshold at a time, so that the loop over keys is vectorised.
-        for step in range(steps):
-            reach = thresholds[step]
-            if product:
-                for j in range(c_k.shape[0]):
-                    up, right = row_up - c_k[j, 0], row_right - c_k[j, 1]
-                    out[i, j] += side * (np.int32(up >= reach) - np.int32(-up >= reach))
-                    out[i, j] += np.int32(right >= reach) - np.int32(-right >= reach)
-            else:
-                for j in range(c_k.shape[0]):
-                    up, right = row_up - c_k[j, 0], row_right - c_k[j, 1]
-                    out[i, j] += np.int32(up * up + right * right >= reach)
-        for j in range(c_k.shape[0]):
-            place = row_up - c_k[j, 0] + row_right - c_k[j, 1]
-            out[i, j] = out[i, j] if place == place else nowhere
-
-
-@_jit
-def _add_weights(begin, end, weights, buckets, scores):
-    # weights has one row, or one per row of scores
-    for i in range(begin, end):
-        row = i if weights.shape[0] > 1 else 0
-        for j in range(scores.shape[1]):
-            scores[i, j] += weights[row, buckets[i, j]]
-
-
-@_jit
-def _gather_gradient(begin, end, grad_scores, buckets, out):
-    for i in range(begin, end):
-        for j in range(grad_scores.shape[1]):
-            out[i, buckets[i, j]] += grad_scores[i, j]
-
-
-@_jit
-def _hash(x):
-    x = np.uint32((x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D))
-    x = np.uint32((x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B))
-    return np.uint32(x ^ (x >> np.uint32(16)))
-
-
-@_jit
-def _kept(begin, end, seed, head, first_row, columns, drop_below, value, out):
-    key = _hash(np.uint32(_hash(np.uint32(seed)) + np.uint32(np.uint32(head) * np.uint32(0x9E3779B1))))
-    for i in range(begin, end):
-        row = _hash(np.uint32(key + np.uint32(np.uint32(first_row + i) * np.uint32(0x9E3779B1))))
-        for j in range(out.shape[1]):
-            bits = _hash(np.uint32(row + np.uint32(np.uint32(columns[j]) * np.uint32(0x85EBCA77))))
-            out[i, j] = value if bits >= np.uint32(drop_below) else 0
 
 
 def _exp(value):
@@ -278,6 +211,11 @@ class _Arguments:
             if e > s and ke > ks and len((bag := _Bag(self, slice(s, e), slice(ks, ke))).columns):
                 yield bag
 
+    def only_bag(self) -> _Bag | None:
+        """The one bag that there is, all keys of which take part, if PyTorch's result is the result: no copy."""
+        bag = next(self.bags(), None) if len(self.starts) == 2 and self.mask is None else None
+        return bag if bag is not None and bag.fast else None
+
 
 class _Blocks:
     """Pairs of one bag, one block at a time, in the accumulation dtype; the buffers of one worker."""
@@ -315,9 +253,9 @@ class _Blocks:
         where = (args.coords[bag.rows][rows], args.kv_coords[bag.take][keys])
         self.pairs = self.buffer("pairs")
         if args.kind == "distance":
-            self.launch(_distances, *where, self.pairs)
+            self.launch(pairs.distances, *where, self.pairs)
         else:
-            self.launch(_buckets, *where, args.thresholds, args.kind == "product", self.pairs)
+            self.launch(pairs.buckets, *where, args.thresholds, args.kind == "product", self.pairs)
 
     def score(self, head: int, q: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scores (rows, keys) of one head, and what they lack; q (rows, d)."""
@@ -332,7 +270,7 @@ class _Blocks:
         else:
             weights = self.args.weights[:, head]
             weights = weights[self.bag.rows][self.rows] if len(weights) > 1 else weights
-            self.launch(_add_weights, weights, self.pairs, scores)
+            self.launch(pairs.add_weights, weights, self.pairs, scores)
         return scores, None
 
     def add_product(self, out: Tensor, a: Tensor, b: Tensor, shrink: Tensor | None = None, alpha: float = 1.0) -> None:
@@ -350,7 +288,7 @@ class _Blocks:
         bound = min(round(dropout * 2**32), 2**32 - 1)
         first = self.bag.rows.start + self.rows.start
         numbers = (self.args.seed & 0xFFFFFFFF, head, first, self.bag.columns[self.keys], bound, 1 / (1 - dropout))
-        self.launch(_kept, *numbers, out)
+        self.launch(pairs.kept, *numbers, out)
         return out
 
     def begin_rows(self) -> None:
@@ -366,7 +304,7 @@ class _Blocks:
             moments[2] += weights.mul_(self.pairs).sum(1)
             return
         rows = torch.zeros(self.shape[0], out.shape[2], dtype=out.dtype)
-        self.launch(_gather_gradient, grad_scores, self.pairs, rows)
+        self.launch(pairs.gather_gradient, grad_scores, self.pairs, rows)
         if out.shape[0] == 1:
             out[0, head] += rows.sum(0)
         else:
@@ -407,6 +345,21 @@ def _attend(bag: _Bag, out: Tensor, lse: Tensor, first: int, last: int) -> None:
         lse[rows] = total.log_().add_(top).t()[:count]
 
 
+def _attend_fast(bag: _Bag) -> tuple[Tensor, Tensor]:
+    """out (n, H, dv) and lse (n, H) of one bag by PyTorch's flash attention."""
+    out, lse = _flash(*_same_width(bag.q, bag.k, bag.v), 0.0, False, attn_mask=None, scale=bag.args.scale)
+    return out[0].transpose(0, 1)[..., : bag.v.shape[2]].contiguous(), lse[0].t().contiguous()
+
+
+def _differentiate_fast(bag: _Bag, grad: Tensor, out: Tensor, lse: Tensor) -> list[Tensor]:
+    """Gradients of q, k and v (H, ., .) of one bag by PyTorch's flash attention."""
+    outer = (t[bag.rows].transpose(0, 1) for t in (grad, out))
+    q, k, v, upper, value = _same_width(bag.q, bag.k, bag.v, *outer)
+    sums = lse[bag.rows].t()[None]
+    found = _flash_backward(upper, q, k, v, value, sums, 0.0, False, attn_mask=None, scale=bag.args.scale)
+    return [t[0, ..., : own.shape[2]] for t, own in zip(found, (bag.q, bag.k, bag.v))]
+
+
 def forward(*arguments) -> tuple[Tensor, Tensor]:
     """Arguments as in ``_Arguments`` -> out (Tq, H, dv), lse (Tq, H) in the accumulation dtype.
 
@@ -414,13 +367,13 @@ def forward(*arguments) -> tuple[Tensor, Tensor]:
     """
     args = _Arguments(*arguments)
     shape, dtype = (*args.q.shape[:2], args.v.shape[2]), args.dtype if args.kind else args.q.dtype
+    if (only := args.only_bag()) is not None:
+        return _attend_fast(only)
     out = huge_pages(args.q.new_empty(shape, dtype=dtype)).zero_()
     lse = args.q.new_full(args.q.shape[:2], -float("inf"), dtype=args.dtype)
     for bag in args.bags():
         if bag.fast:
-            found, sums = _flash(*_same_width(bag.q, bag.k, bag.v), 0.0, False, attn_mask=None, scale=args.scale)
-            out[bag.rows] = found[0].transpose(0, 1)[..., : out.shape[2]]
-            lse[bag.rows] = sums[0].t()
+            out[bag.rows], lse[bag.rows] = _attend_fast(bag)
         else:
             bag.prepare()
             _share(partial(_attend, bag, out[bag.rows], lse[bag.rows]), bag.q.shape[1])
@@ -476,17 +429,16 @@ def backward(grad: Tensor, out: Tensor, lse: Tensor, *arguments) -> tuple[Tensor
     """Gradients of q, k, v, and of weights or (0,)."""
     args = _Arguments(*arguments[:-1])
     args.need_weights = arguments[-1]
+    if (only := args.only_bag()) is not None:
+        for_q, for_k, for_v = (t.transpose(0, 1).contiguous() for t in _differentiate_fast(only, grad, out, lse))
+        return for_q, for_k, for_v, lse.new_empty(0)
     grad_q, grad_k, grad_v = (huge_pages(t.new_empty(t.shape)).zero_() for t in (args.q, args.k, args.v))
     grad_weights = torch.zeros_like(args.weights) if args.need_weights and args.weights is not None else None
     by_row = grad_weights if grad_weights is not None and len(grad_weights) > 1 else None
     for bag in args.bags():
         if bag.fast:
-            outer = (t[bag.rows].transpose(0, 1) for t in (grad, out))
-            q, k, v, upper, value = _same_width(bag.q, bag.k, bag.v, *outer)
-            sums = lse[bag.rows].t()[None]
-            found = _flash_backward(upper, q, k, v, value, sums, 0.0, False, attn_mask=None, scale=args.scale)
-            for_q, for_k, for_v = (t[0] for t in found)
-            grad_q[bag.rows] = for_q.transpose(0, 1)[..., : grad_q.shape[2]]
+            for_q, for_k, for_v = _differentiate_fast(bag, grad, out, lse)
+            grad_q[bag.rows] = for_q.transpose(0, 1)
         else:
             bag.prepare()
             mine = bag.rows

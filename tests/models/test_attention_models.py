@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bigbag import models
+from bigbag.testing import peak_bytes
 
 WIDTH = 6
 
@@ -138,3 +139,15 @@ def test_camil_runs_with_its_defaults():
     model = models.CAMIL((WIDTH,))
     assert model.nystrom_transformer_layer.att_module.n_landmarks == 256
     assert model(torch.randn(2, 5, WIDTH), chain(2, 5)).shape == (2,)
+
+
+def test_transformer_abmil_keeps_queries_keys_values_and_one_stream():
+    """At most the input, queries, keys, values, what attention makes of them and two gradients at once, per instance."""
+    model = models.TransformerABMIL((64,), transf_att_dim=32, transf_n_heads=2, pool_att_dim=4)
+
+    def peak(size):
+        x = torch.randn(1, size, 64)
+        return peak_bytes(lambda: model.compute_loss(torch.ones(1), x)[1]["BCEWithLogitsLoss"].backward())
+
+    grown = (peak(6_000) - peak(3_000)) / 3_000
+    assert grown < 4 * (6 * 32 + 64), f"{grown:.0f} bytes per instance"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bigbag.bags import Segments
+from bigbag.nn.encoded import Encoded
 from bigbag.nn.rows import by_rows
 
 
@@ -34,6 +35,10 @@ class Encoder(torch.nn.Module):
     def forward_packed(self, x: Tensor, segments: Segments, **kwargs: Any) -> Tensor:
         """``(T, in_dim)`` instances of a pack to ``(T, out_dim)``; ``kwargs`` are for the attentions."""
         return self._norm(self._through(x, segments, len(self.layers), **kwargs))
+
+    def forward_encoded(self, x: Tensor, segments: Segments, **kwargs: Any) -> Encoded:
+        """As :meth:`forward_packed`, but normalised a chunk at a time, when the rows are needed: for pools."""
+        return Encoded(self._through(x, segments, len(self.layers), **kwargs), self.norm)
 
     def forward_first(self, x: Tensor, segments: Segments, return_att: bool = False, **kwargs: Any) -> Any:
         """The rows of :meth:`forward_packed` that stand first in their bag, such as class tokens.
@@ -76,8 +81,9 @@ class Encoder(torch.nn.Module):
         norm = self.norm
         if isinstance(norm, torch.nn.Identity):
             return y
-        dtype = next(norm.parameters()).dtype
-        return by_rows(lambda rows: norm(rows.to(dtype)).to(y.dtype), y, modules=[norm])
+        # Not y itself in the function, which lives until the backward pass is over.
+        inside, outside = next(norm.parameters()).dtype, y.dtype
+        return by_rows(lambda rows: norm(rows.to(inside)).to(outside), y, modules=[norm])
 
     def forward(self, X: Tensor, return_att: bool = False, mask: Tensor | None = None, **kwargs: Any) -> Any:
         """Padded form.

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bigbag.bags import Segments
 from bigbag.nn.attention.base import SelfAttention
-from bigbag.nn.rows import Widen, by_rows, stream_dtype, take
+from bigbag.nn.rows import Widen, by_rows, chunk_rows, stream_dtype, take
 
 
 class Layer(torch.nn.Module):
@@ -109,9 +109,11 @@ class Layer(torch.nn.Module):
             # A sum has the same gradient for both, so nothing need be computed again.
             return (x + attended).to(stream_dtype(x, self.norm1.weight))
         modules = [self.in_proj, self.att_proj, self._attention.out_proj, self.out_proj]
+        chunk = None
         if self.use_mlp:
             modules += [self.norm2, self.mlp_module]
-        return by_rows(self._after, x, attended, modules=modules)
+            chunk = chunk_rows(attended, width=4 * self.norm2.normalized_shape[0])
+        return by_rows(self._after, x, attended, modules=modules, chunk=chunk)
 
     def _enter(self, x: Tensor) -> Tensor:
         return self.in_proj(x.to(self.norm1.weight.dtype))
