@@ -142,7 +142,7 @@ def test_camil_runs_with_its_defaults():
 
 
 def test_transformer_abmil_keeps_queries_keys_values_and_one_stream():
-    """At most the input, queries, keys, values, what attention makes of them and two gradients at once, per instance."""
+    """At most the input, queries, keys, values, what attention makes of them and two gradients, per instance."""
     model = models.TransformerABMIL((64,), transf_att_dim=32, transf_n_heads=2, pool_att_dim=4)
 
     def peak(size):
