@@ -94,7 +94,7 @@ def join_slides(bags: Sequence[Bag], names: Sequence[str]) -> Bag:
 
     Args:
         bags: the slides, each with ``stride`` where it has coordinates.
-        names: what they are called; kept in ``attributes`` with their sizes and strides.
+        names: what they are called; kept in ``attributes`` with their sizes, strides and own attributes.
 
     Raises:
         ValueError: widths or types of features that differ, or coordinates whose stride is not known.
@@ -108,11 +108,7 @@ def join_slides(bags: Sequence[Bag], names: Sequence[str]) -> Bag:
                 f"{first.x.dtype}: the slides of a patient need the same extractor and precision"
             )
     filled = [bag for bag in placed if bag.num_instances]
-    about = {
-        "slides": list(names),
-        "sizes": [bag.num_instances for bag in bags],
-        "strides": [bag.stride for bag in bags],
-    }
+    about = facts_of_slides(bags, names)
     strides = {bag.stride for bag in filled}
     if not filled:
         return replace(first, attributes=about)
@@ -132,6 +128,16 @@ def join_slides(bags: Sequence[Bag], names: Sequence[str]) -> Bag:
         stride=strides.pop() if len(strides) == 1 else None,
         attributes={**first.attributes, **about},
     )
+
+
+def facts_of_slides(bags: Sequence[Bag], names: Sequence[str]) -> dict[str, list]:
+    """What a bag of several slides keeps of each of them in its ``attributes``."""
+    return {
+        "slides": list(names),
+        "sizes": [bag.num_instances for bag in bags],
+        "strides": [bag.stride for bag in bags],
+        "attributes_of_slides": [dict(bag.attributes) for bag in bags],
+    }
 
 
 def _side_by_side(places: Sequence[np.ndarray]) -> np.ndarray:

@@ -16,6 +16,7 @@ from bigbag.data.join import join_bags
 from bigbag.data.patients import PatientStore
 from bigbag.data.prepare import load, prepare
 from bigbag.data.sources.base import Source, SourceEntry
+from bigbag.data.validate import BagError, where_of
 from bigbag.engine.bag_settings import BagSettings
 
 
@@ -81,7 +82,13 @@ def bags_of_source(
     graph = settings.graph if needs else None
 
     def reader(entry: SourceEntry) -> Callable[[], Bag]:
-        return lambda: prepare(load(source, entry), entry, settings.storage_dtype, graph).bag
+        def read() -> Bag:
+            bag = load(source, entry)
+            if not bag.num_instances:
+                raise BagError("empty", f"{where_of(entry)}: has no instances")
+            return prepare(bag, entry, settings.storage_dtype, graph).bag
+
+        return read
 
     groups: dict[tuple[bool, str], list[SourceEntry]] = {}
     for entry in entries:
@@ -133,14 +140,13 @@ def bags_of_store(store: BagStore, settings: BagSettings, needs: Sequence[str]) 
 def slides_of(bag: Bag) -> Iterator[SlidePlaces]:
     """The slides that a source joined to ``bag`` (:func:`bigbag.data.lattice.join_slides`), or the one that it is."""
     coords = bag.coords if bag.positions is None else bag.positions
-    if not {"slides", "sizes", "strides"} <= bag.attributes.keys():
+    joined = [bag.attributes.get(name) for name in ("slides", "sizes", "strides", "attributes_of_slides")]
+    if None in joined:
         yield SlidePlaces(bag.key, bag.num_instances, coords, bag.stride, bag.attributes)
         return
     start = 0
-    about = {k: v for k, v in bag.attributes.items() if k not in ("slides", "sizes", "strides")}
-    for name, size, stride in zip(*(bag.attributes[k] for k in ("slides", "sizes", "strides"))):
-        places = None if coords is None else coords[start : start + size]
-        yield SlidePlaces(name, size, places, stride, about)
+    for name, size, stride, about in zip(*joined):
+        yield SlidePlaces(name, size, None if coords is None else coords[start : start + size], stride, about)
         start += size
 
 

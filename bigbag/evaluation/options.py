@@ -49,6 +49,7 @@ def add_predict_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--opacity", type=float, help="of heatmaps over slides; default 0.5")
     group.add_argument("--max-side", type=int, help="of a heatmap, in pixels; default 2000")
     group.add_argument("--colour-map", help="a name that matplotlib knows; default turbo")
+    group.add_argument("--mpp", type=float, help="micrometres of a level-0 pixel, where no slide says them")
     group.add_argument("--patch-size", type=float, help="side of a patch in the unit of the coordinates")
 
 

@@ -108,7 +108,7 @@ def place(
         if not mpp:
             raise ValueError(
                 "positions are in micrometres, and the micrometres of a pixel are not known: give the slide itself "
-                "(--slides), whose file says them"
+                "(--slides), whose file says them, or state them (--mpp)"
             )
         scale = 1 / mpp
     if stride is None:

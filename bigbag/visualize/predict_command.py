@@ -58,10 +58,8 @@ def predict_command(options: argparse.Namespace, world: World) -> None:
         print(f"predictions: {options.out / 'predictions.csv'}\nscores: {options.out / 'scores'}", flush=True)
     if failed:
         listed = "; ".join(f"{name}: {reason}" for name, reason in failed[:3]) + ("; ..." if len(failed) > 3 else "")
-        raise ValueError(
-            f"{len(failed)} of {len(bags)} bags have no or not all results ({options.out / 'prediction.json'} has them "
-            f"all): {listed}"
-        )
+        num, all_of_them = len({name for name, _ in failed}), options.out / "prediction.json"
+        raise ValueError(f"{num} of {len(bags)} bags have no or not all results ({all_of_them} has them all): {listed}")
 
 
 def _new_bags(options: argparse.Namespace, predictor: Predictor) -> tuple[list[NewBag], Sequence[dict[str, str]], Any]:

@@ -56,6 +56,7 @@ class Pictures:
         max_side: longer side of a heatmap in pixels.
         colour_map: a name that matplotlib knows.
         patch_size: side of a patch in the unit of the coordinates, over what the files say.
+        mpp: micrometres of a level-0 pixel, over what the slide says.
     """
 
     heatmaps: bool = False
@@ -70,6 +71,7 @@ class Pictures:
     max_side: int = 2000
     colour_map: str = COLOUR_MAP
     patch_size: float | None = None
+    mpp: float | None = None
 
     def __post_init__(self) -> None:
         for name, value, low, high in (
@@ -160,7 +162,10 @@ def draw(scores_file: Path, out: Path, pictures: Pictures, locate: Callable[[str
 
 def _draw_slide(found: SlideScores, scale: Scale, out: Path, pictures: Pictures, slide: SlideImage | None) -> None:
     assert found.coords is not None
-    mpp = None if slide is None else slide.mpp
+    mpp = pictures.mpp or (None if slide is None else slide.mpp)
+    in_pixels = slide is not None or pictures.geojson or pictures.top_k > 0
+    # A heatmap alone needs no pixels: it may be in micrometres.
+    mpp = mpp if mpp or in_pixels else 1.0
     placement = place(found.coords, found.stride, found.attributes, pictures.patch_size, mpp)
     if slide is not None and placement.size <= 1 and len(placement) > 1:
         raise ValueError(

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from bigbag import PackedBags, load_model
 from bigbag.config import GraphConfig, build_config, load_config
 from bigbag.data import open_store, pack
+from bigbag.engine.new_bags import bags_of_source
+from bigbag.engine.predict import Predictor
 from bigbag.engine.run import train
 from bigbag.engine.world import World
 from bigbag.evaluation.compare import model_settings
@@ -64,10 +64,13 @@ def test_trains_from_a_config(name, task, packed, tmp_path):
     assert first["loss"] == pytest.approx(sum(first["losses"].values())) and first["loss"] != 0
     assert any(("BCE" if task == "binary" else "Cox") in loss for loss in first["losses"])
     assert ("auroc" if task == "binary" else "c_index") in results["test"] and "instance_auroc" in results["test"]
-    model, store = load_model(config.run_dir), open_store(config.data.shards)
+    predictor = Predictor(config.run_dir)
+    source = Blobs(SIZES) if task == "binary" else SurvivalBlobs(SIZES)
+    new = {b.entry.name: b for b in bags_of_source(source, source.entries(), predictor.settings, predictor.model.needs)}
     logits = {row["key"]: float(row["logit"]) for row in csv.DictReader((config.run_dir / "predictions.csv").open())}
-    for i, info in enumerate(store.infos):
+    for info in open_store(config.data.shards).infos:
         if info.split == "test":
-            with torch.no_grad():
-                alone = model.predict(PackedBags.from_bags([store.read(i)]), return_inst_pred=False)
+            # From the source again: the saved model makes its bags, graphs and all, as they were packed.
+            alone, scores = predictor.predict(predictor.pack(new[info.name].read()[0]))
             assert alone.item() == pytest.approx(logits[info.name], abs=1e-4)
+            assert scores.shape == (info.num_instances,)

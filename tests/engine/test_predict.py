@@ -13,12 +13,12 @@ import torch
 
 from bigbag import Bag
 from bigbag.cli import main
-from bigbag.config import build_config
+from bigbag.config import ModelConfig, TaskConfig, build_config
 from bigbag.data import open_store, pack
 from bigbag.data.sources import MemorySource
 from bigbag.engine import predict as engine_predict
 from bigbag.engine.run import train
-from bigbag.models import load_model
+from bigbag.models import build_model, load_model, save_model
 from bigbag.testing import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -262,3 +262,34 @@ def test_several_ranks(run, shards, tmp_path):
     assert list(one) == list(two)
     for key, row in one.items():
         assert float(two[key]["logit"]) == pytest.approx(float(row["logit"]), abs=1e-5)
+
+
+def test_slides_that_a_source_joined_keep_their_names_and_places(tmp_path):
+    """STAMP's bags are patients: each slide, also the only one of its patient, has its own scores and coordinates."""
+    h5py = pytest.importorskip("h5py")
+    rng = np.random.default_rng(0)
+    places = {}
+    for i, name in enumerate(("a", "b", "c")):
+        cells = np.stack(np.divmod(rng.permutation(30)[: 9 + i], 6), 1)
+        places[name] = (cells * 256.0).astype(np.float32)
+        with h5py.File(tmp_path / f"{name}.h5", "w") as file:
+            file["feats"] = rng.normal(size=(len(cells), 6)).astype(np.float16)
+            file["coords"] = places[name]
+            file.attrs.update(unit="um", tile_size_um=256.0, tile_size_px=224, feat_type="tile", stamp_version="2.3.0")
+    (tmp_path / "slides.csv").write_text("PATIENT,FILENAME\np1,a.h5\np2,b.h5\np1,c.h5\n")
+    settings = ModelConfig(name="ABMIL", att_dim=4), (6,), TaskConfig()
+    torch.manual_seed(0)
+    save_model(tmp_path / "model", build_model(*settings).state_dict(), *settings, {"source_bags": "patient"})
+    options = ["--patients", tmp_path / "slides.csv", "--heatmaps"]
+    assert predict(tmp_path / "model", tmp_path, tmp_path / "out", *options) == 0
+    found = rows(tmp_path / "out" / "predictions.csv")
+    assert {key: row["num_instances"] for key, row in found.items()} == {"p1": "20", "p2": "10"}
+    for name, coords in places.items():
+        scores = engine_predict.read_scores(tmp_path / "out" / "scores" / f"{name}.npz")
+        assert scores.key == ("p2" if name == "b" else "p1") and scores.slide == name and scores.stride == 256
+        assert np.array_equal(scores.coords, coords) and scores.attributes["unit"] == "um"
+        assert (tmp_path / "out" / "heatmaps" / f"{name}.png").is_file()
+    assert predict(tmp_path / "model", tmp_path, tmp_path / "out", *options, "--geojson") == 2
+    assert predict(tmp_path / "model", tmp_path, tmp_path / "out", *options, "--geojson", "--mpp", 0.5) == 0
+    (first, *_) = json.loads((tmp_path / "out" / "geojson" / "b.instances.geojson").read_text())["features"]
+    assert first["geometry"]["coordinates"][0][0] == (places["b"][0] * 2).tolist()

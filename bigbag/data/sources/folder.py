@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from bigbag.bags import Bag
-from bigbag.data.lattice import join_slides
+from bigbag.data.lattice import facts_of_slides, join_slides
 from bigbag.data.names import bare_name
 from bigbag.data.sources.base import SourceEntry
 from bigbag.data.sources.labels import Annotation, Annotations, Reading, read_labels, tcga_patient
@@ -101,6 +101,8 @@ class FolderSource(ABC):
         slides = self.slides_of(entry.name)
         read = [self._read(slide) for slide in slides]
         bag = read[0] if len(read) == 1 else join_slides(read, slides)
+        if self.bags == "patient" and len(read) == 1:
+            bag = replace(bag, attributes={**bag.attributes, **facts_of_slides(read, slides)})
         return replace(bag, y=entry.label, key=entry.name)
 
     @property
