@@ -1,7 +1,8 @@
 """A trained model on new slides: one bag at a time, the next one being read meanwhile.
 
 Each slide gets ``scores/<slide>.npz`` when its bag is done, written atomically, so that a prediction that was
-interrupted goes on where it was; ``predictions.csv`` is written when all are done, in the format of a run's.
+interrupted goes on where it was; ``predictions.csv`` is written when all are done, in the format of a run's. Bags are
+whole, whatever cap on their instances the run had.
 """
 
 from __future__ import annotations

@@ -89,9 +89,14 @@ def instance_features(
 
 
 def region_features(
-    regions: Iterable[Region], *, classification: str, colour: Colour, object_type: ObjectType = "annotation"
+    regions: Iterable[Region],
+    *,
+    classification: str,
+    colour: Colour,
+    measure: str = "value",
+    object_type: ObjectType = "annotation",
 ) -> Iterator[str]:
-    """One polygon with its holes for each region, with its number of instances, mean and highest value."""
+    """One polygon with its holes for each region, with its number of instances, mean and highest ``measure``."""
     for region in regions:
         rings = ", ".join(f"[{_ring(ring)}]" for ring in (region.shell, *region.holes))
         properties = {
@@ -99,8 +104,8 @@ def region_features(
             "classification": {"name": classification, "color": list(colour)},
             "measurements": {
                 "instances": region.num_instances,
-                "mean value": round(region.mean, 7),
-                "max value": round(region.maximum, 7),
+                f"mean {measure}": round(region.mean, 7),
+                f"max {measure}": round(region.maximum, 7),
             },
         }
         geometry = f'{{"type": "Polygon", "coordinates": [{rings}]}}'

@@ -22,6 +22,7 @@ COLOUR_MAP = "turbo"
 OPACITY = 0.5
 ScaleName = Literal["rank", "linear", "attention"]
 _BAR_WIDTH = 18
+_BAND_PIXELS = 1 << 22  # drawn at once: 48 bytes each
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,14 @@ class Scale:
     Attributes:
         values: ``(N,)`` float64, 0 to 1.
         ticks: place on the scale, 0 to 1, and text of the marks of a colour bar.
-        label: what the scale shows.
+        label: what the ticks count.
+        name: what the values are called.
     """
 
     values: np.ndarray
     ticks: tuple[tuple[float, str], ...]
     label: str
+    name: str
 
 
 def scaled(scores: np.ndarray, how: ScaleName = "rank", limits: Sequence[float] | None = None) -> Scale:
@@ -59,14 +62,16 @@ def scaled(scores: np.ndarray, how: ScaleName = "rank", limits: Sequence[float] 
         raise ValueError(f"limits {limits}: expected two ascending numbers, and the scale linear, not {how}")
     if how == "rank":
         ticks = tuple((share, f"{share:.0%}") for share in (0.0, 0.25, 0.5, 0.75, 1.0))
-        return Scale(_ranks(scores), ticks, "instances with a lower score")
+        return Scale(_ranks(scores), ticks, "instances with a lower score", "score rank")
     if how == "linear":
         low, high = limits or ((float(scores.min()), float(scores.max())) if len(scores) else (0.0, 1.0))
-        return _between(scores, low, high, "score", lambda value: f"{value:.3g}")
+        return _between(scores, low, high, "score", "scaled score", lambda value: f"{value:.3g}")
     if how == "attention":
         weights = log_attention(scores).astype(np.float64)
         low, high = colour_range(weights) if len(weights) else (0.0, 1.0)
-        return _between(weights, low, high, "attention, times the average", lambda value: f"{10**value:.2g}")
+        return _between(
+            weights, low, high, "attention, times the average", "scaled attention", lambda value: f"{10**value:.2g}"
+        )
     raise ValueError(f"scale is {how!r}, expected rank, linear or attention")
 
 
@@ -78,12 +83,12 @@ def _ranks(scores: np.ndarray) -> np.ndarray:
     return (rankdata(scores) - 1) / (len(scores) - 1)
 
 
-def _between(values: np.ndarray, low: float, high: float, label: str, text: Callable[[float], str]) -> Scale:
+def _between(values: np.ndarray, low: float, high: float, label: str, name: str, text: Callable[[float], str]) -> Scale:
     span = high - low
     if span <= 0:
-        return Scale(np.full(len(values), 0.5), ((0.5, text(low)),), label)
+        return Scale(np.full(len(values), 0.5), ((0.5, text(low)),), label, name)
     ticks = tuple((share, text(low + share * span)) for share in (0.0, 0.25, 0.5, 0.75, 1.0))
-    return Scale(np.clip((values - low) / span, 0, 1), ticks, label)
+    return Scale(np.clip((values - low) / span, 0, 1), ticks, label, name)
 
 
 @dataclass(frozen=True)
@@ -109,10 +114,16 @@ class Heatmap:
             box: what to show, in level-0 pixels.
             shape: height and width of the picture.
         """
-        mean, cover = average(self.placement, self.scale.values, box, shape)
-        image = colours(self.colour_map)[np.clip(np.rint(mean * 255), 0, 255).astype(np.uint8)]
-        image[..., 3] = np.rint(cover * 255)
-        image[cover == 0] = 0
+        height, width = shape
+        image = np.empty((height, width, 4), np.uint8)
+        palette, step, rows = colours(self.colour_map), (box[3] - box[1]) / height, max(_BAND_PIXELS // width, 1)
+        for top in range(0, height, rows):
+            bottom = min(top + rows, height)
+            band = (box[0], box[1] + top * step, box[2], box[1] + bottom * step)
+            mean, cover = average(self.placement, self.scale.values, band, (bottom - top, width))
+            image[top:bottom] = palette[np.clip(np.rint(mean * 255), 0, 255).astype(np.uint8)]
+            image[top:bottom, :, 3] = np.rint(cover * 255)
+            image[top:bottom][cover == 0] = 0
         return image
 
 

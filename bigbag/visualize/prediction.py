@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +83,10 @@ class Pictures:
             if not low <= value <= high:
                 raise ValueError(f"{name} is {value}, expected {low} to {high}")
         scaled(np.empty(0), self.scale, self.limits)
+        try:
+            colours(self.colour_map)
+        except KeyError:
+            raise ValueError(f"colour_map is {self.colour_map!r}, expected a name that matplotlib knows") from None
 
     @property
     def any(self) -> bool:
@@ -212,8 +216,8 @@ def _write_geojson(found: SlideScores, placement: Placement, scale: Scale, path:
     write_geojson(path.with_name(f"{path.name}.instances.geojson"), features)
     regions = find_regions(placement, scale.values, pictures.threshold, pictures.min_instances)
     red, green, blue, _ = colours(pictures.colour_map)[round(255 * min(max(pictures.threshold, 0), 1))].tolist()
-    text = f"{scale.label} >= {pictures.threshold:g}"
-    described = region_features(regions, classification=text, colour=(red, green, blue))
+    text = f"{scale.name} >= {pictures.threshold:g}"
+    described = region_features(regions, classification=text, colour=(red, green, blue), measure=scale.name)
     write_geojson(path.with_name(f"{path.name}.regions.geojson"), described)
 
 
@@ -223,7 +227,7 @@ def _instances(
     values = scale.values[index]
     return instance_features(
         placement if len(index) == len(placement) else placement.take(index),
-        {"score": found.scores[index], "value": values},
+        {"score": found.scores[index], scale.name: values},
         classification="instance" if kind == "detection" else "highest scores",
         colours=colours(pictures.colour_map)[np.rint(values * 255).astype(int), :3],
         names=None if kind == "detection" else [str(i) for i in range(1, len(index) + 1)],
@@ -241,7 +245,7 @@ def _draw_volume(found: SlideScores, scale: Scale, out: Path, pictures: Pictures
     placement = None if flat else place(coords[:, :2], found.stride, found.attributes, pictures.patch_size)
     for number in np.unique(coords[:, -1]).tolist():
         of_slice = np.flatnonzero(coords[:, -1] == number)
-        part = Scale(scale.values[of_slice], scale.ticks, scale.label)
+        part = replace(scale, values=scale.values[of_slice])
         captions.append(f"{number:g}")
         if placement is None:
             colour = colours(pictures.colour_map)[round(255 * float(part.values.mean())), :3]

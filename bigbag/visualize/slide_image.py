@@ -32,11 +32,13 @@ class SlideImage:
             import openslide
         except ImportError:
             raise ValueError(f"{path}: reading slides needs OpenSlide: pip install 'bigbag[slides]'") from None
+        from PIL.Image import DecompressionBombError
+
+        self.path, self._error = Path(path), openslide.OpenSlideError
         try:
             self._slide: Any = openslide.open_slide(str(path))
-        except (openslide.OpenSlideError, OSError) as error:
+        except (openslide.OpenSlideError, DecompressionBombError, OSError) as error:
             raise ValueError(f"{path}: not a slide that OpenSlide reads ({error})") from None
-        self.path = Path(path)
 
     def __enter__(self) -> SlideImage:
         return self
@@ -98,7 +100,12 @@ class SlideImage:
         """Part of a level as RGB, on white where the slide has no pixels."""
         from PIL import Image
 
-        region = self._slide.read_region((x, y), level, size)
+        try:
+            region = self._slide.read_region((x, y), level, size)
+        except self._error as error:
+            raise ValueError(
+                f"{self.path}: cannot be read at ({x}, {y}), level {level} ({error}): copy it again"
+            ) from None
         white = Image.new("RGB", region.size, "white")
         white.paste(region, mask=region.getchannel("A"))
         return np.asarray(white)

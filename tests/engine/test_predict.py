@@ -237,6 +237,7 @@ WRONG = {
     "top_k is -1": ["--top-k", "-1"],
     "threshold is 3": ["--threshold", "3"],
     "scale linear": ["--limits", "0", "1"],
+    "colour_map is 'nocolour'": ["--colour-map", "nocolour"],
     "nowhere: no such folder of slides": ["--slides", "nowhere", "--heatmaps"],
     "predict takes no settings": ["data.graph={}"],
 }

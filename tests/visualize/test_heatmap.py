@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from bigbag.visualize import heatmap as heatmap_module
 from bigbag.visualize import slide_image
 from bigbag.visualize.heatmap import Heatmap, blend, gallery, picture_shape, scaled, with_colour_bar
 from bigbag.visualize.placement import Placement, average, mean_distance, place
@@ -29,12 +30,14 @@ def test_average_is_the_mean_over_each_pixel():
     assert np.allclose(mean, np.divide(total, count, out=np.zeros_like(total), where=count > 0), atol=1e-6)
 
 
-def test_a_part_of_a_picture_is_that_part():
+def test_a_part_of_a_picture_is_that_part(monkeypatch):
     rng = np.random.default_rng(1)
     heatmap = Heatmap(Placement(rng.random((500, 2)) * 1000, 37.3, None), scaled(rng.random(500)))
     whole = heatmap.render((0, 0, 1000, 1000), (100, 100))
     part = heatmap.render((200, 400, 700, 600), (20, 50))
     assert np.abs(whole[40:60, 20:70].astype(int) - part).max() <= 1
+    monkeypatch.setattr(heatmap_module, "_BAND_PIXELS", 700)
+    assert np.abs(heatmap.render((0, 0, 1000, 1000), (100, 100)).astype(int) - whole).max() <= 1
 
 
 @pytest.mark.parametrize(

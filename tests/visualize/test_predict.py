@@ -97,6 +97,8 @@ def test_everything_of_a_real_slide(job, tmp_path):
     regions = json.loads((out / "geojson" / f"{NAME}.regions.geojson").read_text())["features"]
     ranks = scores.argsort().argsort() / (len(scores) - 1)
     assert sum(f["properties"]["measurements"]["instances"] for f in regions) == (ranks >= 0.9).sum()
+    assert {f["properties"]["classification"]["name"] for f in regions} == {"score rank >= 0.9"}
+    assert min(f["properties"]["measurements"]["mean score rank"] for f in regions) >= 0.9
     assert (out / "heatmaps" / f"{NAME}.dzi").is_file() and (out / "top" / f"{NAME}.png").is_file()
 
 
