@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -42,9 +43,16 @@ class Parts:
         return tuple(sum(of_bag) for of_bag in zip(*self.sizes))
 
     @cached_property
+    def bounds(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """``bounds[r][b]``: between which rows of bag b those of rank r are."""
+        ends = [list(accumulate(of_bag)) for of_bag in zip(*self.sizes)]
+        every = range(self.num_ranks)
+        return tuple(tuple((end[r] - own, end[r]) for own, end in zip(self.sizes[r], ends)) for r in every)
+
+    @property
     def before(self) -> tuple[int, ...]:
         """Of each bag, the rows before this rank's."""
-        return tuple(sum(of_bag) for of_bag in zip(*self.sizes[: self.rank], (0,) * len(self.totals)))
+        return tuple(first for first, _ in self.bounds[self.rank])
 
     def with_sizes(self, sizes: Sequence[Sequence[int]]) -> Parts:
         """The same ranks holding other rows."""

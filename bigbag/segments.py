@@ -45,6 +45,43 @@ class Segments:
             return self.offsets.diff()
         return torch.tensor(self.totals, dtype=torch.int64, device=self.offsets.device)
 
+    def extended(self, front: Sequence[int], back: Sequence[int] | None = None) -> Segments:
+        """The bags with ``front[b]`` more rows before those of bag b, and ``back[b]`` behind them.
+
+        Where ranks share the bags, the first rank has the former, the last one the latter.
+        """
+        ends = (0,) * self.num_bags if back is None else back
+        if self.parts is None:
+            sizes = [f + size + b for f, size, b in zip(front, self.sizes, ends)]
+            return Segments.from_sizes(sizes, self.offsets.device)
+        every = [list(sizes) for sizes in self.parts.sizes]
+        every[0] = [f + size for f, size in zip(front, every[0])]
+        every[-1] = [size + b for size, b in zip(every[-1], ends)]
+        return Segments.of_parts(self.parts.with_sizes(every), self.offsets.device)
+
+    @staticmethod
+    def of_parts(parts: Parts, device: torch.device | str = "cpu") -> Segments:
+        """This rank's parts of bags."""
+        return Segments.from_sizes(parts.sizes[parts.rank], device, parts)
+
+    def bag(self, number: int) -> Segments:
+        """One bag by itself."""
+        if self.parts is None:
+            return Segments.from_sizes(self.sizes[number : number + 1], self.offsets.device)
+        return Segments.of_parts(
+            self.parts.with_sizes([[own[number]] for own in self.parts.sizes]), self.offsets.device
+        )
+
+    def place(self, bag: int, row: int) -> int:
+        """Where row ``row`` of a bag is, or -1 where that is on another rank, or nowhere; negative: from its end."""
+        here = (row if row >= 0 else self.totals[bag] + row) - (0 if self.parts is None else self.parts.before[bag])
+        return self.starts[bag] + here if 0 <= here < self.sizes[bag] else -1
+
+    @property
+    def holds_first(self) -> bool:
+        """Whether rows put before those of a bag are here: true but on ranks after the first of those that share it."""
+        return self.parts is None or self.parts.rank == 0
+
     @property
     def num_bags(self) -> int:
         return len(self.sizes)

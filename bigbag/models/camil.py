@@ -113,6 +113,8 @@ class CAMIL(GraphMILModel):
         conv_residual: add a convolution of the values along the bag.
     """
 
+    in_parts = True
+
     def __init__(
         self,
         in_shape: tuple[int, ...],

@@ -13,6 +13,8 @@ from bigbag.bags import PackedBags, Segments
 from bigbag.models.base import MILModel, feature_dim, squeeze_single_output
 from bigbag.nn import NystromTransformerLayer
 from bigbag.nn.rows import Projection, Widen, by_rows, stream_dtype
+from bigbag.ops.join import fetch, windows
+from bigbag.parts import Parts
 
 
 class PPEG(torch.nn.Module):
@@ -34,12 +36,27 @@ class PPEG(torch.nn.Module):
     def forward_packed(self, x: Tensor, segments: Segments) -> Tensor:
         """``(T, dim)``, in each bag a class token before a square of rows, to ``(T, dim)``."""
         weight, bias = self._kernel()
-        sizes = [size for total in segments.sizes for size in (1, total - 1)]
-        parts = list(x.split(sizes))
-        for bag, square in enumerate(parts[1::2]):
-            side = math.isqrt(square.shape[0])
-            parts[2 * bag + 1] = _convolve(square, weight, bias, side, side)
-        return torch.cat([part.to(x.dtype) for part in parts])
+        token = int(segments.holds_first)
+        pieces = list(x.split([size for own in segments.sizes for size in (token, own - token)]))
+        sides = [math.isqrt(total - 1) for total in segments.totals]
+        if segments.parts is None:
+            pieces[1::2] = [_convolve(square, weight, bias, side, side) for square, side in zip(pieces[1::2], sides)]
+        else:
+            pieces[1::2] = self._convolve_in_parts(torch.cat(pieces[1::2]), segments.parts, sides, weight, bias)
+        return torch.cat([piece.to(x.dtype) for piece in pieces])
+
+    def _convolve_in_parts(
+        self, x: Tensor, parts: Parts, sides: list[int], weight: Tensor, bias: Tensor
+    ) -> list[Tensor]:
+        """The rows of squares that ranks share: convolved with the three lines of the grid above and below them."""
+        parts = parts.with_sizes([[size - (rank == 0) for size in own] for rank, own in enumerate(parts.sizes)])
+        around = [[_lines_around(*bound, side) for bound, side in zip(own, sides)] for own in parts.bounds]
+        found = []
+        for bag, window in enumerate(windows(x, parts, around)):
+            rows = _convolve(window, weight, bias, len(window) // max(sides[bag], 1), sides[bag])
+            skip = parts.before[bag] - around[parts.rank][bag][0]
+            found.append(rows[skip : skip + parts.sizes[parts.rank][bag]])
+        return found
 
     def forward(self, x: Tensor, H: int, W: int) -> Tensor:
         """``(B, 1 + H W, dim)`` to the same shape."""
@@ -53,6 +70,13 @@ class PPEG(torch.nn.Module):
         small = F.pad(self.proj1.weight, (1, 1, 1, 1)) + F.pad(self.proj2.weight, (2, 2, 2, 2))
         biases: list[Any] = [self.proj.bias, self.proj1.bias, self.proj2.bias]
         return self.proj.weight + small + identity, sum(biases)
+
+
+def _lines_around(first: int, end: int, side: int) -> tuple[int, int]:
+    """Rows ``first`` to ``end`` of a square, made whole lines of it, and three more lines on both sides."""
+    if first == end:
+        return first, end
+    return max(0, first // side - 3) * side, min(side, (end - 1) // side + 4) * side
 
 
 def _convolve(rows: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
@@ -75,7 +99,8 @@ class TransMIL(MILModel):
     over the heads.
 
     The order of the instances is part of the model. Of the last layer only the row of the class token is computed.
-    Differs from torchmil in that masks are honoured: every bag has its own square, whatever it is batched with.
+    Ranks that share a bag share its square too; for :class:`PPEG` each asks for up to 8 lines of sqrt(N) rows
+    around its own. Differs from torchmil in that masks are honoured: every bag has its own square, whatever it is batched with.
 
     Args:
         in_shape: shape of one instance.
@@ -95,6 +120,8 @@ class TransMIL(MILModel):
     Raises:
         ValueError: fewer than 2 layers.
     """
+
+    in_parts = True
 
     def __init__(
         self,
@@ -153,8 +180,9 @@ class TransMIL(MILModel):
         Y_pred = squeeze_single_output(self.classifier(self.norm(layers[-1].forward_first(x, segments))))
         if not return_att:
             return Y_pred
-        parts = layers[-1].first_attention(x, segments).mean(1).split(segments.sizes)
-        return Y_pred, torch.cat([part[1 : 1 + size] for part, size in zip(parts, bags.sizes)])
+        rows = layers[-1].first_attention(x, segments).mean(1).split(segments.sizes)
+        token = int(segments.holds_first)
+        return Y_pred, torch.cat([part[token : token + size] for part, size in zip(rows, bags.sizes)])
 
     def _squares(self, bags: PackedBags) -> tuple[Tensor, Segments]:
         """Of each bag: the class token, the instances, and the first of them again up to a square."""
@@ -164,11 +192,18 @@ class TransMIL(MILModel):
             x = by_rows(widen, x, projection=Projection(self.fc1.weight, self.fc1.bias))
         else:
             x = widen(x)
-        token, sides = self.cls_token[0].to(x.dtype), [math.isqrt(max(size - 1, 0)) + (size > 0) for size in bags.sizes]
+        token, totals = self.cls_token[0].to(x.dtype), bags.segments.totals
+        missing = [(math.isqrt(max(size - 1, 0)) + (size > 0)) ** 2 - size for size in totals]
+        segments = bags.segments.extended([1] * bags.num_bags, missing)
         instances = x.split(bags.sizes) if bags.num_bags > 1 else [x]
-        parts = [(token, bag, bag[: side**2 - len(bag)]) for bag, side in zip(instances, sides)]
-        squares = torch.cat([part for bag in parts for part in bag])
-        return squares, Segments.from_sizes([1 + side**2 for side in sides], x.device)
+        if bags.parts is None:
+            pieces = [(token, bag, bag[:more]) for bag, more in zip(instances, missing)]
+        else:
+            first, last = bags.parts.rank == 0, bags.parts.num_ranks - 1
+            asked = [[(0, more if rank == last else 0) for more in missing] for rank in range(last + 1)]
+            copies = fetch(x, bags.parts, asked)
+            pieces = [(token[:first], bag, more) for bag, more in zip(instances, copies)]
+        return torch.cat([piece for bag in pieces for piece in bag]), segments
 
     def forward(  # type: ignore[override]
         self, X: Tensor | PackedBags, return_att: bool = False, mask: Tensor | None = None

@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bigbag.bags import Segments
+from bigbag.ops.rows import combine_rows
+
 _ROWS = {"cpu": 2048, "cuda": 16_384}
 
 
@@ -135,6 +138,22 @@ def take(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     (Indexing alone would make a gradient of the size of ``x``, of zeros but for those rows, and keep it until then.)
     """
     return _Take.apply(x, rows)
+
+
+def take_of_bags(x: Tensor, segments: Segments, numbers: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+    """``x`` to go on with, and row ``numbers[b]`` of each bag b, None: its first, ``(B, P)``; as :func:`take`.
+
+    Where ranks share the bags, it comes from the rank that holds it, and is the same on all. Every bag must have it.
+    """
+    if segments.parts is None:
+        first = segments.offsets[:-1]
+        return take(x, first if numbers is None else first + torch.tensor(numbers, device=x.device))
+    wanted = numbers or (0,) * segments.num_bags
+    held = {bag: place for bag, row in enumerate(wanted) if (place := segments.place(bag, row)) >= 0}
+    bags, places = (torch.tensor(list(of), dtype=torch.int64, device=x.device) for of in (held, held.values()))
+    x, rows = take(x, places)
+    found = rows.new_zeros(segments.num_bags, *rows.shape[1:]).index_copy(0, bags, rows)
+    return x, combine_rows(found, segments)
 
 
 class _Take(torch.autograd.Function):

@@ -7,6 +7,7 @@ does, the halo is the border of the rank's piece of tissue: of N instances on a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -65,6 +66,34 @@ def _with_columns(adj: Adjacency, col: np.ndarray, outside: np.ndarray, rows: np
 def with_halo(x: Tensor, halo: Halo | None) -> Tensor:
     """``x`` of this rank's rows and, behind them, of those of its halo: ``(T, ...)`` to ``(T + H, ...)``."""
     return x if halo is None else torch.cat([x, exchange(x, halo)])
+
+
+Spans = Sequence[Sequence[tuple[int, int]]]
+
+
+def fetch(x: Tensor, parts: Parts, asked: Spans) -> list[Tensor]:
+    """Rows of each bag, whichever ranks hold them; all ranks call it, and know what each of them asks for.
+
+    Args:
+        x: ``(T, ...)`` this rank's rows.
+        parts: who holds what.
+        asked: ``asked[r][b]``, from and up to which row of bag b rank r asks for.
+
+    Returns:
+        A tensor for each bag; gradients go back to the owners. Bytes: those of the rows, each way once.
+    """
+    firsts = np.cumsum([0, *parts.totals])
+    wanted = [[first + np.arange(*span) for first, span in zip(firsts, spans)] for spans in asked]
+    halo = Halo.of(parts, [np.concatenate([np.zeros(0, np.int64), *rows]) for rows in wanted], x.device)
+    return list(exchange(x, halo).split([end - start for start, end in asked[parts.rank]]))
+
+
+def windows(x: Tensor, parts: Parts, spans: Spans) -> list[Tensor]:
+    """As :func:`fetch`, where each rank asks for its own rows (which go nowhere) and some on both sides of them."""
+    ranks = list(zip(spans, parts.bounds))
+    before = fetch(x, parts, [[(start, first) for (start, _), (first, _) in zip(*rank)] for rank in ranks])
+    behind = fetch(x, parts, [[(last, end) for (_, end), (_, last) in zip(*rank)] for rank in ranks])
+    return [torch.cat(rows) for rows in zip(before, x.split(parts.sizes[parts.rank]), behind)]
 
 
 _offsets = WeakTensorKeyDictionary()

@@ -4,7 +4,8 @@
 
 from right to left: ``gather`` (the third factor times v) and ``spread`` (the first factor times what the middle leaves)
 stream over rows and keep no T x M matrix; the middle is in :mod:`bigbag.ops.pseudo_inverse`. The three are custom
-operators that take ``offsets`` alone; landmarks stand in (B, H, M, d) with zeros where a bag has fewer than M.
+operators that take ``offsets`` and ``counts`` alone; landmarks stand in (B, H, M, d) with zeros where a bag has fewer
+than M.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from torch import Tensor
 
 from bigbag.bags import Segments
 from bigbag.ops import pseudo_inverse
+from bigbag.ops.distributed import all_max, all_sum
 from bigbag.ops.registry import FLOATING, HALF, Operator, choose
+from bigbag.ops.rows import take_rows
 
 _DTYPES = {"triton": (*HALF, torch.float32), "cpu": FLOATING, "reference": FLOATING}
 _MODULES = {"cpu": "bigbag.kernels.cpu.nystrom", "triton": "bigbag.kernels.gpu.nystrom"}
@@ -52,7 +55,8 @@ def nystrom_attention(
     iterations. (The product from left to right, as torchmil has it, costs 2 T H m^2 more forward and 4 T H m^2
     backward.) Bytes: q, k, v read twice forward and once more backward. Kept for backward: q, k, v, 2 T H numbers and
     landmarks; working memory O(T H d) for one gradient, a constant number of chunks, and the m x m matrices of one
-    bag.
+    bag. Where ranks share the bags, landmarks and what they gather are added up over the ranks, B H m (2 d + dv)
+    numbers forward and as many backward, and the middle is computed on every rank.
 
     Args:
         q, k: (T, H, d) floating.
@@ -73,7 +77,7 @@ def nystrom_attention(
     2102.03902).
     """
     _check("nystrom_attention", q, k, v, segments, num_landmarks, num_iterations)
-    chosen = choose("nystrom_attention", _DTYPES, impl, q.device.type, q.dtype)
+    chosen = _choose(impl, q, segments)
     scale = q.shape[2] ** -0.5 if scale is None else scale
     if chosen == "reference":
         # Without rows, an empty sum keeps its place in the graph.
@@ -85,9 +89,9 @@ def nystrom_attention(
     landmarks = _Landmarks(segments, num_landmarks)
     with torch.autocast(q.device.type, enabled=False):
         ql, kl = landmarks.means(q, chosen) * scale, landmarks.means(k, chosen)
-        gathered, _ = _OPS["gather", chosen](ql, k, v, segments.offsets)
+        gathered, _ = landmarks.gather(ql, k, v, chosen)
         middle = pseudo_inverse.inverse_times(ql, kl, gathered, landmarks.counts, landmarks.groups, num_iterations)
-        out, _ = _OPS["spread", chosen](q, kl * scale, middle, segments.offsets)
+        out, _ = _OPS["spread", chosen](q, kl * scale, middle, segments.offsets, landmarks.counts)
     return out
 
 
@@ -122,10 +126,10 @@ def nystrom_class_token_attention(
         ValueError: as :func:`nystrom_attention`; a bag with instances that has no row ``token``.
     """
     _check("nystrom_class_token_attention", q, k, k, segments, num_landmarks, num_iterations)
-    short = [size for size in segments.sizes if size and not -size <= token < size]
+    short = [size for size in segments.totals if size and not -size <= token < size]
     if short:
         raise ValueError(f"nystrom_class_token_attention: a bag of {short[0]} instances has no row token={token}")
-    chosen = choose("nystrom_attention", _DTYPES, impl, q.device.type, q.dtype)
+    chosen = _choose(impl, q, segments)
     scale = q.shape[2] ** -0.5 if scale is None else scale
     if chosen == "reference":
         found = [q[:0, :, 0].to(_acc(q.dtype))]
@@ -136,10 +140,10 @@ def nystrom_class_token_attention(
     landmarks = _Landmarks(segments, num_landmarks)
     with torch.autocast(q.device.type, enabled=False):
         ql, kl = landmarks.means(q, chosen) * scale, landmarks.means(k, chosen)
-        _, norms = _OPS["gather", chosen](ql, k, k.new_zeros(1, 1, 1).expand(*k.shape[:2], 1), segments.offsets)
-        edge = segments.offsets[:-1] if token >= 0 else segments.offsets[1:]
-        rows = (edge + token).clamp(0, max(q.shape[0] - 1, 0))
-        tokens = q[rows].to(ql.dtype).unsqueeze(2) if q.shape[0] else ql[:, :, :1]
+        _, norms = landmarks.gather(ql, k, k.new_zeros(1, 1, 1).expand(*k.shape[:2], 1), chosen)
+        places = [segments.place(bag, token) for bag in range(segments.num_bags)]
+        tokens = take_rows(q.flatten(1), torch.tensor(places, device=q.device), segments)
+        tokens = tokens.view(-1, *q.shape[1:]).to(ql.dtype).unsqueeze(2)
         valid = torch.arange(ql.shape[2], device=q.device) < landmarks.counts[:, None]
         scores = (tokens * scale @ kl.mT).masked_fill(~valid[:, None, None], torch.finfo(ql.dtype).min)
         first = scores.softmax(3) * valid[:, None, None]
@@ -150,7 +154,16 @@ def nystrom_class_token_attention(
             z = pseudo_inverse.iterate(a, pseudo_inverse.initial_inverse(a)[0], num_iterations)[-1]
             weights[index, :, :, :size] = first[index, :, :, :size] @ z
         weigh = importlib.import_module(_MODULES[chosen]).weigh
-        return weigh(ql, k, norms, weights[:, :, 0], segments.offsets)
+        return weigh(ql, k, norms, weights[:, :, 0], segments.offsets, landmarks.counts)
+
+
+def _choose(impl: str | None, x: Tensor, segments: Segments) -> str:
+    chosen = choose("nystrom_attention", _DTYPES, impl, x.device.type, x.dtype)
+    if chosen == "reference" and segments.parts is not None:
+        raise ValueError(
+            "nystrom_attention: the reference takes whole bags, but ranks share these; choose another impl"
+        )
+    return chosen
 
 
 def _acc(dtype: torch.dtype) -> torch.dtype:
@@ -183,28 +196,71 @@ class _Landmarks:
     """Where the landmarks of a pack lie.
 
     Attributes:
+        sizes: (B, M) rows of each, those on other ranks included.
         counts: (B,) landmarks of each bag, on the device.
         groups: the same on the host, or M for all while tracing: a compiled graph must not depend on how a pack is cut.
     """
 
     def __init__(self, segments: Segments, num_landmarks: int) -> None:
         tracing = torch.compiler.is_compiling()
-        self.most = num_landmarks if tracing else max(1, min(num_landmarks, max(segments.sizes, default=1)))
-        offsets, sizes = segments.offsets, segments.offsets.diff()
+        self.segments = segments
+        self.most = num_landmarks if tracing else max(1, min(num_landmarks, max(segments.totals, default=1)))
+        offsets, sizes = segments.offsets, segments.bag_sizes
         self.counts = sizes.clamp_max(self.most)
-        group = torch.minimum(torch.arange(self.most, device=offsets.device), self.counts[:, None])
-        starts = offsets[:-1, None] + group * sizes[:, None] // self.counts.clamp_min(1)[:, None]
-        self.bounds = torch.cat([starts.flatten(), offsets[-1:]])
+        group = torch.minimum(torch.arange(self.most + 1, device=offsets.device), self.counts[:, None])
+        bounds = group * sizes[:, None] // self.counts.clamp_min(1)[:, None]
+        self.sizes = bounds.diff(dim=1)
+        if segments.parts is not None:  # of the whole bag; here are the rows of this rank's part
+            before = torch.tensor(segments.parts.before, device=offsets.device)[:, None]
+            bounds = torch.minimum((bounds - before).clamp_min(0), offsets.diff()[:, None])
+        self.bounds = torch.cat([(offsets[:-1, None] + bounds[:, :-1]).flatten(), offsets[-1:]])
         if tracing:
             self.groups = torch.full((sizes.shape[0],), self.most, device="cpu")
         else:
-            self.groups = torch.tensor([min(size, self.most) for size in segments.sizes], dtype=torch.int64)
+            self.groups = torch.tensor([min(size, self.most) for size in segments.totals], dtype=torch.int64)
 
     def means(self, x: Tensor, impl: str) -> Tensor:
         """(T, H, d) -> (B, H, M, d) in the accumulation dtype."""
         total = getattr(torch.ops.bigbag, f"segment_sum_rows_{impl}")(x.flatten(1), self.bounds)
-        mean = total / self.bounds.diff().clamp_min(1).to(total.dtype)[:, None]
+        if self.segments.parts is not None:
+            total = all_sum(total, self.segments.parts)
+        mean = total / self.sizes.flatten().clamp_min(1).to(total.dtype)[:, None]
         return mean.view(-1, self.most, *x.shape[1:]).transpose(1, 2)
+
+    def gather(self, queries: Tensor, k: Tensor, v: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+        """``softmax(queries k^T) v`` (B, H, M, dv), and maxima and sums of exponentials, over the rows of each bag."""
+        if self.segments.parts is not None:
+            return _GatherInParts.apply(queries, k, v, self.segments, self.counts, impl)
+        return _OPS["gather", impl](queries, k, v, self.segments.offsets, self.counts)
+
+
+class _GatherInParts(torch.autograd.Function):
+    """``gather`` over rows of which each rank has some: B H M (dv + 2) numbers added up over the ranks, and B H M dv
+    backward, where each rank takes the maxima and sums of all."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, queries: Tensor, k: Tensor, v: Tensor, segments: Segments, counts: Tensor, impl: str
+    ) -> tuple[Tensor, Tensor]:
+        parts = segments.parts
+        assert parts is not None
+        y, (own, total) = _OPS["gather", impl](queries, k, v, segments.offsets, counts)
+        filled = (segments.offsets.diff() > 0)[:, None, None] & (total > 0)
+        top = all_max(torch.where(filled, own, -torch.inf), parts)
+        top = torch.where(top == -torch.inf, 0, top)
+        total = torch.where(filled, total * (own - top).exp(), 0)
+        sums = all_sum(torch.cat([y * total[..., None], total[..., None]], 3), parts)
+        total = torch.where(sums[..., -1] > 0, sums[..., -1], 1)
+        y, norms = sums[..., :-1] / total[..., None], torch.stack([top, total])
+        ctx.parts, ctx.impl = parts, impl
+        ctx.mark_non_differentiable(norms)
+        ctx.save_for_backward(queries, k, v, y, norms, segments.offsets, counts)
+        return y, norms
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
+        backward = getattr(torch.ops.bigbag, f"nystrom_gather_backward_{ctx.impl}")
+        return *backward(all_sum(grad, ctx.parts), *ctx.saved_tensors), None, None, None
 
 
 def _check(
@@ -236,16 +292,17 @@ def _register(impl: str, module: str) -> None:
         name = f"bigbag::nystrom_{function}_{impl}"
         return torch.library.custom_op(name, call, mutates_args=(), schema=schema)
 
-    spread = define("spread", "(Tensor q, Tensor keys, Tensor values, Tensor offsets) -> (Tensor, Tensor)")
-    gather = define("gather", "(Tensor queries, Tensor k, Tensor v, Tensor offsets) -> (Tensor, Tensor)")
-    three = "(Tensor, Tensor, Tensor)"
+    spread = define(
+        "spread", "(Tensor q, Tensor keys, Tensor values, Tensor offsets, Tensor counts) -> (Tensor, Tensor)"
+    )
+    gather = define("gather", "(Tensor queries, Tensor k, Tensor v, Tensor offsets, Tensor counts) -> (Tensor, Tensor)")
+    three, cut = "(Tensor, Tensor, Tensor)", "Tensor offsets, Tensor counts"
     spread_backward = define(
-        "spread_backward",
-        f"(Tensor grad, Tensor q, Tensor keys, Tensor values, Tensor norms, Tensor offsets) -> {three}",
+        "spread_backward", f"(Tensor grad, Tensor q, Tensor keys, Tensor values, Tensor norms, {cut}) -> {three}"
     )
     gather_backward = define(
         "gather_backward",
-        f"(Tensor grad, Tensor queries, Tensor k, Tensor v, Tensor y, Tensor norms, Tensor offsets) -> {three}",
+        f"(Tensor grad, Tensor queries, Tensor k, Tensor v, Tensor y, Tensor norms, {cut}) -> {three}",
     )
     _OPS["spread", impl], _OPS["gather", impl] = spread, gather
 
@@ -253,11 +310,11 @@ def _register(impl: str, module: str) -> None:
         return tuple(tensor.new_empty(tensor.shape) for tensor in tensors)
 
     @spread.register_fake
-    def _(q: Tensor, keys: Tensor, values: Tensor, offsets: Tensor) -> Any:
+    def _(q: Tensor, keys: Tensor, values: Tensor, *cut: Tensor) -> Any:
         return q.new_empty(*q.shape[:2], values.shape[3]), keys.new_empty(2, *q.shape[:2])
 
     @gather.register_fake
-    def _(queries: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> Any:
+    def _(queries: Tensor, k: Tensor, v: Tensor, *cut: Tensor) -> Any:
         return queries.new_empty(*queries.shape[:3], v.shape[2]), queries.new_empty(2, *queries.shape[:3])
 
     spread_backward.register_fake(lambda grad, q, keys, values, *_: like(q, keys, values))
@@ -265,17 +322,17 @@ def _register(impl: str, module: str) -> None:
 
     def setup_spread(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(*inputs[:3], output[1], inputs[3])
+        ctx.save_for_backward(*inputs[:3], output[1], *inputs[3:])
 
     def setup_gather(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(*inputs[:3], *output, inputs[3])
+        ctx.save_for_backward(*inputs[:3], *output, *inputs[3:])
 
     spread.register_autograd(
-        lambda ctx, grad, _: (*spread_backward(grad, *ctx.saved_tensors), None), setup_context=setup_spread
+        lambda ctx, grad, _: (*spread_backward(grad, *ctx.saved_tensors), None, None), setup_context=setup_spread
     )
     gather.register_autograd(
-        lambda ctx, grad, _: (*gather_backward(grad, *ctx.saved_tensors), None), setup_context=setup_gather
+        lambda ctx, grad, _: (*gather_backward(grad, *ctx.saved_tensors), None, None), setup_context=setup_gather
     )
 
 

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from bigbag.bags import Segments
 from bigbag.ops import nystrom, pseudo_inverse
-from bigbag.ops.registry import choose
 
 
 def landmark_means(x: Tensor, segments: Segments, *, num_landmarks: int = 256, impl: str | None = None) -> Tensor:
@@ -34,7 +33,7 @@ def landmark_means(x: Tensor, segments: Segments, *, num_landmarks: int = 256, i
             f"landmark_means: expected x ({segments.num_instances}, P) as in segments and num_landmarks >= 1, "
             f"got {tuple(x.shape)} and {num_landmarks}"
         )
-    chosen = choose("nystrom_attention", nystrom._DTYPES, impl, x.device.type, x.dtype)
+    chosen = nystrom._choose(impl, x, segments)
     landmarks = nystrom._Landmarks(segments, num_landmarks)
     if chosen != "reference":
         return landmarks.means(x.unsqueeze(1), chosen)[:, 0]
@@ -84,7 +83,7 @@ def nystrom_token_attention(
             f"nystrom_token_attention: expected query_landmarks {expected} and tokens {(expected[0], *expected[2:])}, "
             f"got {tuple(query_landmarks.shape)} and {tuple(tokens.shape)}"
         )
-    chosen = choose("nystrom_attention", nystrom._DTYPES, impl, k.device.type, k.dtype)
+    chosen = nystrom._choose(impl, k, segments)
     scale = k.shape[2] ** -0.5 if scale is None else scale
     acc = nystrom._acc(k.dtype)
     with torch.autocast(k.device.type, enabled=False):
@@ -95,7 +94,7 @@ def nystrom_token_attention(
             gathered = _reference_gather(ql, k.to(acc), v.to(acc), segments)
         else:
             kl = landmarks.means(k, chosen)
-            gathered, _ = nystrom._OPS["gather", chosen](ql.contiguous(), k, v, segments.offsets)
+            gathered, _ = landmarks.gather(ql.contiguous(), k, v, chosen)
         middle = pseudo_inverse.inverse_times(ql, kl, gathered, landmarks.counts, landmarks.groups, num_iterations)
         valid = (torch.arange(landmarks.most, device=k.device) < landmarks.counts[:, None])[:, None, None]
         scores = tokens.to(acc)[:, :, None] * scale @ kl.mT

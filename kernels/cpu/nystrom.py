@@ -3,15 +3,16 @@
     spread  out[t] = sum_i p[t, i] values[b, i],    p = softmax over i of q[t] . keys[b, i]
     gather  y[b, i] = sum_t p[t, i] v[t],           p = softmax over t of queries[b, i] . k[t]
 
-per head, b the bag of row t. A bag of N rows has min(N, M) landmarks; what stands beyond them is not read, and gives
-zeros. Bags are cut into pieces, each piece is one thread's, and is walked in chunks whose (H, chunk, M) score matrix
-has about ``CHUNK_ELEMENTS`` elements and stays in that core's cache: batched GEMMs over the heads into reused buffers,
-softmax in place, ``gather`` with a running maximum. (Threads inside of each of these short operations, as torch has
-them, would meet ten times per chunk, and wait for the slowest where others use the machine, too.) What pieces
-contribute to landmarks is added in their order; pieces do not depend on the number of threads. Backward walks again
-and recomputes p from the scores, their maximum and the sum of exponentials. (Those two and not their log-sum-exp:
-near 1e4 it is off by more than a softmax that saturates may be.) Arithmetic is float32 (float64 for float64) whatever
-the rows are stored in: the pseudo-inverse between the factors magnifies rounding.
+per head, b the bag of row t. Bag b has ``counts[b]`` landmarks; what stands beyond them is not read, and gives zeros.
+(Of a bag of N rows they are min(N, M); but the rows here may be a part of it.) Bags are cut into pieces, each piece is
+one thread's, and is walked in chunks whose (H, chunk, M) score matrix has about ``CHUNK_ELEMENTS`` elements and stays
+in that core's cache: batched GEMMs over the heads into reused buffers, softmax in place, ``gather`` with a running
+maximum. (Threads inside of each of these short operations, as torch has them, would meet ten times per chunk, and wait
+for the slowest where others use the machine, too.) What pieces contribute to landmarks is added in their order; pieces
+do not depend on the number of threads. Backward walks again and recomputes p from the scores, their maximum and the sum
+of exponentials. (Those two and not their log-sum-exp: near 1e4 it is off by more than a softmax that saturates may be.)
+Arithmetic is float32 (float64 for float64) whatever the rows are stored in: the pseudo-inverse between the factors
+magnifies rounding.
 
 FLOPs (d the width of q and k, dv that of v): 2 T H M (d + dv) forward, 2 T H M (3 d + 2 dv) backward, for each.
 Bytes: q, out (k, v) once forward; q, grad_out, grad_q (k, v, grad_k, grad_v) once backward. Working memory: four score
@@ -54,10 +55,10 @@ class _Piece:
             yield start, min(start + self.chunk, self.end)
 
 
-def _pieces(offsets: Tensor, heads: int, landmarks: int) -> list[_Piece]:
+def _pieces(offsets: Tensor, counts: Tensor, heads: int) -> list[_Piece]:
     starts, pieces = offsets.tolist(), []
-    for bag, (first, last) in enumerate(zip(starts, starts[1:])):
-        size, count = max(PIECE_ROWS, -(-(last - first) // _MOST_PIECES)), min(last - first, landmarks)
+    for bag, (first, last, count) in enumerate(zip(starts, starts[1:], counts.tolist())):
+        size = max(PIECE_ROWS, -(-(last - first) // _MOST_PIECES))
         chunk = max(32, CHUNK_ELEMENTS // max(1, heads * count))
         for start in range(first, last, size):
             end = min(start + size, last)
@@ -141,13 +142,13 @@ def _add(pieces: list[_Piece], parts: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def spread(q: Tensor, keys: Tensor, values: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+def spread(q: Tensor, keys: Tensor, values: Tensor, offsets: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """q (T, H, d); keys (B, H, M, d), values (B, H, M, dv) in the accumulation dtype
     -> out (T, H, dv) in the dtype of q, and maxima and sums of exponentials (2, T, H) in the accumulation dtype."""
     num_rows, heads, _ = q.shape
     out = huge_pages(torch.empty(num_rows, heads, values.shape[3], dtype=q.dtype))
     norms = torch.empty(2, num_rows, heads, dtype=keys.dtype)
-    pieces = _pieces(offsets, heads, keys.shape[2])
+    pieces = _pieces(offsets, counts, heads)
 
     def work(pieces: list[_Piece], _: int) -> None:
         buffers = _Buffers(pieces, heads, keys.dtype, (q, out), 1)
@@ -168,11 +169,11 @@ def spread(q: Tensor, keys: Tensor, values: Tensor, offsets: Tensor) -> tuple[Te
 
 
 def spread_backward(
-    grad: Tensor, q: Tensor, keys: Tensor, values: Tensor, norms: Tensor, offsets: Tensor
+    grad: Tensor, q: Tensor, keys: Tensor, values: Tensor, norms: Tensor, offsets: Tensor, counts: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q (T, H, d), keys (B, H, M, d), values (B, H, M, dv)."""
     heads = q.shape[1]
-    pieces = _pieces(offsets, heads, keys.shape[2])
+    pieces = _pieces(offsets, counts, heads)
     grad_q = huge_pages(torch.empty_like(q))
     key_parts = keys.new_zeros(len(pieces), *keys.shape[1:])
     value_parts = values.new_zeros(len(pieces), *values.shape[1:])
@@ -199,11 +200,11 @@ def spread_backward(
     return grad_q, _add(pieces, key_parts, torch.zeros_like(keys)), _add(pieces, value_parts, torch.zeros_like(values))
 
 
-def gather(queries: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+def gather(queries: Tensor, k: Tensor, v: Tensor, offsets: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """queries (B, H, M, d) in the accumulation dtype; k (T, H, d), v (T, H, dv)
     -> y (B, H, M, dv), and maxima and sums of exponentials (2, B, H, M), in the accumulation dtype."""
     heads, landmarks = queries.shape[1:3]
-    pieces = _pieces(offsets, heads, landmarks)
+    pieces = _pieces(offsets, counts, heads)
     parts = queries.new_zeros(len(pieces), heads, landmarks, v.shape[2])
     tops = queries.new_full((len(pieces), heads, landmarks, 1), -torch.inf)
     totals = queries.new_zeros(tops.shape)
@@ -245,11 +246,11 @@ def _combine(pieces: list[_Piece], parts: Tensor, tops: Tensor, totals: Tensor, 
 
 
 def gather_backward(
-    grad: Tensor, queries: Tensor, k: Tensor, v: Tensor, y: Tensor, norms: Tensor, offsets: Tensor
+    grad: Tensor, queries: Tensor, k: Tensor, v: Tensor, y: Tensor, norms: Tensor, offsets: Tensor, counts: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries (B, H, M, d), k (T, H, d), v (T, H, dv)."""
     heads = k.shape[1]
-    pieces = _pieces(offsets, heads, queries.shape[2])
+    pieces = _pieces(offsets, counts, heads)
     grad_k, grad_v = huge_pages(torch.empty_like(k)), huge_pages(torch.empty_like(v))
     parts = queries.new_zeros(len(pieces), *queries.shape[1:])
     delta = (grad * y).sum(3, keepdim=True)
@@ -277,7 +278,7 @@ def gather_backward(
     return _add(pieces, parts, torch.zeros_like(queries)), grad_k, grad_v
 
 
-def weigh(queries: Tensor, k: Tensor, norms: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+def weigh(queries: Tensor, k: Tensor, norms: Tensor, weights: Tensor, offsets: Tensor, counts: Tensor) -> Tensor:
     """sum_i weights[b, h, i] p[t, i], p of ``gather``: weights (B, H, M) -> (T, H) in the accumulation dtype."""
     heads = k.shape[1]
     out = torch.empty(k.shape[:2], dtype=queries.dtype)
@@ -293,5 +294,5 @@ def weigh(queries: Tensor, k: Tensor, norms: Tensor, weights: Tensor, offsets: T
                 p = torch.bmm(query, keys.load(start, end).mT, out=buffers.scores(0, piece.count, end - start))
                 out[start:end] = torch.bmm(weight, p.sub_(top).exp_()).squeeze(1).t()
 
-    _launch(work, _pieces(offsets, heads, queries.shape[2]), heads)
+    _launch(work, _pieces(offsets, counts, heads), heads)
     return out

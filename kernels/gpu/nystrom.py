@@ -58,13 +58,13 @@ def _store_landmarks(x, value, ids, base, D, M, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _spread(
-    q, keys, values, out, tops, totals, bags, starts, offsets, H, M, D, DV,
+    q, keys, values, out, tops, totals, bags, starts, offsets, counts, H, M, D, DV,
     BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
     bag = tl.load(bags + tl.program_id(0))
     end = tl.load(offsets + bag + 1)
-    count = tl.minimum(end - tl.load(offsets + bag), M)
+    count = tl.load(counts + bag)
     rows = tl.load(starts + tl.program_id(0)) + tl.arange(0, BLOCK_T).to(tl.int64)
     base = (bag * H + head) * M
     query = _load_rows(q, rows, head, H, D, end, BLOCK_D)
@@ -90,13 +90,13 @@ def _spread(
 
 @triton.jit
 def _gather(
-    queries, k, v, y, tops, totals, offsets, B, H, M, D, DV,
+    queries, k, v, y, tops, totals, offsets, counts, B, H, M, D, DV,
     BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     split, splits = tl.program_id(0), tl.num_programs(0)
     bag, head = (tl.program_id(2) // H).to(tl.int64), tl.program_id(2) % H
     start, stop = tl.load(offsets + bag), tl.load(offsets + bag + 1)
-    count = tl.minimum(stop - start, M)
+    count = tl.load(counts + bag)
     length = tl.cdiv(stop - start, splits)
     begin = tl.minimum(start + split * length, stop)
     end = tl.minimum(begin + length, stop)
@@ -135,13 +135,13 @@ def _probabilities(row1, row2, mark1, mark2, top, total, inside, PRECISION: tl.c
 
 @triton.jit
 def _row_grads(
-    r1, r2, l1, l2, tops, totals, delta, g1, g2, bags, starts, offsets, H, M, D, DV, SPREAD: tl.constexpr,
+    r1, r2, l1, l2, tops, totals, delta, g1, g2, bags, starts, offsets, counts, H, M, D, DV, SPREAD: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
     bag = tl.load(bags + tl.program_id(0))
     end = tl.load(offsets + bag + 1)
-    count = tl.minimum(end - tl.load(offsets + bag), M)
+    count = tl.load(counts + bag)
     rows = tl.load(starts + tl.program_id(0)) + tl.arange(0, BLOCK_T).to(tl.int64)
     base = (bag * H + head) * M
     row1, row2 = _load_rows(r1, rows, head, H, D, end, BLOCK_D), _load_rows(r2, rows, head, H, DV, end, BLOCK_V)
@@ -184,13 +184,13 @@ def _row_grads(
 
 @triton.jit
 def _landmark_grads(
-    r1, r2, l1, l2, tops, totals, delta, g1, g2, offsets, B, H, M, D, DV, SPREAD: tl.constexpr,
+    r1, r2, l1, l2, tops, totals, delta, g1, g2, offsets, counts, B, H, M, D, DV, SPREAD: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     split, splits = tl.program_id(0), tl.num_programs(0)
     bag, head = (tl.program_id(2) // H).to(tl.int64), tl.program_id(2) % H
     start, stop = tl.load(offsets + bag), tl.load(offsets + bag + 1)
-    count = tl.minimum(stop - start, M)
+    count = tl.load(counts + bag)
     length = tl.cdiv(stop - start, splits)
     begin = tl.minimum(start + split * length, stop)
     end = tl.minimum(begin + length, stop)
@@ -262,7 +262,7 @@ def _splits(offsets: Tensor, num_rows: int, heads: int, landmarks: int, block: i
     return max(1, min(_PROGRAMS // programs, num_rows // (num_bags * 256)))
 
 
-def spread(q: Tensor, keys: Tensor, values: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+def spread(q: Tensor, keys: Tensor, values: Tensor, offsets: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """q (T, H, d); keys (B, H, M, d), values (B, H, M, dv) float32
     -> out (T, H, dv) in the dtype of q, and maxima and sums of exponentials (2, T, H) float32."""
     q, keys, values = q.contiguous(), keys.contiguous(), values.contiguous()
@@ -272,12 +272,13 @@ def spread(q: Tensor, keys: Tensor, values: Tensor, offsets: Tensor) -> tuple[Te
         options = _options(q, width, landmarks)
         bags, starts = _blocks(offsets, num_rows, options["BLOCK_T"])
         _spread[len(bags), heads](
-            q, keys, values, out, norms[0], norms[1], bags, starts, offsets, heads, landmarks, dim, width, **options
+            q, keys, values, out, norms[0], norms[1], bags, starts, offsets, counts, heads, landmarks, dim, width,
+            **options,
         )  # fmt: skip
     return out, norms
 
 
-def gather(queries: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+def gather(queries: Tensor, k: Tensor, v: Tensor, offsets: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """queries (B, H, M, d) float32; k (T, H, d), v (T, H, dv) -> y (B, H, M, dv), and maxima and sums of
     exponentials (2, B, H, M), float32."""
     queries, k, v = queries.contiguous(), k.contiguous(), v.contiguous()
@@ -290,8 +291,12 @@ def gather(queries: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> tuple[Tens
     parts = queries.new_empty(splits, num_bags, heads, landmarks, width)
     tops, totals = queries.new_empty(parts.shape[:-1]), queries.new_empty(parts.shape[:-1])
     grid = (splits, triton.cdiv(landmarks, block), num_bags * heads)
-    _gather[grid](queries, k, v, parts, tops, totals, offsets, num_bags, heads, landmarks, dim, width, **options)
-    valid = (torch.arange(landmarks, device=k.device) < offsets.diff()[:, None])[:, None]
+    _gather[grid](
+        queries, k, v, parts, tops, totals, offsets, counts, num_bags, heads, landmarks, dim, width, **options
+    )
+    # Of a bag that has rows; another has zeros.
+    valid = (torch.arange(landmarks, device=k.device) < counts[:, None]) & (offsets.diff() > 0)[:, None]
+    valid = valid[:, None]
     top = torch.where(valid, tops.amax(0), 0.0)
     decay = torch.where(valid, (tops - top).exp_(), 0.0)
     total = torch.where(valid, (totals * decay).sum(0), 1.0)
@@ -299,7 +304,15 @@ def gather(queries: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> tuple[Tens
 
 
 def _backward(
-    spread_pass: bool, r1: Tensor, r2: Tensor, l1: Tensor, l2: Tensor, norms: Tensor, delta: Tensor, offsets: Tensor
+    spread_pass: bool,
+    r1: Tensor,
+    r2: Tensor,
+    l1: Tensor,
+    l2: Tensor,
+    norms: Tensor,
+    delta: Tensor,
+    offsets: Tensor,
+    counts: Tensor,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """Gradients: ds l1, p l2 (None in spread), ds^T r1, p^T r2 (None in gather)."""
     r1, r2, l1, l2 = r1.contiguous(), r2.contiguous(), l1.contiguous(), l2.contiguous()
@@ -311,37 +324,39 @@ def _backward(
     bags, starts = _blocks(offsets, num_rows, options["BLOCK_T"])
     common = (r1, r2, l1, l2, norms[0], norms[1], delta)
     sizes = (heads, landmarks, dim, width, spread_pass)
-    _row_grads[len(bags), heads](*common, g1, g1 if g2 is None else g2, bags, starts, offsets, *sizes, **options)
+    _row_grads[len(bags), heads](
+        *common, g1, g1 if g2 is None else g2, bags, starts, offsets, counts, *sizes, **options
+    )
     block = options["BLOCK_M"]
     splits = _splits(offsets, num_rows, heads, landmarks, block)
     h1 = l1.new_empty(splits, *l1.shape)
     h2 = l2.new_empty(splits, *l2.shape) if spread_pass else None
     grid = (splits, triton.cdiv(landmarks, block), num_bags * heads)
-    _landmark_grads[grid](*common, h1, h1 if h2 is None else h2, offsets, num_bags, *sizes, **options)
+    _landmark_grads[grid](*common, h1, h1 if h2 is None else h2, offsets, counts, num_bags, *sizes, **options)
     return g1, g2, h1.sum(0), None if h2 is None else h2.sum(0)
 
 
 def spread_backward(
-    grad: Tensor, q: Tensor, keys: Tensor, values: Tensor, norms: Tensor, offsets: Tensor
+    grad: Tensor, q: Tensor, keys: Tensor, values: Tensor, norms: Tensor, offsets: Tensor, counts: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q (T, H, d), keys (B, H, M, d), values (B, H, M, dv)."""
     grad_q, _, grad_keys, grad_values = _backward(
-        True, q, grad, keys, values, norms, torch.empty_like(norms[0]), offsets
+        True, q, grad, keys, values, norms, torch.empty_like(norms[0]), offsets, counts
     )
     assert grad_values is not None
     return grad_q, grad_keys, grad_values
 
 
 def gather_backward(
-    grad: Tensor, queries: Tensor, k: Tensor, v: Tensor, y: Tensor, norms: Tensor, offsets: Tensor
+    grad: Tensor, queries: Tensor, k: Tensor, v: Tensor, y: Tensor, norms: Tensor, offsets: Tensor, counts: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries (B, H, M, d), k (T, H, d), v (T, H, dv)."""
-    grad_k, grad_v, grad_queries, _ = _backward(False, k, v, queries, grad, norms, (grad * y).sum(3), offsets)
+    grad_k, grad_v, grad_queries, _ = _backward(False, k, v, queries, grad, norms, (grad * y).sum(3), offsets, counts)
     assert grad_v is not None
     return grad_queries, grad_k, grad_v
 
 
-def weigh(queries: Tensor, k: Tensor, norms: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+def weigh(queries: Tensor, k: Tensor, norms: Tensor, weights: Tensor, offsets: Tensor, counts: Tensor) -> Tensor:
     """sum_i weights[b, h, i] p[t, i] with the p of ``gather``: weights (B, H, M) -> (T, H) float32.
 
     This is the gradient of one-column values, so the kernel of ``gather``'s backward computes it."""
@@ -353,7 +368,7 @@ def weigh(queries: Tensor, k: Tensor, norms: Tensor, weights: Tensor, offsets: T
         bags, starts = _blocks(offsets, num_rows, options["BLOCK_T"])
         marks = (queries.contiguous(), column, norms[0], norms[1], torch.zeros_like(norms[0]))
         _row_grads[len(bags), heads](
-            k, torch.zeros_like(out), *marks, torch.empty_like(k), out, bags, starts, offsets,
+            k, torch.zeros_like(out), *marks, torch.empty_like(k), out, bags, starts, offsets, counts,
             heads, landmarks, dim, 1, False, **options,
         )  # fmt: skip
     return out.squeeze(2)

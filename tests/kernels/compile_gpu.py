@@ -158,16 +158,16 @@ def nystrom_cases(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     from bigbag.kernels.gpu import nystrom
 
     rows, heads, landmarks = 1040, 8, 256
-    offsets = torch.tensor([0, 1000, rows])
+    cut = (torch.tensor([0, 1000, rows]), torch.tensor([256, 40]))
     # TransMIL's heads, and a width that is a multiple of nothing.
     for dim in (64, 19):
         yield {"dim": dim, "landmarks": landmarks}
         q, marks = torch.zeros(rows, heads, dim, dtype=dtype), torch.zeros(2, heads, landmarks, dim)
-        out, norms = nystrom.spread(q, marks, marks, offsets)
-        nystrom.spread_backward(out, q, marks, marks, norms, offsets)
-        y, norms = nystrom.gather(marks, q, q, offsets)
-        nystrom.gather_backward(y, marks, q, q, y, norms, offsets)
-        nystrom.weigh(marks, q, norms, torch.zeros(2, heads, landmarks), offsets)
+        out, norms = nystrom.spread(q, marks, marks, *cut)
+        nystrom.spread_backward(out, q, marks, marks, norms, *cut)
+        y, norms = nystrom.gather(marks, q, q, *cut)
+        nystrom.gather_backward(y, marks, q, q, y, norms, *cut)
+        nystrom.weigh(marks, q, norms, torch.zeros(2, heads, landmarks), *cut)
 
 
 CASES = {

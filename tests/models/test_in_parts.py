@@ -28,6 +28,9 @@ VARIANTS = IN_PARTS + [
     ("SmABMIL", {"sm_mode": "exact"}),
     ("PatchGCN", {"n_gcn_layers": 3, "hidden_dim": 5, "mlp_depth": 2, "feat_ext": ENCODER}),
     ("DeepGraphSurv", {"n_layers_rep": 2, "hidden_dim": 8, "att_dim": 4, "compute_lambda_max": True}),
+    ("TransMIL", {**SMALL["TransMIL"], "n_layers": 3, "conv_residual": True, "feat_ext": ENCODER}),
+    ("TransMIL", {**SMALL["TransMIL"], "zero_padding": False, "use_mlp": True}),
+    ("CAMIL", {**SMALL["CAMIL"], "zero_padding": False, "gated_pool": True, "feat_ext": ENCODER}),
     ("DTFDMIL", {"distill_mode": "afs", "n_groups": 3, "feat_ext": ENCODER}),
 ]
 

@@ -11,9 +11,11 @@ from torch import Tensor
 from bigbag import ops
 from bigbag.bags import Segments
 from bigbag.nn.attention.base import SelfAttention
-from bigbag.nn.rows import Padding, by_rows, take
+from bigbag.nn.rows import Padding, by_rows, take_of_bags
+from bigbag.ops.join import windows
 
-_KERNEL = 33
+_REACH = 16
+"""Rows to either side of the convolution of values."""
 
 
 class NystromAttention(SelfAttention):
@@ -64,7 +66,7 @@ class NystromAttention(SelfAttention):
         self.zero_padding = zero_padding
         self.conv_residual = conv_residual
         if conv_residual:
-            shape = {"kernel_size": (_KERNEL, 1), "padding": (_KERNEL // 2, 0)}
+            shape = {"kernel_size": (2 * _REACH + 1, 1), "padding": (_REACH, 0)}
             self.res_conv = torch.nn.Conv2d(n_heads, n_heads, groups=n_heads, bias=False, **shape)  # type: ignore
 
     @property
@@ -72,18 +74,20 @@ class NystromAttention(SelfAttention):
         return {"num_landmarks": self.n_landmarks, "num_iterations": self.pinv_iterations}
 
     def padding(self, segments: Segments) -> Padding | None:
-        """Rows of zeros before each bag, up to a multiple of M."""
-        pads = tuple(-size % self.n_landmarks if self.zero_padding else 0 for size in segments.sizes)
-        return Padding(segments.sizes, pads) if any(pads) else None
+        """Rows of zeros before each bag, up to a multiple of M; on the first of the ranks that share it."""
+        pads = self._pads(segments)
+        return Padding(segments.sizes, pads) if any(pads) and segments.holds_first else None
+
+    def _pads(self, segments: Segments) -> tuple[int, ...]:
+        return tuple(-size % self.n_landmarks if self.zero_padding else 0 for size in segments.totals)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, **kwargs: Any) -> Tensor:
         """Queries, keys and values of a pack, padded, to ``(T, att_dim)``, before ``out_proj``."""
-        padding = self.padding(segments)
-        rows = _padded_segments(segments, padding)
+        rows = segments.extended(self._pads(segments))
         out = ops.nystrom_attention(q, k, v, rows, **self._options)
         if self.conv_residual:
-            out = out + torch.cat([self._convolve(bag) for bag in v.split(rows.sizes)])
-        return _strip_front(out, rows, padding).flatten(1)
+            out = out + self._convolve(v, rows)
+        return _strip_front(out, self.padding(segments)).flatten(1)
 
     def attend_first(
         self, x: Tensor, segments: Segments, enter: torch.nn.Module | None = None, **kwargs: Any
@@ -92,48 +96,33 @@ class NystromAttention(SelfAttention):
 
         Landmarks commute with projections, so of the queries only their landmarks and those of the tokens are formed.
         """
-        padding = self.padding(segments)
-        rows = _padded_segments(segments, padding)
-        means, tokens = self._landmarks(x, rows, enter, padding)
+        padding, pads = self.padding(segments), self._pads(segments)
+        rows = segments.extended(pads)
+        entered, tokens = take_of_bags(by_rows(enter or torch.nn.Identity(), x, padding=padding), rows, pads)
+        means = ops.landmark_means(entered, rows, num_landmarks=self.n_landmarks)
         k, v = self.project(x, "kv", enter, padding)
         with torch.autocast(x.device.type, enabled=False):
             # Together, since both are few.
-            (queries,) = self.project(torch.cat([means.flatten(0, 1), tokens]), "q")
+            (queries,) = self.project(torch.cat([means.flatten(0, 1), tokens.to(means.dtype)]), "q")
             landmarks, queries = queries.split([means.shape[0] * means.shape[1], len(tokens)])
             landmarks = landmarks.unflatten(0, means.shape[:2])
             out = ops.nystrom_token_attention(queries, landmarks, k, v, rows, **self._options)
         if self.conv_residual:
-            firsts = zip(v.split(rows.sizes), padding.pads if padding is not None else [0] * len(rows.sizes))
-            # The kernel reaches from the token's row to both sides, of which one is zeros.
-            reach = [bag[pad : pad + _KERNEL // 2 + 1] for bag, pad in firsts]
-            out = out + torch.stack([self._convolve(bag)[0] for bag in reach])
+            out = out + self._convolve_first(v, rows, pads)
         return out.flatten(1)
-
-    def _landmarks(
-        self, x: Tensor, rows: Segments, enter: torch.nn.Module | None, padding: Padding | None
-    ) -> tuple[Tensor, Tensor]:
-        """Landmarks ``(B, M, in_dim)`` and first rows ``(B, in_dim)`` of what enters the attention."""
-        entered = by_rows(enter or torch.nn.Identity(), x, padding=padding)
-        first = rows.offsets[:-1]
-        if padding is not None:
-            first = first + torch.tensor(padding.pads, device=x.device)
-        entered, tokens = take(entered, first)
-        means = ops.landmark_means(entered, rows, num_landmarks=self.n_landmarks)
-        return means, tokens.to(means.dtype)
 
     @torch.no_grad()
     def first_attention(self, x: Tensor, segments: Segments, **kwargs: Any) -> Tensor:
         """``(T, H)``: the attention of the first row of each bag to all its rows, from instances ``(T, in_dim)``."""
-        padding = self.padding(segments)
+        padding, pads = self.padding(segments), self._pads(segments)
         q, k = self.project(x, "qk", padding=padding)
-        rows = _padded_segments(segments, padding)
-        pads = padding.pads if padding is not None else (0,) * len(rows.sizes)
+        rows = segments.extended(pads)
         # Where pads differ, bags are looked at one by one: the token stands behind the pad.
         found = []
-        for q_b, k_b, pad, size in zip(q.split(rows.sizes), k.split(rows.sizes), pads, rows.sizes):
-            one = Segments.from_sizes((size,), x.device)
-            found.append(ops.nystrom_class_token_attention(q_b, k_b, one, token=pad, **self._options)[pad:])
-        return torch.cat(found)
+        for bag, (q_b, k_b) in enumerate(zip(q.split(rows.sizes), k.split(rows.sizes))):
+            options = {"token": pads[bag], **self._options}
+            found.append(ops.nystrom_class_token_attention(q_b, k_b, rows.bag(bag), **options))
+        return _strip_front(torch.cat(found), padding)
 
     def attention_matrices(self, q: Tensor, k: Tensor, segments: Segments, **kwargs: Any) -> list[Tensor]:
         """The ``(H, N, N)`` attention of each bag, row by row: for small bags only."""
@@ -149,20 +138,33 @@ class NystromAttention(SelfAttention):
                 found[-1][:, i] = row[pad:].t()
         return found
 
-    def _convolve(self, v: Tensor) -> Tensor:
+    def _convolve(self, v: Tensor, rows: Segments) -> Tensor:
+        """The residual of all rows from their values ``(T, H, d)``."""
+        if rows.parts is None:
+            return torch.cat([self._convolve_bag(bag) for bag in v.split(rows.sizes)])
+        parts = rows.parts
+        around = [
+            [(max(0, first - _REACH), min(total, end + _REACH)) for (first, end), total in zip(bounds, parts.totals)]
+            for bounds in parts.bounds
+        ]
+        skips = [before - first for before, (first, _) in zip(parts.before, around[parts.rank])]
+        found = [self._convolve_bag(window) for window in windows(v, parts, around)]
+        return torch.cat([bag[skip : skip + size] for bag, skip, size in zip(found, skips, rows.sizes)])
+
+    def _convolve_first(self, v: Tensor, rows: Segments, pads: tuple[int, ...]) -> Tensor:
+        """The residual of the row behind the pad of each bag, ``(B, H, d)``."""
+        # The kernel reaches from that row to both sides, of which one is zeros.
+        places = [[rows.place(bag, pad + i) for i in range(_REACH + 1)] for bag, pad in enumerate(pads)]
+        reach = ops.take_rows(v.flatten(1), torch.tensor(places, device=v.device), rows)
+        return torch.stack([self._convolve_bag(bag.view(-1, *v.shape[1:]))[0] for bag in reach])
+
+    def _convolve_bag(self, v: Tensor) -> Tensor:
         """The residual of one bag from its values ``(N, H, d)``."""
         weight = self.res_conv.weight.to(v.dtype)
-        padding = (_KERNEL // 2, 0)
-        return F.conv2d(v.transpose(0, 1)[None], weight, padding=padding, groups=self.n_heads)[0].transpose(0, 1)
+        return F.conv2d(v.transpose(0, 1)[None], weight, padding=(_REACH, 0), groups=self.n_heads)[0].transpose(0, 1)
 
 
-def _padded_segments(segments: Segments, padding: Padding | None) -> Segments:
-    if padding is None:
-        return segments
-    return Segments.from_sizes([n + pad for n, pad in zip(*padding)], segments.offsets.device)
-
-
-def _strip_front(x: Tensor, rows: Segments, padding: Padding | None) -> Tensor:
+def _strip_front(x: Tensor, padding: Padding | None) -> Tensor:
     """Take the padding of each bag away."""
     if padding is None:
         return x

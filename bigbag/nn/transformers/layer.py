@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bigbag.bags import Segments
 from bigbag.nn.attention.base import SelfAttention
-from bigbag.nn.rows import Widen, by_rows, chunk_rows, stream_dtype, take
+from bigbag.nn.rows import Widen, by_rows, chunk_rows, stream_dtype, take_of_bags
 
 
 class Layer(torch.nn.Module):
@@ -100,7 +100,7 @@ class Layer(torch.nn.Module):
         return self._leave(x, self._attention.attend(q, k, v, segments, **kwargs))
 
     def _compute_first(self, x: Tensor, segments: Segments, **kwargs: Any) -> Tensor:
-        x, first = take(x, segments.offsets[:-1])
+        x, first = take_of_bags(x, segments)
         return self._leave(first, self._attention.attend_first(x, segments, self.entry, **kwargs))
 
     def _leave(self, x: Tensor, attended: Tensor) -> Tensor:
