@@ -9,6 +9,7 @@ import numpy as np
 from bigbag.visualize.placement import Placement
 
 _MAX_CELLS = 1 << 26
+_PHASE_ROUNDING = 0.01
 
 Ring = np.ndarray
 """``(M + 1, 2)`` corners, the last one the first again."""
@@ -37,8 +38,9 @@ def find_regions(placement: Placement, values: np.ndarray, threshold: float, min
     """The connected regions whose cells have a mean value of at least ``threshold``, largest first.
 
     A cell is a patch's share of the lattice: a square of side ``stride`` around the patch's centre, so that neighbours
-    touch, whether or not patches overlap. Instances on no lattice are counted in cells of four of them on average.
-    Cells are connected where they share a side. O(N log N + cells).
+    touch, whether or not patches overlap. Pieces of tissue whose lattices are not aligned have regions of their own.
+    Instances on no lattice are counted in cells of four of them on average. Cells are connected where they share a
+    side. O(N log N + cells).
 
     Args:
         placement: where the instances are.
@@ -48,18 +50,30 @@ def find_regions(placement: Placement, values: np.ndarray, threshold: float, min
 
     Returns:
         The regions, in level-0 pixels.
+
+    Raises:
+        ValueError: so few instances so far apart that the lattice between them has more than 2**26 cells.
     """
+    values = np.asarray(values, np.float64)
+    found = [
+        region
+        for aligned in _lattices(placement)
+        for region in _on_one_lattice(placement.take(aligned), values[aligned], threshold)
+        if region.num_instances >= min_instances
+    ]
+    return sorted(found, key=lambda region: -region.num_instances)
+
+
+def _on_one_lattice(placement: Placement, values: np.ndarray, threshold: float) -> list[Region]:
     from scipy.ndimage import label
 
-    if not len(placement):
-        return []
     cells, origin, side = _grid(placement)
     columns, rows = (cells.max(0) + 1).tolist()
     if rows * columns > _MAX_CELLS:
         raise ValueError(f"{rows} x {columns} cells of {side:g} pixels, expected at most {_MAX_CELLS} in all")
     flat = cells[:, 1] * columns + cells[:, 0]
     count = np.bincount(flat, minlength=rows * columns)
-    total = np.bincount(flat, np.asarray(values, np.float64), minlength=rows * columns)
+    total = np.bincount(flat, values, minlength=rows * columns)
     inside = (count > 0) & (total >= threshold * np.maximum(count, 1) - 1e-12)
     names, num = label(inside.reshape(rows, columns))
     region_of = names.reshape(-1)[flat]
@@ -69,13 +83,32 @@ def find_regions(placement: Placement, values: np.ndarray, threshold: float, min
     rings = _rings(names)
     found = []
     for number, start, end in zip(numbers.tolist(), starts.tolist(), ends.tolist()):
-        if end - start < min_instances:
-            continue
-        of_region = np.asarray(values)[order[start:end]]
-        shell, holes = rings[number]
-        placed = [ring * side + origin for ring in (shell, *holes)]
-        found.append(Region(placed[0], tuple(placed[1:]), end - start, float(of_region.mean()), float(of_region.max())))
-    return sorted(found, key=lambda region: -region.num_instances)
+        of_region = values[order[start:end]]
+        shell, *holes = (ring * side + origin for ring in (rings[number][0], *rings[number][1]))
+        found.append(Region(shell, tuple(holes), end - start, float(of_region.mean()), float(of_region.max())))
+    return found
+
+
+def _lattices(placement: Placement) -> list[np.ndarray]:
+    """Numbers of the instances of each lattice: those whose corners are whole strides apart, but for rounding."""
+    if placement.stride is None or len(placement) < 2:
+        return [np.arange(len(placement))] if len(placement) else []
+    stride = placement.stride
+    phases = [_clusters(placement.corners[:, axis] % stride, stride) for axis in (0, 1)]
+    _, group = np.unique(phases[0] * (phases[1].max() + 1) + phases[1], return_inverse=True)
+    order = np.argsort(group.reshape(-1), kind="stable")
+    return np.split(order, np.cumsum(np.bincount(group.reshape(-1)))[:-1])
+
+
+def _clusters(phases: np.ndarray, period: float) -> np.ndarray:
+    """Cluster of each number on a circle of ``period``: a gap of more than a pixel and 1 % of it parts two clusters."""
+    order = np.argsort(phases, kind="stable")
+    gaps = np.diff(phases[order], append=phases[order[0]] + period)
+    parted = gaps > 1 + _PHASE_ROUNDING * period
+    result = np.empty(len(phases), np.int64)
+    # What lies behind the last gap belongs to what lies before the first one.
+    result[order] = np.concatenate([[0], np.cumsum(parted[:-1])]) % max(int(parted.sum()), 1)
+    return result
 
 
 def _grid(placement: Placement) -> tuple[np.ndarray, np.ndarray, float]:

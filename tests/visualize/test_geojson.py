@@ -130,6 +130,26 @@ def test_region_numbers_and_threshold():
     assert find_regions(Placement(np.empty((0, 2)), 1.0, 1.0), np.empty(0), 0.5) == []
 
 
+@pytest.mark.parametrize(
+    "stride, shift", [(64.0, (37, 11)), (64.0, (64 * 30, 5)), (51.2, (20.0, 1000.0)), (64.0, (0, 0))]
+)
+def test_regions_of_pieces_whose_lattices_are_not_aligned(stride, shift):
+    """CLAM and TRIDENT start the lattice of each piece of tissue at its own corner."""
+    shapely = pytest.importorskip("shapely")
+    rng = np.random.default_rng(0)
+    cells = np.stack(np.divmod(rng.permutation(400)[:250], 20), 1)
+    pieces = [np.floor(cells * stride), np.floor(cells * stride) + np.array([2000.0, 0.0]) + shift]
+    corners = np.concatenate(pieces) + 8.0
+    values = rng.random(500)
+    regions = find_regions(Placement(corners, stride, stride), values, 0.4)
+    polygons = shapely.union_all([shapely.Polygon(region.shell, region.holes) for region in regions])
+    high = corners[values >= 0.4]
+    patches = shapely.union_all(shapely.box(*high.T, *(high + stride).T))
+    off = 0 if stride == 64 else 2.0 * patches.length  # corners of another stride were cut to whole pixels
+    assert polygons.symmetric_difference(patches).area <= off < 0.2 * patches.area
+    assert sum(region.num_instances for region in regions) == len(high)
+
+
 def test_instances_on_no_lattice_have_regions_too():
     rng = np.random.default_rng(0)
     points = rng.random((3000, 2)) * 1000
