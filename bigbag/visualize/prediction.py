@@ -28,7 +28,7 @@ from bigbag.visualize.heatmap import (
     write_png,
 )
 from bigbag.visualize.placement import Box, Placement, place
-from bigbag.visualize.pyramid import write_deepzoom
+from bigbag.visualize.pyramid import square_pixels, write_deepzoom
 from bigbag.visualize.regions import find_regions
 from bigbag.visualize.slide_image import SlideImage
 
@@ -182,7 +182,7 @@ def _draw_slide(found: SlideScores, scale: Scale, out: Path, pictures: Pictures,
         _draw_heatmap(heatmap, box, out / "heatmaps" / name, pictures, slide)
     if pictures.deepzoom:
         shape = picture_shape(box, _PYRAMID_SIDE, _finest(placement))
-        write_deepzoom(out / "heatmaps" / f"{name}.dzi", heatmap.render, box, shape)
+        write_deepzoom(out / "heatmaps" / f"{name}.dzi", heatmap.render, *square_pixels(box, shape))
     # QuPath counts from the corner of what was scanned.
     origin = (0, 0) if slide is None else slide.bounds
     moved = placement.moved(-origin[0], -origin[1]) if origin != (0, 0) else placement

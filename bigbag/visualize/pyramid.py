@@ -1,7 +1,9 @@
 """DeepZoom pyramids of heatmaps, for OpenSeadragon: sharp at every zoom, transparent where there is no tissue.
 
 A pyramid of a slide's whole box lies on the slide's own pyramid when both get the same width in the viewer, whatever
-their numbers of pixels.
+their numbers of pixels::
+
+    tileSources: [{tileSource: "slide.dzi", width: 1}, {tileSource: "heatmap.dzi", width: 1, opacity: 0.5}]
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from bigbag.visualize.heatmap import png
 from bigbag.visualize.placement import Box
 
 TILE = 256
+_COVERED = 64  # a quarter of a pixel
 
 
 def write_deepzoom(
@@ -31,7 +34,8 @@ def write_deepzoom(
 
     Args:
         path: the ``.dzi`` file.
-        render: makes the picture uint8 ``(*shape, 4)`` of a box, such as :meth:`Heatmap.render`.
+        render: makes the picture uint8 ``(*shape, 4)`` of a box, such as :meth:`Heatmap.render`; pixels of which a
+            quarter is covered become solid, others clear.
         box: what the pyramid shows, in level-0 pixels.
         shape: height and width of its finest level.
 
@@ -49,7 +53,7 @@ def write_deepzoom(
             for row, top in enumerate(range(0, height, TILE)):
                 rows = min(TILE, height - top)
                 y = box[1] + top * step_y
-                strip = render((box[0], y, box[0] + width * step_x, y + rows * step_y), (rows, width))
+                strip = _solid(render((box[0], y, box[0] + width * step_x, y + rows * step_y), (rows, width)))
                 for column, left in enumerate(range(0, width, TILE)):
                     tile = strip[:, left : left + TILE]
                     empty = tile.shape[:2] == (TILE, TILE) and not tile[..., 3].any()
@@ -66,6 +70,22 @@ def write_deepzoom(
         f'Format="png" Overlap="0" TileSize="{TILE}"><Size Height="{shape[0]}" Width="{shape[1]}"/></Image>\n',
     )
     return num
+
+
+def square_pixels(box: Box, shape: tuple[int, int]) -> tuple[Box, tuple[int, int]]:
+    """The box with its lower edge moved by less than a pixel, and a shape of its width, so that pixels are squares.
+
+    Viewers place a pyramid by its width, and take its height from its pixels.
+    """
+    side = (box[2] - box[0]) / shape[1]
+    height = max(ceil((box[3] - box[1]) / side - 1e-6), 1)
+    return (box[0], box[1], box[2], box[1] + height * side), (height, shape[1])
+
+
+def _solid(image: np.ndarray) -> np.ndarray:
+    """Each pixel covered or clear: OpenSeadragon's WebGL drawer adds what is partly transparent too brightly."""
+    covered = image[..., 3] >= _COVERED
+    return np.where(covered[..., None], image | np.array([0, 0, 0, 255], np.uint8), 0).astype(np.uint8)
 
 
 def _levels(shape: tuple[int, int]) -> list[tuple[int, tuple[int, int], int]]:

@@ -8,7 +8,7 @@ from PIL import Image
 
 from bigbag.visualize.heatmap import Heatmap, scaled
 from bigbag.visualize.placement import Placement
-from bigbag.visualize.pyramid import TILE, write_deepzoom
+from bigbag.visualize.pyramid import TILE, square_pixels, write_deepzoom
 
 
 def together(folder):
@@ -34,15 +34,23 @@ def test_levels_and_tiles(heatmap, tmp_path):
     assert num == expected.tile_count == sum(1 for _ in files.rglob("*.png"))
     for level, (width, height) in enumerate(expected.level_dimensions):
         assert together(files / str(level)).shape == (height, width, 4)
-    assert np.array_equal(together(files / str(expected.level_count - 1)), heatmap.render(box, shape))
-    half = together(files / str(expected.level_count - 2)).astype(int)
-    opaque = (half[..., 3] > 250).sum()
-    assert opaque > 10_000 and np.abs(half - heatmap.render(box, (275, 500)).astype(int)).max() <= 1
+    for back, of_level in ((1, shape), (2, (275, 500))):
+        found, drawn = together(files / str(expected.level_count - back)).astype(int), heatmap.render(box, of_level)
+        solid = drawn[..., 3] >= 64
+        assert 0.1 < solid.mean() < 0.9 and (found[..., 3] == 255 * solid).mean() > 0.999
+        both = solid & (found[..., 3] == 255)
+        assert np.abs(found - drawn)[both][:, :3].max() <= 1 and not found[found[..., 3] == 0].any()
     described, wanted = (
         ElementTree.fromstring(text) for text in ((tmp_path / "a.b.dzi").read_text(), expected.get_dzi("png"))
     )
     assert described.tag == wanted.tag and described.attrib == wanted.attrib
     assert described[0].tag == wanted[0].tag and described[0].attrib == wanted[0].attrib
+
+
+def test_pixels_are_squares():
+    (left, top, right, bottom), (height, width) = square_pixels((5.0, 7.0, 2225.0, 2974.0), (742, 555))
+    assert (left, top, right, width) == (5, 7, 2225, 555) and 2974 <= bottom < 2974 + 4
+    assert (bottom - top) / height == pytest.approx((right - left) / width)
 
 
 def test_a_pyramid_that_fails_leaves_the_old_one(heatmap, tmp_path):
