@@ -43,6 +43,8 @@ class SmTransformerABMIL(GraphMILModel):
         ValueError: no ``in_shape``; arguments that the layers refuse.
     """
 
+    in_parts = True
+
     def __init__(
         self,
         in_shape: tuple[int, ...],

@@ -33,6 +33,8 @@ class TransformerABMIL(MILModel):
         out_dim: logits per bag.
     """
 
+    in_parts = True
+
     def __init__(
         self,
         in_shape: tuple[int, ...],

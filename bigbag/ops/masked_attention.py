@@ -58,7 +58,8 @@ def masked_attention(
 
     Cost for a bag of N instances: 4 H N^2 d FLOP forward, 10 H N^2 d backward (S is recomputed from its logsumexp).
     Memory beyond inputs and outputs: O(T H d), with a bias O(T H (d + buckets)) in mode "contextual"; cpu: blocks of
-    constant size besides. With a mask the implementations but triton copy the keys that take part.
+    constant size besides. With a mask the implementations but triton copy the keys that take part. For bags that ranks
+    share see :mod:`bigbag.ops.ring_attention`; there, dropout drops other weights than on one rank.
 
     Args:
         q: (Tq, H, d) queries.
@@ -86,6 +87,8 @@ def masked_attention(
     _check(q, k, v, segments, kv_segments, mask, bias, dropout)
     q, k, v = (t.to(compute_dtype(q)) for t in (q, k, v))
     scale = 1 / math.sqrt(max(q.shape[2], 1)) if scale is None else float(scale)
+    if segments.parts is not None:
+        return _in_parts(q, k, v, segments, kv_segments, mask, bias, dropout, seed, scale, impl)
     chosen = _choose(impl, q, v, bias, dropout)
     if chosen == "reference":
         return reference(q, k, v, segments, kv_segments, mask, bias, dropout, seed, scale)
@@ -96,6 +99,30 @@ def masked_attention(
     return _FORWARD[chosen](
         q, k, v, segments.offsets, kv_segments.offsets, mask, *_flat(ready), float(dropout), fold_seed(seed), scale
     )[0].to(q.dtype)
+
+
+def _in_parts(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, kv_segments: Segments, mask: Tensor | None,
+    bias: AttentionBias | None, dropout: float, seed: int, scale: float, impl: str | None,
+) -> Tensor:  # fmt: skip
+    from bigbag.ops.ring_attention import ring_attention
+
+    if mask is not None or bias is not None or kv_segments is not segments:
+        raise ValueError(
+            "masked_attention: bags that ranks share take neither mask nor bias nor other keys than the queries': set "
+            "parallel.bag to 1"
+        )
+    chosen = impl or _overrides.get("masked_attention") or ("triton" if q.is_cuda else "cpu")
+    if chosen not in _FORWARD:
+        able = ", ".join(_FORWARD)
+        raise ValueError(
+            f"masked_attention: implementation {chosen!r} takes whole bags, but ranks share these: {able} can"
+        )
+    assert segments.parts is not None
+    seeds = [fold_seed(seed + rank) for rank in range(segments.parts.num_ranks)]
+    return ring_attention(
+        q, k, v, segments, dropout, seeds, scale, choose("masked_attention", _DTYPES, chosen, q.device.type, q.dtype)
+    )
 
 
 def reference(

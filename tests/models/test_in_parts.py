@@ -31,6 +31,8 @@ VARIANTS = IN_PARTS + [
     ("TransMIL", {**SMALL["TransMIL"], "n_layers": 3, "conv_residual": True, "feat_ext": ENCODER}),
     ("TransMIL", {**SMALL["TransMIL"], "zero_padding": False, "use_mlp": True}),
     ("CAMIL", {**SMALL["CAMIL"], "zero_padding": False, "gated_pool": True, "feat_ext": ENCODER}),
+    ("TransformerABMIL", {"transf_att_dim": 7, "transf_n_heads": 7, "transf_n_layers": 2, "feat_ext": ENCODER}),
+    ("SmTransformerABMIL", {**SMALL["SmTransformerABMIL"], "transf_use_mlp": False}),
     ("DTFDMIL", {"distill_mode": "afs", "n_groups": 3, "feat_ext": ENCODER}),
 ]
 

@@ -91,7 +91,13 @@ def varied(adj, segments, x, c):
     return x * 0 + of_bags.sum() + ops.quadratic_form(adj, x) * c
 
 
+def fully_attended(adj, segments, x, c):
+    q = x.view(-1, 2, DIM // 2)
+    return ops.masked_attention(q, q * c, torch.cat([q.square(), q], 2), segments).flatten(1)
+
+
 CASES = {
+    "masked_attention": (fully_attended, (False,)),
     "quadratic_form": (varied, (False,)),
     "spmm": (lambda adj, segments, x, c: ops.spmm(adj, x * c), (True, False)),
     "degrees": (lambda adj, segments, x, c: x * c * ops.degrees(adj)[:, None], (False,)),
