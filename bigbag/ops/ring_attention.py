@@ -27,7 +27,14 @@ from bigbag.bags import Segments
 from bigbag.ops.spmm import accumulation_dtype
 from bigbag.parts import Parts
 
-_NO_BIAS = (None, None, None, None, "", [])  # mask, coordinates of queries and keys, weights, kind, thresholds
+_NO_BIAS: tuple[Any, ...] = (
+    None,
+    None,
+    None,
+    None,
+    "",
+    [],
+)  # mask, coordinates of queries and keys, weights, kind, thresholds
 
 
 def ring_attention(
