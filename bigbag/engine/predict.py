@@ -169,10 +169,11 @@ class Predicted(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """A bag that could not be predicted, and why."""
+    """A bag that could not be predicted, why, and whether only because it has no instances."""
 
     name: str
     reason: str
+    empty: bool = False
 
 
 def predict_bags_of(
@@ -200,7 +201,7 @@ def predict_bags_of(
             try:
                 content = found.result()
             except (ValueError, OSError) as error:
-                content = Failure(bag.entry.name, str(error))
+                content = Failure(bag.entry.name, str(error), isinstance(error, BagError) and error.check == "empty")
             if following is not None:
                 waiting.append(_start(pool, predictor, following, out, salt))
             yield (
@@ -281,15 +282,23 @@ def write_results(
 ) -> list[Failure]:
     """Write ``predictions.csv`` and ``prediction.json`` of all ranks; every rank calls it with its own share.
 
+    Args:
+        predictor: the model.
+        rows: lines of ``predictions.csv``.
+        failures: bags without results, or without all of them.
+        left_out: bags that are not to be predicted, ``{"name": ..., "reason": ...}`` each.
+        out: the folder of the results.
+        world: the ranks.
+
     Returns:
         the failures of all ranks.
     """
-    gathered = world.gather((list(rows), list(failures)))
-    failed = [failure for _, part in gathered for failure in part]
+    gathered = world.gather((list(rows), list(failures), list(left_out)))
+    failed = [failure for _, part, _ in gathered for failure in part]
     if world.is_main:
         # Ranks took every so-manieth bag: in turns they give the order of the bags again.
-        turns = max((len(part) for part, _ in gathered), default=0)
-        in_order = [part[i] for i in range(turns) for part, _ in gathered if i < len(part)]
+        turns = max((len(part) for part, _, _ in gathered), default=0)
+        in_order = [part[i] for i in range(turns) for part, _, _ in gathered if i < len(part)]
         write_atomically(out / "predictions.csv", predictions_table(in_order, predictor.task))
         about = {
             "model": type(predictor.model).__name__,
@@ -297,8 +306,8 @@ def write_results(
             "task": predictor.task.model_dump(mode="json"),
             "bags": predictor.settings.to_json(),
             "num_bags": len(in_order),
-            "failed": [failure._asdict() for failure in failed],
-            "left_out": list(left_out),
+            "failed": [{"name": failure.name, "reason": failure.reason} for failure in failed],
+            "left_out": [one for _, _, part in gathered for one in part],
         }
         write_json(out / "prediction.json", about)
     world.barrier()

@@ -34,6 +34,7 @@ def add_predict_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--labels", metavar="TABLE", help="labels, where they are known; only copied to the results")
     parser.add_argument("--patients", metavar="TABLE", help="patient of each slide, for models of patients")
     parser.add_argument("--column", action="append", default=[], metavar="ROLE=NAME", help="column of a table")
+    parser.add_argument("--empty", choices=("error", "leave_out"), default="error", help="slides without patches")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     group = parser.add_argument_group("pictures", argument_default=argparse.SUPPRESS)

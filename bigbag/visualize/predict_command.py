@@ -44,12 +44,14 @@ def predict_command(options: argparse.Namespace, world: World) -> None:
     if world.is_main and pictures.any:
         settle(options.out, pictures, locate is not None)
     world.barrier()
-    rows, failures, fresh = [], list[Failure](), 0
+    rows, failures = [], list[Failure]()
+    left_out = list(left_out) if world.is_main else []
     for number, found in enumerate(predict_bags_of(predictor, bags, options.out, world, salt), 1):
         if isinstance(found, Predicted):
             rows.append(found.row)
-            fresh += found.fresh
             failures += _draw(found, options.out, pictures, locate)
+        elif found.empty and options.empty == "leave_out":
+            left_out.append({"name": found.name, "reason": "no instances"})
         else:
             failures.append(found)
         _say(number, found, -(-len(bags) // world.size), world)
@@ -57,8 +59,8 @@ def predict_command(options: argparse.Namespace, world: World) -> None:
     if world.is_main:
         print(f"predictions: {options.out / 'predictions.csv'}\nscores: {options.out / 'scores'}", flush=True)
     if failed:
-        listed = "; ".join(f"{name}: {reason}" for name, reason in failed[:3]) + ("; ..." if len(failed) > 3 else "")
-        num, all_of_them = len({name for name, _ in failed}), options.out / "prediction.json"
+        listed = "; ".join(f"{one.name}: {one.reason}" for one in failed[:3]) + ("; ..." if len(failed) > 3 else "")
+        num, all_of_them = len({one.name for one in failed}), options.out / "prediction.json"
         raise ValueError(f"{num} of {len(bags)} bags have no or not all results ({all_of_them} has them all): {listed}")
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,10 +29,12 @@ def settings_of(run_settings, **changes):
     return build_config({**run_settings, "train": {"epochs": 1, "batch_bags": 3}, **changes})
 
 
-@pytest.fixture
-def run(run_settings):
+@pytest.fixture(scope="module")
+def run(shards, tmp_path_factory):
     """A finished run of a model that pools."""
-    config = settings_of(run_settings)
+    data = {"shards": shards, "budget_instances": 100, "num_workers": 0}
+    settings = {"name": "run", "out": str(tmp_path_factory.mktemp("runs")), "data": data}
+    config = settings_of({**settings, "model": {"name": "ABMIL", "gated": True, "att_dim": 8}})
     train(config)
     return config
 
@@ -131,10 +134,10 @@ def test_what_is_there_is_not_computed_again(run, shards, tmp_path, monkeypatch,
     (out / "scores" / "test.2.npz").write_bytes(b"damaged")
     assert predict(run.run_dir, new, out) == 0
     assert computed == ["test.1", "test.2"]
-    model = run.run_dir / "checkpoints" / "best" / "model.json"
-    model.write_text(model.read_text() + "\n")
+    other = Path(shutil.copytree(run.run_dir / "checkpoints" / "best", tmp_path / "other"))
+    (other / "model.json").write_text((other / "model.json").read_text() + "\n")
     computed.clear()
-    assert predict(run.run_dir, new, out) == 0
+    assert predict(other, new, out) == 0
     assert len(computed) == 3
 
 
@@ -229,6 +232,11 @@ def test_what_cannot_be_predicted_is_named_and_the_rest_is_done(run, shards, tmp
     }
     assert "extractor" in failed["test.0"] and "NaN" in failed["test.1"] and "no instances" in failed["test.2"]
     assert list(rows(tmp_path / "out" / "predictions.csv")) == ["test.3"]
+    for name in ("test.0", "test.1"):
+        (new / f"{name}.npz").unlink()
+    assert predict(run.run_dir, new, tmp_path / "out", "--empty", "leave_out") == 0
+    about = json.loads((tmp_path / "out" / "prediction.json").read_text())
+    assert (about["failed"], about["left_out"]) == ([], [{"name": "test.2", "reason": "no instances"}])
 
 
 WRONG = {
