@@ -80,15 +80,16 @@ def place(
 ) -> Placement:
     """The squares of the instances of a slide.
 
-    Positions on a lattice are corners of patches: those of CLAM, TRIDENT, STAMP and most others. Other positions are
-    centres, of nuclei for example, each of which gets a square of twice the mean distance between neighbours.
+    Positions on a lattice are corners of patches, those of CLAM, TRIDENT, STAMP and most others, unless the attribute
+    ``anchor`` is "centre" (slideflow). Other positions are centres, of nuclei for example, each of which gets a square
+    of twice the mean distance between neighbours.
 
     Args:
         positions: ``(N, 2)`` x and y in the source's own unit: ``Bag.positions``, or ``Bag.coords`` where there are
             none.
         stride: distance of adjacent patches in the same unit; None: measured.
         attributes: what the source says of the bag: ``patch_size_level0``, CLAM's ``patch_size`` and ``downsample``,
-            ``unit: um``.
+            ``unit: um``, ``anchor: centre``.
         size: side of the patches in the same unit, over what the attributes say; None and no attribute: ``stride``.
         mpp: micrometres per level-0 pixel, for positions in micrometres.
 
@@ -115,7 +116,8 @@ def place(
         side = 2 * mean_distance(points) if size is None else size
         return Placement((points - side / 2) * scale, side * scale, None)
     assert size is not None
-    return Placement(points * scale, size * scale, stride * scale)
+    corners = points - size / 2 if about.get("anchor") == "centre" else points
+    return Placement(corners * scale, size * scale, stride * scale)
 
 
 def _measured(points: np.ndarray) -> float | None:

@@ -13,6 +13,7 @@ import numpy as np
 MAX_COLOR = np.array([0.8392156862745098, 0.15294117647058825, 0.1568627450980392])
 MIN_COLOR = np.array([0.17254901960784313, 0.6274509803921569, 0.17254901960784313])
 _CHUNK = 4096
+_ROUNDING = 1e-5  # of numbers that were normalised in float32
 
 
 def patches_to_canvas(
@@ -201,8 +202,8 @@ def checked_values(where: str, values: np.ndarray, num: int, alpha: float) -> np
     checked = np.asarray(values, np.float64)
     if checked.shape != (num,):
         raise ValueError(f"{where}: values has shape {checked.shape}, expected ({num},)")
-    if not ((checked >= 0) & (checked <= 1)).all():
+    if not ((checked >= -_ROUNDING) & (checked <= 1 + _ROUNDING)).all():
         raise ValueError(f"{where}: values from {checked.min()} to {checked.max()}, expected numbers from 0 to 1")
     if not 0 <= alpha <= 1:
         raise ValueError(f"{where}: alpha is {alpha}, expected 0 to 1")
-    return checked
+    return np.clip(checked, 0, 1)

@@ -48,6 +48,7 @@ def test_a_part_of_a_picture_is_that_part(monkeypatch):
         (512, {"patch_size": 256, "patch_level": 1, "downsample": [4, 4]}, {}, 1024, 1024, 512),
         (512, {"patch_size_level0": 512}, {"size": 600}, 1024, 600, 512),
         (256, {"unit": "um", "tile_size_um": 256.0}, {"mpp": 0.5}, 2048, 512, 512),
+        (512, {"anchor": "centre"}, {}, 768, 512, 512),
         (None, {}, {}, 1024, 512, 512),
     ],
 )

@@ -19,7 +19,7 @@ _INDEX = ".index.npz"
 
 @dataclass
 class Slideflow(FolderSource):
-    """Slides of slideflow; locations are level-0 pixels, whose stride is measured."""
+    """Slides of slideflow; locations are the centres of tiles in level-0 pixels, whose stride is measured."""
 
     name: ClassVar[str] = "slideflow"
 
@@ -41,7 +41,7 @@ class Slideflow(FolderSource):
             coords = read_file(files[1]).features(("arr_0",))
             check_rows(x, coords, files[0], files[1])
         stride = None if coords is None else settled_stride(coords, None)
-        return Bag(x=x, coords=coords, stride=stride, attributes=_config(files[0].parent))
+        return Bag(x=x, coords=coords, stride=stride, attributes={**_config(files[0].parent), "anchor": "centre"})
 
 
 def _config(folder: Path) -> dict[str, Any]:

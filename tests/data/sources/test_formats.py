@@ -187,7 +187,8 @@ def test_slideflow(tmp_path: Path, write: SimpleNamespace, packed: Callable) -> 
     (tmp_path / "bags" / "bags_config.json").write_text(json.dumps(config))
     found = packed(tmp_path / "bags", "--labels", label_table(tmp_path, write), "--splits", "test_fraction=0.5")
     check(write, found, 604.0)
-    assert found["slide.A"].bag.attributes == {"tile_px": 256, "tile_um": 302, "extractor": "uni"}
+    kept = {"tile_px": 256, "tile_um": 302, "extractor": "uni", "anchor": "centre"}
+    assert found["slide.A"].bag.attributes == kept
     assert found["slide.A"].info.split == found["slide.B"].info.split != found["slide.C"].info.split  # patients
 
 
