@@ -36,6 +36,7 @@ _PIXELS_PER_PATCH = 16
 _PIXELS_PER_POINT = 4
 _PYRAMID_SIDE = 16_384
 _SETTINGS = "pictures.json"
+_MAX_OUTSIDE = 0.01
 
 
 @dataclass(frozen=True)
@@ -171,11 +172,8 @@ def _draw_slide(found: SlideScores, scale: Scale, out: Path, pictures: Pictures,
     # A heatmap alone needs no pixels: it may be in micrometres.
     mpp = mpp if mpp or in_pixels else 1.0
     placement = place(found.coords, found.stride, found.attributes, pictures.patch_size, mpp)
-    if slide is not None and placement.size <= 1 and len(placement) > 1:
-        raise ValueError(
-            "its coordinates count patches, so that their place on the slide is not known: predict from files with "
-            "level-0 coordinates, or leave --slides out"
-        )
+    if slide is not None:
+        _check_lies_on(placement, slide)
     heatmap = Heatmap(placement, scale, pictures.colour_map)
     name, box = file_name(found.slide), _box(found, placement, slide)
     if pictures.heatmaps:
@@ -198,6 +196,23 @@ def _draw_slide(found: SlideScores, scale: Scale, out: Path, pictures: Pictures,
             write_png(out / "top" / f"{name}.png", gallery(patches, captions))
 
 
+def _check_lies_on(placement: Placement, slide: SlideImage) -> None:
+    """Refuse coordinates that cannot be level-0 pixels of the slide."""
+    if placement.size <= 1 and len(placement) > 1:
+        raise ValueError(
+            "its coordinates count patches, so that their place on the slide is not known: predict from files with "
+            "level-0 coordinates, or leave --slides out"
+        )
+    outside = ((placement.corners >= slide.size) | (placement.corners + placement.size <= 0)).any(1)
+    if outside.mean() > _MAX_OUTSIDE:
+        width, height = slide.size
+        raise ValueError(
+            f"{int(outside.sum())} of {len(outside)} instances lie outside {slide.path} ({width} x {height} pixels): "
+            "its coordinates are not level-0 pixels of that slide; give the slide that the features are of, or leave "
+            "--slides out"
+        )
+
+
 def _draw_heatmap(heatmap: Heatmap, box: Box, path: Path, pictures: Pictures, slide: SlideImage | None) -> None:
     finest = 1.0 if slide is not None else _finest(heatmap.placement)
     shape = picture_shape(box, pictures.max_side, finest)
@@ -215,7 +230,7 @@ def _write_geojson(found: SlideScores, placement: Placement, scale: Scale, path:
     features = _instances(found, placement, scale, pictures, every, "detection")
     write_geojson(path.with_name(f"{path.name}.instances.geojson"), features)
     regions = find_regions(placement, scale.values, pictures.threshold, pictures.min_instances)
-    red, green, blue, _ = colours(pictures.colour_map)[round(255 * min(max(pictures.threshold, 0), 1))].tolist()
+    red, green, blue, _ = colours(pictures.colour_map)[round(255 * pictures.threshold)].tolist()
     text = f"{scale.name} >= {pictures.threshold:g}"
     described = region_features(regions, classification=text, colour=(red, green, blue), measure=scale.name)
     write_geojson(path.with_name(f"{path.name}.regions.geojson"), described)
@@ -226,7 +241,7 @@ def _instances(
 ) -> Iterator[str]:
     values = scale.values[index]
     return instance_features(
-        placement if len(index) == len(placement) else placement.take(index),
+        placement.take(index),
         {"score": found.scores[index], scale.name: values},
         classification="instance" if kind == "detection" else "highest scores",
         colours=colours(pictures.colour_map)[np.rint(values * 255).astype(int), :3],

@@ -126,10 +126,15 @@ def test_pictures_are_drawn_again_only_where_something_changed(job, tmp_path):
 
 
 def test_without_the_slide(job, tmp_path):
-    """The box is the slide's, whose size TRIDENT wrote down; white where nothing is."""
+    """The box is the slide's, whose size TRIDENT wrote down; white where nothing is. All instances may be the top."""
     root, _, corners, tissue = job
     out = tmp_path / "out"
-    assert predict(make_model(tmp_path / "model"), root, out, "--heatmaps", "--scale", "linear") == 0
+    options = ["--heatmaps", "--scale", "linear", "--top-k", 10_000]
+    assert predict(make_model(tmp_path / "model"), root, out, *options) == 0
+    with np.load(out / "scores" / f"{NAME}.npz") as file:
+        order = np.argsort(-file["scores"], kind="stable")
+    top = json.loads((out / "geojson" / f"{NAME}.top.geojson").read_text())["features"]
+    assert [f["geometry"]["coordinates"][0][0] for f in top] == corners[order].tolist()
     overlay = np.asarray(Image.open(out / "heatmaps" / f"{NAME}.overlay.png"))
     assert overlay.shape[:2] == (round(tissue.shape[0] / 6), round(tissue.shape[1] / 6)), "16 pixels a patch"
     picture = np.asarray(Image.open(out / "heatmaps" / f"{NAME}.png"))[:, : overlay.shape[1]]
@@ -166,6 +171,9 @@ def test_what_cannot_be_drawn(job, tmp_path, capsys):
     np.savez(new / f"{NAME}.npz", features=x, coords=grid)
     assert predict(model, new, out, "--slides", slides, "--heatmaps") == 2
     assert "count patches" in capsys.readouterr().err
+    np.savez(new / f"{NAME}.npz", features=x, coords=grid * 1000)
+    assert predict(model, new, out, "--slides", slides, "--heatmaps") == 2
+    assert "21 of 30 instances lie outside" in capsys.readouterr().err
     np.savez(new / f"{NAME}.npz", features=x)
     assert predict(model, new, out, "--heatmaps") == 2
     assert "no coordinates" in capsys.readouterr().err
