@@ -203,11 +203,12 @@ def _check_lies_on(placement: Placement, slide: SlideImage) -> None:
             "its coordinates count patches, so that their place on the slide is not known: predict from files with "
             "level-0 coordinates, or leave --slides out"
         )
-    outside = ((placement.corners >= slide.size) | (placement.corners + placement.size <= 0)).any(1)
+    beyond = (placement.corners >= np.array(slide.size)) | (placement.corners + placement.size <= 0)
+    outside = np.logical_or(beyond[:, 0], beyond[:, 1])
     if outside.mean() > _MAX_OUTSIDE:
         width, height = slide.size
         raise ValueError(
-            f"{int(outside.sum())} of {len(outside)} instances lie outside {slide.path} ({width} x {height} pixels): "
+            f"{int(outside.sum())} of {len(placement)} instances lie outside {slide.path} ({width} x {height} pixels): "
             "its coordinates are not level-0 pixels of that slide; give the slide that the features are of, or leave "
             "--slides out"
         )
