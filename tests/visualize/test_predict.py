@@ -186,7 +186,7 @@ def test_what_cannot_be_drawn(job, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_slide_of_592_349_nuclei(test_data, tmp_path):
-    """Prediction, heatmap and GeoJSON of all of them: 9 s and 1.0 GiB on two idle cores; 60 s and 3 GiB are allowed."""
+    """Prediction, heatmap and GeoJSON of all of them: 8 s and 1.0 GiB on two idle cores; 60 s and 3 GiB are allowed."""
     if not (test_data / "hgsc").is_dir():
         pytest.skip(f"{test_data / 'hgsc'} is absent; set BIGBAG_TEST_DATA")
     out, code = tmp_path / "out", "import resource, sys; from bigbag.cli import main; code = main(sys.argv[1:])"
