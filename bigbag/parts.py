@@ -58,10 +58,6 @@ class Parts:
         """The same ranks holding other rows."""
         return replace(self, sizes=tuple(tuple(own) for own in sizes))
 
-    def seen_by(self, rank: int) -> Parts:
-        """The same, as another rank of the group sees it."""
-        return replace(self, rank=rank)
-
     def rows(self) -> np.ndarray:
         """(T,) int64: where in the whole pack (bags laid end to end) the rows of this rank are."""
         firsts = np.cumsum([0, *self.totals[:-1]]) + np.asarray(self.before, dtype=np.int64)

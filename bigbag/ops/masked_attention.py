@@ -119,7 +119,7 @@ def _in_parts(
             f"masked_attention: implementation {chosen!r} takes whole bags, but ranks share these: {able} can"
         )
     assert segments.parts is not None
-    seeds = [fold_seed(seed + rank) for rank in range(segments.parts.num_ranks)]
+    seeds = [fold_seed(seed + number) for number in range(q.shape[1] * segments.parts.num_ranks)]
     return ring_attention(
         q, k, v, segments, dropout, seeds, scale, choose("masked_attention", _DTYPES, chosen, q.device.type, q.dtype)
     )

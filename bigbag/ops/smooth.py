@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bigbag.adjacency import Adjacency
+from bigbag.ops.distributed import exchange
 from bigbag.ops.join import with_halo
 from bigbag.ops.registry import Operator
 from bigbag.ops.spmm import (
@@ -22,7 +23,6 @@ from bigbag.ops.spmm import (
     reference_spmm,
 )
 from bigbag.ops.transpose import transpose
-from bigbag.parts import Halo
 
 
 def smooth(adj: Adjacency, f: Tensor, alpha: float | Tensor, num_steps: int = 10, *, impl: str | None = None) -> Tensor:
@@ -107,22 +107,14 @@ def _slopes(a: Tensor, num_steps: int) -> Tensor:
 
 
 def _recursion(
-    impl: str,
-    f: Tensor,
-    scales: Tensor,
-    betas: Tensor,
-    weight: Tensor | None,
-    crow: Tensor,
-    col: Tensor,
-    halo: Halo | None = None,
+    impl: str, f: Tensor, scales: Tensor, betas: Tensor, weight: Tensor | None, crow: Tensor, col: Tensor
 ) -> Tensor:
     """``g <- scales[k] A g + betas[k] f`` for each k, from g = f."""
     f = f.contiguous()
     # Two buffers in turn; the first step reads f, which is not ours to write.
     g, spare = f, None
     for k in range(len(scales)):
-        x = with_halo(g, halo)
-        out = kernels(impl).spmm(crow, col, weight, x, scales[k : k + 1], None, f, betas[k : k + 1], spare)
+        out = kernels(impl).spmm(crow, col, weight, g, scales[k : k + 1], None, f, betas[k : k + 1], spare)
         g, spare = out, (g if k else None)
     return g
 
@@ -163,8 +155,19 @@ class _SmoothInParts(torch.autograd.Function):
 
 
 def _recursion_in_parts(adj: Adjacency, f: Tensor, scales: Tensor, betas: Tensor, impl: str) -> Tensor:
-    weight = None if adj.weight is None else adj.weight.to(scales.dtype)[:, None]
-    return _recursion(impl, f, scales, betas, weight, adj.crow.contiguous(), adj.col.contiguous(), adj.halo)
+    """As :func:`_recursion`, with the rows of the halo behind those of its two buffers."""
+    assert adj.halo is not None
+    f, weight = f.contiguous(), None if adj.weight is None else adj.weight.to(scales.dtype)[:, None]
+    graph = (adj.crow.contiguous(), adj.col.contiguous(), weight)
+    g = with_halo(f, adj.halo)
+    spare = torch.empty_like(g)
+    for k in range(len(scales)):
+        factors = (scales[k : k + 1], None, f, betas[k : k + 1])
+        own = kernels(impl).spmm(*graph, g, *factors, spare[: len(f)])
+        if k + 1 < len(scales):
+            spare[len(f) :] = exchange(own, adj.halo)
+        g, spare = spare, g
+    return g[: len(f)]
 
 
 _STEPS = "Tensor? weight, Tensor? weight_t, Tensor crow, Tensor col, Tensor crow_t, Tensor col_t, int num_steps"

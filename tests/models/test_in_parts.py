@@ -4,16 +4,19 @@ import random
 from dataclasses import replace
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
-from bigbag import PackedBags
-from bigbag.models import MODELS
+from bigbag import Bag, PackedBags
+from bigbag.config import ModelConfig, TaskConfig
+from bigbag.graphs import build_adjacency
+from bigbag.models import MODELS, build_model
 from bigbag.nn import VariationalAutoEncoder
 from bigbag.ops.join import join_parts
 from bigbag.parts import Parts
-from bigbag.testing import run_ranks
+from bigbag.testing import peak_bytes, run_ranks
 from tests.models.test_models import SMALL, build, make_bag
 
 ENCODER = {"name": "MLP", "linear_sizes": [7], "activations": ["relu"]}
@@ -102,3 +105,45 @@ def test_several_ranks_give_what_one_gives(num_ranks):
         for key, errors in found.items():
             tolerance = 1e-5 if "float64" in key else 1e-3
             assert all(error <= tolerance for error in errors), f"{key}: {errors}"
+
+
+LARGE = {
+    "ABMIL": ({"att_dim": 32}, 0.32),
+    "SmABMIL": ({"att_dim": 32}, 0.44),
+    "PatchGCN": ({"n_gcn_layers": 3, "hidden_dim": 32, "att_dim": 32}, 0.32),
+    "TransMIL": ({"att_dim": 32, "n_heads": 2, "n_landmarks": 16}, 0.36),
+    "TransformerABMIL": ({"transf_att_dim": 32, "transf_n_heads": 8, "pool_att_dim": 32}, 0.52),
+}
+"""Arguments, and how much of one rank's memory each of four may take on a bag of 10,000 instances: a quarter, borders,
+and what does not depend on the bag, such as a chunk of 2048 rows of an MLP."""
+
+
+def peak_of_step(name, arguments, side, width):
+    """Most bytes of tensors in a step, beyond the instances, on a bag that is a square of tissue."""
+    coords = np.stack(np.divmod(np.arange(side**2), side), 1)
+    x = torch.randn(side**2, width, generator=torch.Generator().manual_seed(0))
+    bag = Bag(x, 1, "square", coords=coords, adj=build_adjacency(coords, radius=1.5, normalize="symmetric"))
+    pack = PackedBags.from_bags([bag])
+    if dist.is_initialized():
+        place = (dist.get_rank(), dist.get_world_size())
+        parts = Parts.even([side**2], place[1], place[0])
+        pack = join_parts(replace(PackedBags.from_bags([bag.part(*place)]), parts=parts))
+    model = build_model(ModelConfig(name=name, **arguments), (width,), TaskConfig())
+
+    def step():
+        model.zero_grad()
+        _, losses = model.compute_loss(pack.y, pack)
+        sum(losses.values()).backward()
+
+    return peak_bytes(step)
+
+
+def peaks():
+    return {name: peak_of_step(name, arguments, 100, 32) for name, (arguments, _) in LARGE.items()}
+
+
+def test_a_rank_holds_its_part():
+    whole = peaks()
+    for found in run_ranks(peaks, 4, timeout_s=300):
+        for name, (_, share) in LARGE.items():
+            assert found[name] <= share * whole[name], f"{name}: {found[name]} bytes on 1 of 4, {whole[name]} alone"
