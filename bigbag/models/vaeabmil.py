@@ -22,8 +22,8 @@ class VAEABMIL(MILModel):
     ``z_n ~ q(z | x_n)``, averaged over the samples; ABMIL pools ``z``; the loss is the criterion plus the terms
     ``VaeELL`` and ``VaeKL`` of :class:`~bigbag.nn.VariationalAutoEncoder`. Instances are encoded once for all of it.
 
-    In eval ``z_n`` is the posterior's mean, unless samples are asked for; torchmil draws one at every prediction. And
-    other than in torchmil, padding does not enter the losses, which are means over the bags.
+    In eval ``z_n`` is the posterior's mean, unless samples are asked for, and the losses draw by a fixed seed; torchmil
+    draws anew every time. And other than in torchmil, padding does not enter the losses, which are means over the bags.
 
     Args:
         feat_ext: the autoencoder; None: a :class:`~bigbag.nn.VariationalAutoEncoderMIL` of its default widths.
@@ -76,6 +76,18 @@ class VAEABMIL(MILModel):
             return mean
         return self.feat_ext.get_reparameterized_samples(mean, log_std, n_samples or 1).mean(1)
 
+    def _samples(self, mean: Tensor, log_std: Tensor, n_samples: int, bags: PackedBags) -> Tensor:
+        """(T, n_samples, latent) of the posteriors; in eval by a fixed seed, so that a bag has one loss."""
+        draw = self.feat_ext.get_reparameterized_samples
+        if self.training:
+            return draw(mean, log_std, n_samples)
+        found = []
+        with torch.random.fork_rng([mean.device] if mean.is_cuda else []):
+            for of_bag in zip(mean.split(bags.sizes), log_std.split(bags.sizes)):
+                torch.manual_seed(0)
+                found.append(draw(*of_bag, n_samples))
+        return torch.cat(found)
+
     def _classify(self, latent: Tensor, bags: PackedBags) -> tuple[Tensor, Tensor]:
         self.pool.recompute = self.activation_checkpointing
         z, f = self.pool.pool(latent, bags.segments)
@@ -122,7 +134,7 @@ class VAEABMIL(MILModel):
         bags = self.pack(X, mask)
         mean, log_std = self.feat_ext.get_raw_output_enc(bags.x)
         Y_pred, _ = self._classify(self._latent(mean, log_std, None), bags)
-        samples = self.feat_ext.get_reparameterized_samples(mean, log_std, n_samples)
+        samples = self._samples(mean, log_std, n_samples, bags)
         terms = self.feat_ext.elbo(bags.x.flatten(1), mean, log_std, samples)
         losses = {type(self.criterion).__name__: self.bag_loss(Y_pred, Y)}
         for name, term in zip(("VaeELL", "VaeKL"), terms):

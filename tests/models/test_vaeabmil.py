@@ -56,6 +56,14 @@ def test_padding_does_not_enter_the_losses():
     assert model.log_marginal_likelihood_importance_sampling(loud, MASK, 2).shape == (2, 5)
 
 
+def test_losses_in_eval_are_those_of_the_bag_alone():
+    model = build().eval()
+    together = model.compute_loss(Y, X, MASK)[1]
+    torch.testing.assert_close(model.compute_loss(Y, X, MASK)[1], together, rtol=0, atol=0)
+    alone = [model.compute_loss(Y[b : b + 1], X[b : b + 1], MASK[b : b + 1])[1] for b in range(2)]
+    torch.testing.assert_close({name: (alone[0][name] + alone[1][name]) / 2 for name in together}, together)
+
+
 def test_makes_its_own_autoencoder():
     assert VAEABMIL(in_shape=(6,)).feat_ext.layer_sizes == [128, 64]
     with pytest.raises(ValueError, match="feat_ext"):
