@@ -150,7 +150,11 @@ class PackedBags:
 
     @staticmethod
     def from_bags(
-        bags: Sequence[Bag], *, dtype: torch.dtype | None = None, allocate: Callable[[int], Tensor] | None = None
+        bags: Sequence[Bag],
+        *,
+        dtype: torch.dtype | None = None,
+        allocate: Callable[[int], Tensor] | None = None,
+        share_x: bool = False,
     ) -> PackedBags:
         """Lay ``bags`` end to end in one buffer, so that moving the pack to a device is a single copy.
 
@@ -161,15 +165,19 @@ class PackedBags:
             bags: at least one bag, all of the same feature shape and dtype.
             dtype: precision of ``x`` in the pack, converted while it is copied; None: that of the bags.
             allocate: gives a byte tensor of at least so many bytes to lay the pack in; None: a new one.
+            share_x: ``x`` of the one bag there is stays where it is, as it is stored: in a mapped file, whose pages are
+                read when they are needed. It must not be written to.
 
         Raises:
-            ValueError: no bag, or bags of different feature shapes (both keys are named).
+            ValueError: no bag, or bags of different feature shapes (both keys are named); ``share_x`` of several bags.
         """
         if not bags:
             raise ValueError("PackedBags.from_bags: expected at least one bag, got none")
         _check_same_features(bags)
+        if share_x and len(bags) > 1:
+            raise ValueError(f"PackedBags.from_bags: share_x is for one bag by itself, got {len(bags)}")
         sizes = tuple(bag.num_instances for bag in bags)
-        arrays: dict[str, list[np.ndarray]] = {"x": [bag.x for bag in bags]}
+        arrays: dict[str, list[np.ndarray]] = {} if share_x else {"x": [bag.x for bag in bags]}
         arrays["offsets"] = [np.asarray([0, *accumulate(sizes)], dtype=np.int64)]
         if all(bag.y is not None for bag in bags):
             labels = np.asarray([bag.y for bag in bags])
@@ -184,6 +192,8 @@ class PackedBags:
         if len(graphs) == len(bags):
             arrays |= _block_diagonal(graphs)
         parts = _concatenate_in_one_buffer(arrays, {} if dtype is None else {"x": dtype}, allocate or _new_buffer)
+        if share_x:
+            parts["x"] = _tensor_of(bags[0].x)
         adj = None
         if len(graphs) == len(bags):
             symmetric = all(graph.symmetric for graph in graphs)
@@ -354,11 +364,16 @@ def _concatenate_in_one_buffer(
     return tensors
 
 
+def _tensor_of(array: np.ndarray) -> Tensor:
+    """``array`` as a tensor that must only be read: torch has no read-only tensors, and warns of a map of a shard."""
+    interface = {**array.__array_interface__, "data": (array.__array_interface__["data"][0], False)}
+    # What refers to the memory keeps ``array``, and with it the map.
+    return torch.from_numpy(np.asarray(SimpleNamespace(__array_interface__=interface, owner=array)))
+
+
 def _copy(source: np.ndarray, target: Tensor) -> None:
     """Copy ``source`` into ``target``, in the precision of ``target``; torch uses all its threads for it."""
-    # torch has no read-only tensors and warns of a map of a shard; this one is only read.
-    interface = {**source.__array_interface__, "data": (source.__array_interface__["data"][0], False)}
-    values = torch.from_numpy(np.asarray(SimpleNamespace(__array_interface__=interface)))
+    values = _tensor_of(source)
     if target.dtype != torch.bfloat16:
         target.copy_(values)
         return

@@ -163,6 +163,10 @@ class DataConfig(Section):
     """What packing does with a bag that has an error: look at all others and stop, or leave it out and list it."""
     budget_instances: int = 131_072
     """Most instances in one pack; a larger bag is a pack of its own."""
+    budget_bytes: int | None = None
+    """Most bytes of features in one pack, for bags that fit into no memory: packs hold fewer bags, and a bag that is
+    larger by itself stays in its mapped shard, from which a step streams it twice. Models that pool then keep a few
+    numbers for each instance; others need memory for their layers, or more ranks (``parallel.bag``). None: any size."""
     max_instances: int | None = None
     """Cap: use a random subsample of at most so many instances of each bag, everywhere. None: whole bags."""
     bag: Literal["slide", "patient"] = "slide"
@@ -195,7 +199,7 @@ class DataConfig(Section):
             raise ValueError(f"expected at least 1, got {value}")
         return value
 
-    @field_validator("max_instances")
+    @field_validator("max_instances", "budget_bytes")
     @classmethod
     def _positive_or_none(cls, value: int | None) -> int | None:
         return value if value is None else cls._positive(value)

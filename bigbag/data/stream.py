@@ -47,6 +47,7 @@ def stream(
     epoch: int = 0,
     part: tuple[int, int] = (0, 1),
     augment: Augmentation | None = None,
+    budget_bytes: int | None = None,
 ) -> Iterator[Item]:
     """The packs of one rank, in the order of the plan.
 
@@ -68,6 +69,8 @@ def stream(
         epoch: epoch of both.
         part: ``(r, R)`` reads the r-th of R parts of every bag (:meth:`bigbag.Bag.part`), as ``pack.parts`` says.
         augment: changes to training bags; None: none.
+        budget_bytes: a bag by itself whose features take more stays in its mapped shard, in the precision of the shard;
+            None: every pack is copied into memory.
 
     Yields:
         ``(step, micro_step, pack plan, pack)``.
@@ -88,7 +91,8 @@ def stream(
     allocate = pinned or buffers.lease
 
     def read(pack_plan: PackPlan) -> PackedBags:
-        return _read(store, pack_plan, max_instances, seed, epoch, part, augment, dtype=dtype, allocate=allocate)
+        memory = {"dtype": dtype, "allocate": allocate}
+        return _read(store, pack_plan, max_instances, seed, epoch, part, augment, budget_bytes, **memory)
 
     items = list(plan.of_rank(rank, start_step))
     packs = map(read, (item[2] for item in items)) if not ahead else _read_ahead(read, items, num_workers, ahead)
@@ -114,6 +118,7 @@ def _read(
     epoch: int,
     part: tuple[int, int],
     augment: Augmentation | None,
+    budget_bytes: int | None,
     **memory: Any,
 ) -> PackedBags:
     def read(index: int, draw: int) -> Bag:
@@ -132,14 +137,33 @@ def _read(
             f"make the plan with capped_sizes(store.sizes, max_instances={max_instances}), and augment.sizes of them"
         )
     rank, num_ranks = part
-    if num_ranks == 1:
-        pack = PackedBags.from_bags(bags, **memory)
-    else:
-        pack = PackedBags.from_bags([bag.part(rank, num_ranks) for bag in bags], **memory)
+    mine = bags if num_ranks == 1 else [bag.part(rank, num_ranks) for bag in bags]
+    if budget_bytes is not None and sum(bag.x.nbytes for bag in mine) > budget_bytes:
+        _check_mapped(mine, augment, budget_bytes)
+        memory["share_x"] = True
+    pack = PackedBags.from_bags(mine, **memory)
+    if num_ranks > 1:
         pack = replace(pack, parts=Parts.even([bag.num_instances for bag in bags], num_ranks, rank))
     if augment is not None:
         augment.add_noise(pack, keys)
     return pack
+
+
+def _check_mapped(bags: list[Bag], augment: Augmentation | None, budget_bytes: int) -> None:
+    """Refuse a pack over the budget that could not stay where it is."""
+    names, needed = ", ".join(repr(bag.key) for bag in bags), sum(bag.x.nbytes for bag in bags)
+    reason = None
+    if len(bags) > 1:
+        reason = "several bags in a pack have to be copied: set data.budget_instances"
+    elif augment is not None and (augment.feature_noise or augment.instance_dropout or augment.mixup):
+        reason = "data.augment changes its features, which needs a copy: set it to none"
+    elif bags[0].x.flags.writeable:
+        reason = "its features are no view of a mapped shard: set data.max_instances lower, or pack bags singly"
+    if reason is not None:
+        raise ValueError(
+            f"bag {names}: {needed:,} bytes of features are over data.budget_bytes = {budget_bytes:,}, and {reason}; or "
+            "raise data.budget_bytes"
+        )
 
 
 def _read_ahead(

@@ -12,7 +12,7 @@ import torch
 from bigbag.bags import PackedBags
 from bigbag.config import Config
 from bigbag.data import BagStore, capped_sizes, plan_epoch
-from bigbag.engine.feed import feed
+from bigbag.engine.feed import budget_instances, feed
 from bigbag.engine.metrics import bag_metrics, instance_metrics
 from bigbag.engine.preemption import Preempted, asked_to_leave
 from bigbag.engine.step import to_device
@@ -71,7 +71,7 @@ def predict_bags(
         seed=config.seed,
         epoch=0,
         world_size=world.data_size,
-        budget_instances=data.budget_instances,
+        budget_instances=budget_instances(config, store),
         batch_bags=max(1, len(bags)),
         shuffle=False,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 
 from bigbag.bags import PackedBags
@@ -63,7 +64,7 @@ class TrainingFeed:
             seed=self.config.seed,
             epoch=epoch,
             world_size=self.world.data_size,
-            budget_instances=self.config.data.budget_instances,
+            budget_instances=budget_instances(self.config, self.store),
             batch_bags=self.config.train.batch_bags,
             shuffle=not drawn,
             repeated=drawn,
@@ -74,6 +75,16 @@ class TrainingFeed:
         return feed(
             self.store, plan, self.config, self.world, start_step=start_step, epoch=epoch, augment=self.augmentation
         )
+
+
+def budget_instances(config: Config, store: BagStore) -> int:
+    """Most instances in a pack of several bags: ``data.budget_instances``, or what ``data.budget_bytes`` allows."""
+    data = config.data
+    if data.budget_bytes is None:
+        return data.budget_instances
+    dtype = np.dtype(store.feature_dtype) if data.dtype is None else getattr(torch, data.dtype)
+    row_bytes = math.prod(store.feature_shape) * dtype.itemsize
+    return max(1, min(data.budget_instances, data.budget_bytes // max(1, row_bytes)))
 
 
 def configured_augmentation(config: Config, bags: Sequence[int]) -> Augmentation:
@@ -107,4 +118,5 @@ def feed(
         epoch=epoch,
         part=(world.bag_rank, world.bag_ranks),
         augment=augment,
+        budget_bytes=data.budget_bytes,
     )
