@@ -69,8 +69,8 @@ def stream(
         epoch: epoch of both.
         part: ``(r, R)`` reads the r-th of R parts of every bag (:meth:`bigbag.Bag.part`), as ``pack.parts`` says.
         augment: changes to training bags; None: none.
-        budget_bytes: a bag by itself whose features take more stays in its mapped shard, in the precision of the shard;
-            None: every pack is copied into memory.
+        budget_bytes: the features of a bag by itself that take more stay where they are, in a mapped shard, in the
+            precision they have there; None: every pack is copied into memory.
 
     Yields:
         ``(step, micro_step, pack plan, pack)``.
@@ -139,7 +139,8 @@ def _read(
     rank, num_ranks = part
     mine = bags if num_ranks == 1 else [bag.part(rank, num_ranks) for bag in bags]
     if budget_bytes is not None and sum(bag.x.nbytes for bag in mine) > budget_bytes:
-        _check_mapped(mine, augment, budget_bytes)
+        capped = max_instances is not None and any(store.sizes[index] > max_instances for index in plan.bags)
+        _check_in_place(mine, capped, augment, budget_bytes)
         memory["share_x"] = True
     pack = PackedBags.from_bags(mine, **memory)
     if num_ranks > 1:
@@ -149,20 +150,20 @@ def _read(
     return pack
 
 
-def _check_mapped(bags: list[Bag], augment: Augmentation | None, budget_bytes: int) -> None:
-    """Refuse a pack over the budget that could not stay where it is."""
-    names, needed = ", ".join(repr(bag.key) for bag in bags), sum(bag.x.nbytes for bag in bags)
+def _check_in_place(bags: list[Bag], capped: bool, augment: Augmentation | None, budget_bytes: int) -> None:
+    """Refuse a pack over the budget whose features can't stay where they are."""
     reason = None
     if len(bags) > 1:
-        reason = "several bags in a pack have to be copied: set data.budget_instances"
+        reason = "several bags in a pack are copied: plan with fewer budget_instances"
+    elif capped:
+        reason = "data.max_instances copies a part of them: set a lower one"
     elif augment is not None and (augment.feature_noise or augment.instance_dropout or augment.mixup):
-        reason = "data.augment changes its features, which needs a copy: set it to none"
-    elif bags[0].x.flags.writeable:
-        reason = "its features are no view of a mapped shard: set data.max_instances lower, or pack bags singly"
+        reason = "data.augment changes them in a copy: switch it off"
     if reason is not None:
+        names, needed = ", ".join(repr(bag.key) for bag in bags), sum(bag.x.nbytes for bag in bags)
         raise ValueError(
-            f"bag {names}: {needed:,} bytes of features are over data.budget_bytes = {budget_bytes:,}, and {reason}; or "
-            "raise data.budget_bytes"
+            f"bag {names}: {needed:,} bytes of features are over data.budget_bytes = {budget_bytes:,}, and {reason}, "
+            "or raise the budget"
         )
 
 

@@ -39,7 +39,9 @@ def save_attention_maps(
     for rank, bag_number in enumerate(ranked[places]):
         bag = store.read(int(bag_number))
         with torch.no_grad():
-            _, scores = forward(PackedBags.from_bags([bag]).to(device), "logits and scores")
+            over = config.data.budget_bytes is not None and bag.x.nbytes > config.data.budget_bytes
+            pack = PackedBags.from_bags([bag], share_x=over)
+            _, scores = forward(pack.to(device), "logits and scores")
         arrays = {"key": np.array(bag.key), "scores": scores.float().cpu().numpy(), **_picture(bag, store.patch_shape)}
         arrays |= {name: v for name, v in (("coords", bag.coords), ("y_inst", bag.y_inst)) if v is not None}
         safe_name = re.sub(r"[^A-Za-z0-9_-]+", "_", bag.key)
@@ -50,14 +52,21 @@ def _picture(bag: Bag, patch_shape: tuple[int, int] | None) -> dict[str, np.ndar
     """Something to draw each instance with: its pixels, or a colour from its features."""
     if patch_shape is not None:
         return {"patches": np.asarray(bag.x, dtype=np.float16).reshape(-1, *patch_shape)}
-    x = torch.from_numpy(np.array(bag.x, dtype=np.float32)).flatten(1)
+    x = bag.x.reshape(len(bag.x), -1)
     if min(x.shape) < 3:
         return {}
     generator = np.random.default_rng(0)
-    sample = x[torch.from_numpy(generator.permutation(len(x))[:10_000])]
+    sample = _wide(x[generator.permutation(len(x))[:10_000]])
     centre = sample.mean(0)
     _, _, directions = torch.linalg.svd(sample - centre, full_matrices=False)
-    components = ((x - centre) @ directions[:3].T).numpy()
+    # Some rows at a time: the bag may be larger than memory.
+    starts = range(0, len(x), len(sample))
+    pieces = [(_wide(x[start : start + len(sample)]) - centre) @ directions[:3].T for start in starts]
+    components = torch.cat(pieces).numpy()
     low, high = np.percentile(components, [1, 99], axis=0)
     scaled = (components - low) / np.maximum(high - low, 1e-12)
     return {"rgb": (255 * np.clip(scaled, 0, 1)).astype(np.uint8)}
+
+
+def _wide(rows: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.array(rows, dtype=np.float32))

@@ -13,6 +13,7 @@ import torch
 from bigbag import ops
 from bigbag.config import Config
 from bigbag.data import BagStore, capped_sizes
+from bigbag.engine.feed import budget_instances
 from bigbag.engine.world import World
 
 _CHECKPOINT_BYTES = 256 * 2**20
@@ -75,18 +76,22 @@ def banner(environment: dict[str, Any], name: str) -> str:
 def largest_pack_instances(config: Config, store: BagStore, bags: Sequence[int]) -> int:
     """The most instances that one pack of ``bags`` can have."""
     sizes = capped_sizes([store.sizes[bag] for bag in bags], config.data.max_instances)
-    return max(max(sizes, default=0), min(config.data.budget_instances, sum(sizes)))
+    return max(max(sizes, default=0), min(budget_instances(config, store), sum(sizes)))
 
 
 def wants_checkpointing(config: Config, store: BagStore, bags: Sequence[int]) -> bool:
-    """Whether activations are recomputed: as set or, for "auto", with a chunk size or a pack that is large in fp32."""
+    """Whether activations are recomputed: as set or, for "auto", with a chunk size, or a pack that is large in fp32 or
+    over ``data.budget_bytes``."""
     setting = config.train.activation_checkpointing
     if setting != "auto":
         return setting
     if config.train.chunk_instances is not None:
         return True
-    width = int(np.prod(store.feature_shape))
-    return largest_pack_instances(config, store, bags) * width * 4 > _CHECKPOINT_BYTES * config.parallel.bag
+    width, largest = int(np.prod(store.feature_shape)), largest_pack_instances(config, store, bags)
+    budget, stored = config.data.budget_bytes, np.dtype(store.feature_dtype).itemsize
+    if budget is not None and largest * width * stored > budget * config.parallel.bag:
+        return True
+    return largest * width * 4 > _CHECKPOINT_BYTES * config.parallel.bag
 
 
 def _memory(

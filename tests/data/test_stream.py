@@ -28,6 +28,7 @@ from bigbag.data import (
     plan_epoch,
     stream,
 )
+from bigbag.data.augment import Augmentation
 from bigbag.data.buffers import Buffers
 from bigbag.data.cap import cap_instances, take_rows
 from bigbag.data.sources import MemorySource
@@ -149,6 +150,38 @@ def test_bags_in_memory_stream_like_packed_ones(store: ShardStore) -> None:
 
 def reading_threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("bigbag-read")]
+
+
+def test_a_bag_over_the_budget_stays_in_its_shard(store: ShardStore) -> None:
+    sizes, budget = store.sizes, 30 * 6 * 2
+    plan = plan_epoch(sizes, range(12), seed=1, epoch=0, world_size=1, budget_instances=30, batch_bags=5)
+    usual = list(stream(store, plan, rank=0))
+    lean = list(stream(store, plan, rank=0, budget_bytes=budget))
+    large = 0
+    for (*_, a), (*_, b) in zip(usual, lean):
+        assert_same_pack(a, b)
+        apart = b.x.untyped_storage().data_ptr() != b.offsets.untyped_storage().data_ptr()
+        assert apart == (a.x.nbytes > budget) and (not apart or b.num_bags == 1)
+        large += apart
+    assert large == sum(size > 30 for size in sizes) > 3
+    halves = [next(iter(stream(store, plan, rank=0, budget_bytes=0, part=(r, 2))))[-1] for r in range(2)]
+    torch.testing.assert_close(torch.cat([half.x for half in halves]).sum(0), usual[0][-1].x.sum(0))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"augment": Augmentation(feature_noise=0.1)}, "data.augment changes them in a copy"),
+        ({"max_instances": 20}, "data.max_instances copies a part"),
+        ({}, "several bags in a pack are copied"),
+    ],
+)
+def test_what_would_be_copied_over_the_budget_is_refused(store: ShardStore, options: dict, message: str) -> None:
+    single = 1 if options else 80
+    sizes = capped_sizes(store.sizes, options.get("max_instances"))
+    plan = plan_epoch(sizes, range(12), seed=1, epoch=0, world_size=1, budget_instances=single, batch_bags=5)
+    with pytest.raises(ValueError, match=f"bag 'slide-.*over data.budget_bytes = 100, and .*{message}"):
+        list(stream(store, plan, rank=0, budget_bytes=100, **options))
 
 
 def test_leaving_early_ends_the_threads(store: ShardStore) -> None:

@@ -19,6 +19,7 @@ from bigbag.engine.run import train
 from bigbag.engine.world import World
 
 out, model, instances, width = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+data = json.loads(sys.argv[5])
 
 def anonymous():
     return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read()).group(1))
@@ -35,7 +36,8 @@ class Source:
         return {}
 
 def run(name, shards):
-    config = build_config({"name": name, "out": out, "data": {"shards": shards, "num_workers": 0}, "model": model,
+    feed = {"shards": shards, "num_workers": 0, **data}
+    config = build_config({"name": name, "out": out, "data": feed, "model": model,
                            "train": {"epochs": 1, "batch_bags": 1}})
     train(config, world=World())
 
@@ -72,11 +74,35 @@ print("GREW", peak - before)
     ids=["raw features", "trainable projection"],
 )  # fmt: skip
 def test_memory_beyond_the_bag(tmp_path, model, allowed_bytes_per_instance):
-    arguments = [str(tmp_path), json.dumps(model), str(INSTANCES), str(WIDTH)]
-    done = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    grew = int(re.search(r"GREW (\d+)", done.stdout).group(1))
+    grew = growth(tmp_path, model, INSTANCES, {})
     bag = INSTANCES * WIDTH * 2
     fixed = 150 * 2**20  # chunks under way, twice in fp32, and the allocator's slack; independent of the bag
     print(f"anonymous memory grew by {grew / 2**20:.0f} MiB, the bag is {bag / 2**20:.0f} MiB")
     assert grew < bag + fixed + allowed_bytes_per_instance * INSTANCES
+
+
+def growth(folder, model, instances: int, data: dict) -> int:
+    """Most anonymous memory of a run on a set with a bag of so many instances, beyond that of a run on small ones."""
+    arguments = [str(folder), json.dumps(model), str(instances), str(WIDTH), json.dumps(data)]
+    done = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return int(re.search(r"GREW (\d+)", done.stdout).group(1))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+@pytest.mark.parametrize("linear_sizes", [None, [512]], ids=["raw features", "trainable projection"])
+def test_a_bag_over_the_budget_stays_in_its_shard(tmp_path, linear_sizes):
+    """Memory is that of chunks: four times the instances take a few numbers more for each, and no features."""
+    model = {"name": "ABMIL", "gated": True}
+    if linear_sizes is not None:
+        model["feat_ext"] = {"name": "MLP", "linear_sizes": linear_sizes, "activations": ["relu"]}
+    grew = []
+    for instances in (INSTANCES // 2, 2 * INSTANCES):
+        folder = tmp_path / str(instances)
+        folder.mkdir()
+        grew.append(growth(folder, model, instances, {"budget_bytes": 8 * 2**20}))
+    print(f"anonymous memory grew by {grew[0] / 2**20:.0f} and {grew[1] / 2**20:.0f} MiB")
+    # Scores, their weights and gradients, in fp32: of 2048 bytes of features.
+    assert grew[1] - grew[0] < 1.5 * INSTANCES * 160
+    assert grew[1] < 2 * INSTANCES * WIDTH * 2 / 2

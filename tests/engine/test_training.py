@@ -215,3 +215,15 @@ def test_large_packs_recompute_their_activations(run_settings, shards, monkeypat
     config = build_config(with_changes(run_settings, train={"activation_checkpointing": setting}))
     store = open_store(shards)
     assert environment.wants_checkpointing(config, store, range(len(store.sizes))) is expected
+
+
+def test_a_budget_of_bytes_changes_no_result(run_settings):
+    """Every bag over the budget, and so by itself in its shard; and a budget that some packs keep."""
+    run_settings["model"]["feat_ext"]["dropout"] = 0.0
+    usual = train_alone(run_settings)
+    for budget in (1, 50 * 6 * 2):
+        lean = train_alone(with_changes(run_settings, name=f"lean{budget}", data={"budget_bytes": budget}))
+        assert losses(lean) == pytest.approx(losses(usual), rel=2e-4, abs=1e-5)
+        expected, results = (json.loads((run / "results.json").read_text()) for run in (usual, lean))
+        assert results["test"] == pytest.approx(expected["test"], rel=1e-3)
+        assert sorted(path.name for path in (lean / "attention").iterdir())
