@@ -134,7 +134,7 @@ def copy_shard(shard: ShardInfo, url: str, path: Path, part: Path) -> None:
                     raise ValueError(f"more than the {shard.bytes} bytes that the manifest promises")
         writer.close()
         num_bytes, sha256 = writer.num_bytes, writer.sha256
-        if num_bytes != shard.bytes:
+        if (num_bytes, writer.num_bags) != (shard.bytes, shard.num_bags):
             raise ValueError(f"{writer.num_bags} of {shard.num_bags} bags arrived: {num_bytes} of {shard.bytes} bytes")
         if sha256 != shard.sha256:
             raise ValueError("the bytes that arrived do not have the SHA-256 of the manifest")

@@ -15,9 +15,9 @@ from bigbag.bags import Bag
 from bigbag.data.manifest import BagInfo
 from bigbag.data.prepare import load, prepare
 from bigbag.data.report import Finding, alike
-from bigbag.data.shards import MAX_MEMBER_BYTES, Members, encode_bag
+from bigbag.data.shards import Members, encode_bag
 from bigbag.data.sources.base import Source, SourceEntry
-from bigbag.data.validate import BagError, label_warning, where_of
+from bigbag.data.validate import BagError, label_warning
 
 
 @dataclass(frozen=True)
@@ -87,20 +87,13 @@ def encode(source: Source, entry: SourceEntry, key: str, options: dict[str, Any]
 
 
 def _encode(bag: Bag, entry: SourceEntry, encoded: Encoded, options: dict[str, Any]) -> Encoded:
-    where, features = where_of(entry), [list(bag.x.shape[1:]), bag.x.dtype.name]
+    features = [list(bag.x.shape[1:]), bag.x.dtype.name]
     bag, remarks, step = prepare(bag, entry, options["dtype"], options.get("graph"))
     found = list(remarks)
     contradiction = label_warning(bag, entry)
     found += [("instance_labels", contradiction)] if contradiction else []
     info = replace(encoded.info, num_instances=bag.num_instances, stride=bag.stride)
     members = encode_bag(bag, info)
-    largest = max(members, key=lambda name: len(members[name]))
-    if len(members[largest]) > MAX_MEMBER_BYTES:
-        raise BagError(
-            "type",
-            f"{where}: {largest} takes {len(members[largest])} bytes, a tar member at most {MAX_MEMBER_BYTES}: store a "
-            "narrower dtype",
-        )
     return Encoded(
         info=replace(info, sha256=hashlib.sha256(members["json"]).hexdigest()),
         members=members,

@@ -14,17 +14,25 @@ _MAX_HEADER_BYTES = 16_384
 _KINDS = "biuf"
 
 
-def npy_bytes(array: np.ndarray) -> bytearray:
-    """``array`` as the bytes of an ``.npy`` file, little-endian and C-ordered."""
-    assert array.dtype.kind in _KINDS, array.dtype
-    array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
-    header = io.BytesIO()
-    npy_format.write_array_header_1_0(header, npy_format.header_data_from_array_1_0(array))
-    start = header.tell()
-    content = bytearray(start + array.nbytes)
-    content[:start] = header.getbuffer()
-    np.frombuffer(content, dtype=array.dtype, offset=start, count=array.size)[:] = array.reshape(-1)
-    return content
+class NpyBytes:
+    """``array`` as the bytes of an ``.npy`` file, little-endian and C-ordered; an array that is so is not copied.
+
+    Attributes:
+        pieces: the bytes, one after the other.
+    """
+
+    def __init__(self, array: np.ndarray) -> None:
+        assert array.dtype.kind in _KINDS, array.dtype
+        array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+        header = io.BytesIO()
+        npy_format.write_array_header_1_0(header, npy_format.header_data_from_array_1_0(array))
+        self.pieces = (memoryview(header.getvalue()), array.reshape(-1).view(np.uint8).data)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.pieces))
+
+    def __bytes__(self) -> bytes:
+        return b"".join(self.pieces)
 
 
 def npy_view(buffer: Any, where: str) -> np.ndarray:

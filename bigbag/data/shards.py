@@ -23,28 +23,28 @@ import torch
 
 from bigbag.bags import Adjacency, Bag
 from bigbag.data.manifest import BagInfo, Manifest
-from bigbag.data.npy import npy_bytes, npy_view
+from bigbag.data.npy import NpyBytes, npy_view
 
 Members = dict[str, Any]
-MAX_MEMBER_BYTES = 8**11 - 1
-"""Largest file that the USTAR format can hold: 8 GiB."""
+"""Name -> bytes, or :class:`~bigbag.data.npy.NpyBytes`."""
 _PROBES = 8
+_COPY_BYTES = 1 << 20
 
 
 def encode_bag(bag: Bag, info: BagInfo) -> Members:
     """The members of ``bag``: name without the key -> bytes. ``info.shard`` and ``info.sha256`` are not used."""
-    members: Members = {"x.npy": npy_bytes(bag.x)}
+    members: Members = {"x.npy": NpyBytes(bag.x)}
     if bag.coords is not None:
-        members["coords.npy"] = npy_bytes(bag.coords)
+        members["coords.npy"] = NpyBytes(bag.coords)
     if bag.positions is not None:
-        members["positions.npy"] = npy_bytes(bag.positions)
+        members["positions.npy"] = NpyBytes(bag.positions)
     if bag.y_inst is not None:
-        members["y_inst.npy"] = npy_bytes(_smallest_int(bag.y_inst))
+        members["y_inst.npy"] = NpyBytes(_smallest_int(bag.y_inst))
     if bag.adj is not None:
-        members["adj.crow.npy"] = npy_bytes(bag.adj.crow.numpy())
-        members["adj.col.npy"] = npy_bytes(bag.adj.col.numpy())
+        members["adj.crow.npy"] = NpyBytes(bag.adj.crow.numpy())
+        members["adj.col.npy"] = NpyBytes(bag.adj.col.numpy())
         if bag.adj.weight is not None:
-            members["adj.weight.npy"] = npy_bytes(bag.adj.weight.numpy())
+            members["adj.weight.npy"] = NpyBytes(bag.adj.weight.numpy())
     about = {
         "name": info.name,
         "label": info.label,
@@ -54,10 +54,21 @@ def encode_bag(bag: Bag, info: BagInfo) -> Members:
         "symmetric": bag.adj is not None and bag.adj.symmetric,
         "stride": bag.stride,
         "attributes": dict(bag.attributes),
-        "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in sorted(members.items())},
+        "sha256": {name: _sha256(content) for name, content in sorted(members.items())},
     }
     members["json"] = json.dumps(about, allow_nan=False).encode()
     return members
+
+
+def _pieces(content: Any) -> tuple[memoryview, ...]:
+    return content.pieces if isinstance(content, NpyBytes) else (memoryview(content),)
+
+
+def _sha256(content: Any) -> str:
+    digest = hashlib.sha256()
+    for piece in _pieces(content):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def decode_bag(members: Mapping[str, Any], info: BagInfo, manifest: Manifest, where: str) -> Bag:
@@ -148,30 +159,51 @@ class _HashingFile:
         self.num_bytes += len(data)
         return self.file.write(data)
 
+    def tell(self) -> int:
+        return self.num_bytes
+
+
+class _Reader:
+    """What is in memory, to be read like a file, without a copy of the whole."""
+
+    def __init__(self, content: Any) -> None:
+        self._waiting = list(_pieces(content))
+
+    def read(self, size: int = -1, /) -> bytes:
+        found = []
+        while size and self._waiting:
+            first, self._waiting[0] = self._waiting[0][:size], self._waiting[0][size:]
+            if not self._waiting[0]:
+                del self._waiting[0]
+            found.append(first)
+            size -= len(first)
+        return b"".join(found)
+
 
 class ShardWriter:
     """Writes one shard under a temporary name and renames it when it is whole.
 
-    The same bags give the same bytes: USTAR headers, time 0, members in alphabetical order.
+    The same bags give the same bytes: time 0, members in alphabetical order. Headers are USTAR's, and for members from
+    8 GiB on PAX's (POSIX.1-2001).
     """
 
     def __init__(self, path: Path, temporary: Path) -> None:
-        from webdataset import TarWriter
-
         self.path, self.temporary = path, temporary
         self.num_bags = 0
         self._file = open(temporary, "wb", buffering=1 << 20)  # noqa: SIM115, closed by publish or discard
         self._stream = _HashingFile(self._file)
-        self._tar = TarWriter(
-            self._stream, encoder=False, mtime=0, format=tarfile.USTAR_FORMAT, user="bigbag", group="bigbag"
-        )
+        stream: Any = self._stream
+        self._tar = tarfile.TarFile(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT, copybufsize=_COPY_BYTES)
 
     @property
     def num_bytes(self) -> int:
         return self._stream.num_bytes
 
     def add(self, key: str, members: Members) -> None:
-        self._tar.write({"__key__": key, **members})
+        for name in sorted(members):
+            item = tarfile.TarInfo(f"{key}.{name}")
+            item.size, item.mode, item.uname, item.gname = len(members[name]), 0o444, "bigbag", "bigbag"
+            self._tar.addfile(item, _Reader(members[name]))
         self.num_bags += 1
 
     @property
