@@ -10,7 +10,7 @@ A self-attention layer is three steps, so that a transformer layer can run what 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -89,6 +89,9 @@ class SelfAttention(Attention):
     """
 
     qkv_nn: torch.nn.Linear | None
+
+    exact: ClassVar[bool] = False
+    """Whether all pairs of rows are compared, in quadratic time."""
 
     def __init__(
         self,

@@ -35,6 +35,8 @@ class MultiheadSelfAttention(SelfAttention):
         ValueError: a width that the heads do not divide.
     """
 
+    exact = True
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, **kwargs: Any) -> Tensor:
         """Queries, keys and values ``(T, H, d)`` of a pack to ``(T, att_dim)``, before ``out_proj``."""
         return ops.masked_attention(q, k, v, segments, **attention_dropout(self), **kwargs).flatten(1)

@@ -1,20 +1,24 @@
 """The generic transformer layer on packs.
 
 Row-wise parts (normalisation, projections, MLP) run in chunks that are computed again in the backward pass; kept per
-layer and row are its input, queries, keys and values, and the output of attention. With ``recompute`` only its input.
+layer and row are its input, queries, keys and values, and the output of attention. With ``recompute`` only its input
+and, of attention that compares all pairs, the output, which takes far longer to compute again than all the rest.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from bigbag.bags import Segments
 from bigbag.nn.attention.base import SelfAttention
 from bigbag.nn.rows import Widen, by_rows, chunk_rows, stream_dtype, take_of_bags
+
+_KEPT = [torch.ops.bigbag.masked_attention_cpu.default, torch.ops.bigbag.masked_attention_triton.default]
 
 
 class Layer(torch.nn.Module):
@@ -36,7 +40,7 @@ class Layer(torch.nn.Module):
     """
 
     recompute: bool = False
-    """Keep only the input of the layer for the backward pass, and compute the rest again."""
+    """Keep only what costs most to compute again for the backward pass, and compute the rest again."""
 
     def __init__(
         self,
@@ -67,9 +71,13 @@ class Layer(torch.nn.Module):
 
         ``x`` may be :class:`~bigbag.nn.rows.Windows`.
         """
-        if self.recompute and torch.is_grad_enabled():
+        if not (self.recompute and torch.is_grad_enabled()):
+            return self._compute(x, segments, **kwargs)
+        if not self._attention.exact:
             return checkpoint(self._compute, x, segments, use_reentrant=False, **kwargs)
-        return self._compute(x, segments, **kwargs)
+        kept = partial(create_selective_checkpoint_contexts, _KEPT)
+        attended = checkpoint(self._attend, x, segments, use_reentrant=False, context_fn=kept, **kwargs)
+        return self._leave(x, attended)
 
     def forward_first(self, x: Tensor, segments: Segments, **kwargs: Any) -> Tensor:
         """The rows of :meth:`forward_packed` that stand first in their bag, such as class tokens: ``(B, out_dim)``.
@@ -96,8 +104,11 @@ class Layer(torch.nn.Module):
         return self.att_module
 
     def _compute(self, x: Tensor, segments: Segments, **kwargs: Any) -> Tensor:
+        return self._leave(x, self._attend(x, segments, **kwargs))
+
+    def _attend(self, x: Tensor, segments: Segments, **kwargs: Any) -> Tensor:
         q, k, v = self._attention.project(x, enter=self.entry, padding=self._attention.padding(segments))
-        return self._leave(x, self._attention.attend(q, k, v, segments, **kwargs))
+        return self._attention.attend(q, k, v, segments, **kwargs)
 
     def _compute_first(self, x: Tensor, segments: Segments, **kwargs: Any) -> Tensor:
         x, first = take_of_bags(x, segments)
