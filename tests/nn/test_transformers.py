@@ -208,7 +208,7 @@ def test_rows_of_an_empty_pack():
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_memory_of_a_layer_is_linear_and_small(recompute):
-    """Bytes kept for backward per row: x, q, k, v, out and logsumexp, or x and out; not all that is row-wise as well."""
+    """Bytes kept for backward per row: x, q, k, v, out and logsumexp, or x and out; not all that is row-wise too."""
     width, size = 32, 6000
     layer = nn.TransformerLayer(width, att_dim=width, n_heads=2)
     layer.recompute = recompute
