@@ -56,7 +56,7 @@ class ProbSmoothAttentionPool(torch.nn.Module):
         self.n_samples_train = n_samples_train
         self.n_samples_test = n_samples_test
         self.recompute = False
-        """Compute the MLP again in the backward pass instead of storing its layers (less memory, more time)."""
+        """Keep of the MLP its first layer alone, and compute the others again in the backward pass."""
         width = 2 * att_dim
         self.in_mlp = torch.nn.Sequential(
             LazyLinear(in_dim, width), torch.nn.GELU(), torch.nn.Linear(width, width), torch.nn.GELU()
@@ -76,7 +76,8 @@ class ProbSmoothAttentionPool(torch.nn.Module):
         if isinstance(x, Encoded):
             heads = x.map(self._heads, modules=[self])
         else:
-            heads = by_rows(self._heads, x, modules=[self]) if self.recompute else self._heads(x)
+            h = self._project(x)
+            heads = by_rows(self._from_first, h, modules=[self]) if self.recompute else self._from_first(h)
         return heads[:, 0], heads[:, 1] if self.covar_mode == "diag" else None
 
     def _first_layer(self, x: Tensor | Encoded) -> torch.nn.Linear:
@@ -84,12 +85,18 @@ class ProbSmoothAttentionPool(torch.nn.Module):
         assert isinstance(first, LazyLinear)
         return first.materialize(x.shape[-1])
 
-    def _heads(self, x: Tensor) -> Tensor:
+    def _project(self, x: Tensor) -> Tensor:
         first = self._first_layer(x)
-        h = self.in_mlp[1:](project(x, first.weight, first.bias))
+        return project(x, first.weight, first.bias)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return self._from_first(self._project(x))
+
+    def _from_first(self, h: Tensor) -> Tensor:
+        h = self.in_mlp[1:](h)
         layers = [self.mu_f_nn] + ([self.log_diag_Sigma_nn] if self.covar_mode == "diag" else [])
         # Exponentials follow: not in 16 bits.
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(h.device.type, enabled=False):
             wide = h.to(layers[0].weight.dtype)
             return torch.cat([layer(wide) for layer in layers], 1)
 
