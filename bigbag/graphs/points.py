@@ -29,10 +29,10 @@ def as_coords(coords: Any, where: str) -> np.ndarray:
         raise ValueError(f"{where}: coords has dtype {array.dtype}, expected integers or floats")
     if len(array) >= 2**31:
         raise ValueError(f"{where}: {len(array)} instances, expected less than 2**31, since columns are int32")
-    if array.dtype.kind == "f" and len(array):
-        finite = np.isfinite(array).all(1)
+    if array.dtype.kind == "f":
+        finite = np.isfinite(array)
         if not finite.all():
-            bad = int(np.argmin(finite))
+            bad = int(np.argmin(finite.all(1)))
             raise ValueError(f"{where}: coords of instance {bad} are {array[bad].tolist()}, expected finite numbers")
     return array
 
@@ -43,21 +43,25 @@ def as_float64(coords: np.ndarray, where: str) -> np.ndarray:
     Raises:
         ValueError: coordinates so far apart that differences are not exact (integers) or overflow (floats).
     """
+    from bigbag.kernels.cpu.graphs import bounds
+
+    points = np.ascontiguousarray(coords, dtype=np.float64)
     if len(coords) == 0:
-        return np.ascontiguousarray(coords, dtype=np.float64)
-    low, high = coords.min(0), coords.max(0)
+        return points
     if coords.dtype.kind == "f":
+        low, high = bounds(points)
         with np.errstate(over="ignore"):
-            span = float((high.astype(np.float64) - low.astype(np.float64)).max())
+            span = float((high - low).max())
         if not span < 1e150:
             raise ValueError(f"{where}: coords span {span:.3g}, expected less than 1e150, or distances overflow")
-    else:
+    elif points.min() <= -_EXACT or points.max() >= _EXACT:
+        low, high = coords.min(0), coords.max(0)
         widest = max(int(b) - int(a) for a, b in zip(low, high))
         if widest > _EXACT:
             raise ValueError(f"{where}: integer coords span {widest}, expected at most 2**53, or distances are inexact")
         if max(-int(low.min()), int(high.max())) > _EXACT:
-            coords = coords - low
-    return np.ascontiguousarray(coords, dtype=np.float64)
+            return np.ascontiguousarray(coords - low, dtype=np.float64)
+    return points
 
 
 def as_sizes(sizes: Sequence[int] | None, num_instances: int, where: str) -> tuple[int, ...]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from fractions import Fraction
 from itertools import product
+from math import isqrt
 
 import numpy as np
 import torch
@@ -16,12 +19,23 @@ _MOST_CELLS_OF_AXIS = 2.0**40
 _MOST_CELLS = 2**62
 # Up to so many cells for each point they are counted, which takes a third of the time of sorting.
 _CELLS_OF_POINT = 4
+# A radius of more steps of a lattice than this has more rows of neighbours than are worth walking along.
+_MOST_STEPS = 8
+# Points that say what the step of a lattice may be; all are then held against it.
+_STEP_SAMPLE = 4096
+# float64 holds every integer up to here.
+_EXACT = 2.0**53
 
 
 def radius_graph(points: np.ndarray, radius: float, sizes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """CSR (crow, col) of the pairs of different points (N, c) float64 of one bag with distance <= radius."""
     limit = largest_square(radius)
-    cells = cell_keys(points, radius, sizes) if len(points) and points.shape[1] <= 3 else None
+    if len(points) == 0 or points.shape[1] > 3:
+        return radius_graph_by_tree(points, radius, sizes)
+    on_lattice = lattice_graph(points, limit, sizes)
+    if on_lattice is not None:
+        return on_lattice
+    cells = cell_keys(points, radius, sizes)
     if cells is None:
         return radius_graph_by_tree(points, radius, sizes)
     from bigbag.kernels.cpu.graphs import radius_neighbours
@@ -41,6 +55,79 @@ def sorted_by_cell(keys: np.ndarray, points: np.ndarray, num_cells: int) -> tupl
         return counting_sort(keys, points, num_cells)
     order = np.argsort(keys)
     return keys[order], points[order], order.astype(np.int32)
+
+
+def lattice_graph(points: np.ndarray, limit: float, sizes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray] | None:
+    """The graph of points on a lattice that lie in few steps of each other; None for others.
+
+    Each place of the lattice has a number, bag by bag and row by row, so that the neighbours of a place in each row are
+    the places between two numbers. Rows may run along the first axis or the last: the one in which the points come in
+    order saves sorting them.
+    """
+    from bigbag.kernels.cpu.graphs import bounds, counting_sort, lattice_neighbours
+
+    low, high = bounds(points)
+    step = _lattice_step(points, low)
+    if step is None or limit > (_MOST_STEPS * step) ** 2:
+        return None
+    extent = ((high - low) / step).astype(np.int64).tolist()
+    for axes in (range(points.shape[1]), range(points.shape[1])[::-1]):
+        numbered = _lattice_keys(points, low, step, extent, list(axes), limit, sizes)
+        if numbered is None:
+            return None
+        keys, shifts, reach, num_places = numbered
+        if (keys[1:] >= keys[:-1]).all():
+            return lattice_neighbours(keys, np.empty(0, np.int32), shifts, reach)
+    if num_places <= _CELLS_OF_POINT * len(keys):
+        keys, _, order = counting_sort(keys, points[:, :0], num_places)
+    else:
+        order = np.argsort(keys, kind="stable").astype(np.int32)
+        keys = keys[order]
+    return lattice_neighbours(keys, order, shifts, reach)
+
+
+def _lattice_step(points: np.ndarray, low: np.ndarray) -> float | None:
+    """The largest step whose multiples the first points' offsets from ``low`` are; None if they are not whole."""
+    offsets = points[:_STEP_SAMPLE] - low
+    if offsets.max() > _EXACT or (offsets != np.floor(offsets)).any():
+        return None
+    return float(max(np.gcd.reduce(offsets.astype(np.int64), axis=None), 1))
+
+
+def _lattice_keys(
+    points: np.ndarray,
+    low: np.ndarray,
+    step: float,
+    extent: Sequence[int],
+    axes: Sequence[int],
+    limit: float,
+    sizes: tuple[int, ...],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, int] | None:
+    """Number of each point's place (``axes``: slowest first); what leads to the rows of neighbours, and their reach.
+
+    Each axis has empty places at its end, as many as the radius has steps, so that a step over an edge of the box never
+    meets a point. None: a point off the lattice, or too many places to number.
+    """
+    from bigbag.kernels.cpu.graphs import lattice_keys
+
+    square = int(Fraction(limit) / int(step) ** 2)  # in steps; a float quotient may round up
+    steps = isqrt(square)
+    factors, num_places = np.zeros(len(axes), dtype=np.int64), 1
+    for axis in reversed(axes):
+        factors[axis] = num_places
+        num_places *= extent[axis] + 1 + steps
+    if num_places * len(sizes) >= _MOST_CELLS:
+        return None
+    keys = np.repeat(np.arange(0, num_places * len(sizes), num_places, dtype=np.int64), sizes)
+    if not lattice_keys(points, low, step, factors, keys):
+        return None
+    shifts, reach = [], []
+    for offsets in product(range(-steps, steps + 1), repeat=len(axes) - 1):
+        rest = square - sum(d * d for d in offsets)
+        if rest >= 0:
+            shifts.append(sum(d * int(factors[axis]) for d, axis in zip(offsets, axes)))
+            reach.append(isqrt(rest))
+    return keys, np.asarray(shifts, dtype=np.int64), np.asarray(reach, dtype=np.int64), num_places * len(sizes)
 
 
 def largest_square(radius: float) -> float:

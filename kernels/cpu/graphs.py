@@ -1,6 +1,7 @@
 """Building and rearranging CSR graphs on CPU, with Numba.
 
     cells      neighbours within a radius, from points sorted by the key of the cell they lie in
+    lattice    the same on a lattice, where a cell is one of its points and no distance need be computed
     distances  w[e] = exp(-||x_i - x_j|| / P) for the edge e = (i, j)
     diagonal   a self loop in every row that has none
     scale      out[e] = w[e] * left[i] [* left[j]]
@@ -132,6 +133,68 @@ def _cells(begin, end, keys, points, order, shifts, limit, crow, col, no_weight,
                     _sort_columns(col, no_weight, place, place + count)
             else:
                 crow[order[k] + 1] = count
+
+
+@_jit
+def _bounds(points, low, high):
+    for a in range(points.shape[1]):
+        low[a] = high[a] = points[0, a]
+    for i in range(len(points)):
+        for a in range(points.shape[1]):
+            low[a] = min(low[a], points[i, a])
+            high[a] = max(high[a], points[i, a])
+
+
+@_jit
+def _lattice_keys(begin, end, points, low, step, factors, keys, off):
+    for i in range(begin, end):
+        key = keys[i]
+        for a in range(points.shape[1]):
+            place = (points[i, a] - low[a]) / step
+            off[0] |= place != np.floor(place)
+            key += np.int64(place) * factors[a]
+        keys[i] = key
+
+
+@_jit
+def _lattice(begin, end, keys, order, shifts, reach, crow, col, no_weight, fill):
+    # As in _cells; here a row of cells is keys[k] + shift - reach .. keys[k] + shift + reach, all of them neighbours.
+    # Without an order the points are rows of the graph as they are, and their columns ascend as they come.
+    for piece in range(begin, end):
+        first, last = piece * PIECE_ROWS, min((piece + 1) * PIECE_ROWS, len(keys))
+        low = np.empty_like(shifts)
+        for s in range(len(shifts)):
+            low[s] = _lower_bound(keys, keys[first] + shifts[s] - reach[s])
+        high = low.copy()
+        found = np.empty(FEW_COLUMNS, np.int32)
+        for k in range(first, last):
+            if k == first or keys[k] != keys[k - 1]:
+                for s in range(len(shifts)):
+                    begins, ends = keys[k] + shifts[s] - reach[s], keys[k] + shifts[s] + reach[s]
+                    while low[s] < len(keys) and keys[low[s]] < begins:
+                        low[s] += 1
+                    high[s] = max(high[s], low[s])
+                    while high[s] < len(keys) and keys[high[s]] <= ends:
+                        high[s] += 1
+            row = order[k] if len(order) else k
+            place = crow[row]
+            if not fill:
+                count = -1  # itself
+                for s in range(len(shifts)):
+                    count += high[s] - low[s]
+                crow[row + 1] = count
+                continue
+            for s in range(len(shifts)):
+                for m in range(low[s], high[s]):
+                    if m != k:
+                        col[place] = order[m] if len(order) else m
+                        place += 1
+            count = place - crow[row]
+            if len(order) and count <= FEW_COLUMNS:
+                found[:count] = col[crow[row] : place]
+                _write_sorted(found, count, col, crow[row])
+            elif len(order):
+                _sort_columns(col, no_weight, crow[row], place)
 
 
 @_jit_sums
@@ -273,6 +336,41 @@ def radius_neighbours(
     np.cumsum(crow, out=crow)
     col = np.empty(crow[-1], dtype=np.int32)
     _launch(_cells, pieces, work, *args, col, NO_WEIGHT, True)
+    return crow, col
+
+
+def bounds(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest coordinates (c,) of points (N, c) float64, N of 1 or more."""
+    low, high = np.empty(points.shape[1]), np.empty(points.shape[1])
+    _bounds(points, low, high)
+    return low, high
+
+
+def lattice_keys(points: np.ndarray, low: np.ndarray, step: float, factors: np.ndarray, keys: np.ndarray) -> bool:
+    """Add to keys (N,) int64 the number of each point's place on a lattice; False if a point lies off it."""
+    off = np.zeros(1, dtype=np.bool_)
+    _launch(_lattice_keys, len(points), points.size, points, low, step, factors, keys, off)
+    return not off[0]
+
+
+def lattice_neighbours(
+    keys: np.ndarray, order: np.ndarray, shifts: np.ndarray, reach: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """CSR (crow, col) of all pairs of different points whose keys differ by a shift and at most its reach.
+
+    Args:
+        keys: (N,) int64 place of each point, ascending.
+        order: (N,) int32, row of the graph that each point stands for; empty if it is its own.
+        shifts: (S,) int64, ascending.
+        reach: (S,) int64.
+    """
+    crow = np.zeros(len(keys) + 1, dtype=np.int64)
+    pieces, work = -(-len(keys) // PIECE_ROWS), len(keys) * len(shifts) * FEW_COLUMNS
+    args = (keys, order, shifts, reach, crow)
+    _launch(_lattice, pieces, work, *args, np.empty(0, np.int32), NO_WEIGHT, False)
+    np.cumsum(crow, out=crow)
+    col = np.empty(crow[-1], dtype=np.int32)
+    _launch(_lattice, pieces, work, *args, col, NO_WEIGHT, True)
     return crow, col
 
 

@@ -12,7 +12,7 @@ from hypothesis.extra.numpy import arrays
 
 from bigbag.adjacency import Adjacency
 from bigbag.graphs import build_adjacency, permute
-from bigbag.graphs.radius import cell_keys, largest_square, radius_graph_by_tree
+from bigbag.graphs.radius import cell_keys, largest_square, lattice_graph, radius_graph_by_tree
 
 RADII = [0.5, 1.0, 2**0.5, 3**0.5, 2.0, 2.5]
 
@@ -179,6 +179,39 @@ def test_tree_and_cells_agree(axes):
     assert len(col) > 1000
     np.testing.assert_array_equal(adj.crow, crow)
     np.testing.assert_array_equal(adj.col, col)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 2**31),
+    st.integers(1, 3),
+    st.sampled_from([1, 3, 256]),
+    st.sampled_from(["rows", "columns", "random"]),
+    st.floats(0.5, 8.0),
+)
+def test_tree_and_lattice_agree(seed, axes, step, order, radius):
+    """Random parts of lattices, some places twice, in a pack of three bags; radii up to the most steps."""
+    rng = np.random.default_rng(seed)
+    bags = []
+    for size in (int(rng.integers(1, 400)), 0, int(rng.integers(1, 50))):
+        bag = rng.integers(0, 300 if axes == 1 else 15, (size, axes))
+        bags.append({"rows": bag[np.lexsort(bag.T[::-1])], "columns": bag[np.lexsort(bag.T)], "random": bag}[order])
+    points = np.concatenate(bags) * float(step) - 77
+    sizes = tuple(len(bag) for bag in bags)
+    for limit in (radius * step, float(round(radius) * step)):
+        graph = lattice_graph(points, largest_square(limit), sizes)
+        assert graph is not None
+        for found, expected in zip(graph, radius_graph_by_tree(points, limit, sizes)):
+            np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("place", [[0.5, 3], [7, 1]], ids=["not whole", "between the steps"])
+def test_one_point_off_the_lattice(place):
+    points = np.stack(np.meshgrid(np.arange(80.0), np.arange(80.0)), -1).reshape(-1, 2) * 2
+    assert lattice_graph(points, 9.0, (len(points),)) is not None
+    points[-1] = place
+    assert lattice_graph(points, 9.0, (len(points),)) is None
+    np.testing.assert_array_equal(dense(build_adjacency(points, radius=3)), brute_force(points, 3))
 
 
 def test_long_rows_are_sorted():
