@@ -23,7 +23,7 @@ from bigbag.adjacency import Adjacency
 from bigbag.parts import Parts, part_bounds
 from bigbag.segments import Segments
 
-Label = int | float | Sequence[float]
+Label = int | float | Sequence[int | float]
 
 _ALIGN_BYTES = 64
 _PER_INSTANCE = ("x", "coords", "y_inst", "positions")

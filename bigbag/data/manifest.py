@@ -11,9 +11,11 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from dataclasses import fields as dataclass_fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from bigbag.bags import Label
 from bigbag.files import write_atomically
@@ -120,7 +122,7 @@ class Manifest:
         """
         try:
             content = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: not a manifest, {error}") from None
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             found = content.get("format") if isinstance(content, dict) else type(content).__name__
@@ -131,9 +133,11 @@ class Manifest:
                 "pack the set again, or install the bigbag that packed it"
             )
         try:
-            manifest = _from_content(content)
-        except (TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{where}: damaged manifest, {error}: run bigbag pack again") from None
+            manifest = _adapter().validate_json(text, strict=True)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            field = ".".join(map(str, first["loc"]))
+            raise ValueError(f"{where}: damaged manifest, {field}: {first['msg']}: run bigbag pack again") from None
         _check(manifest, where)
         return manifest
 
@@ -177,20 +181,9 @@ def _json_lines(value: Any) -> str:
     return json.dumps(value, allow_nan=False)
 
 
-def _from_content(content: dict[str, Any]) -> Manifest:
-    known = {f.name for f in dataclass_fields(Manifest)}
-    values = {key: value for key, value in content.items() if key in known}
-    values["bags"] = tuple(BagInfo(**bag) for bag in values["bags"])
-    values["shards"] = tuple(ShardInfo(**shard) for shard in values["shards"])
-    values["feature_shape"] = tuple(int(size) for size in values["feature_shape"])
-    if values["patch_shape"] is not None:
-        height, width = values["patch_shape"]
-        values["patch_shape"] = (int(height), int(width))
-    for key in ("left_out", "warnings"):
-        values[key] = tuple(values.get(key, ()))
-    if values.get("fields") is not None:
-        values["fields"] = tuple(values["fields"])
-    return Manifest(**values)
+@lru_cache(maxsize=1)
+def _adapter() -> TypeAdapter[Manifest]:
+    return TypeAdapter(Manifest)
 
 
 def _check(manifest: Manifest, where: str) -> None:
@@ -206,13 +199,17 @@ def _problems(manifest: Manifest) -> Iterator[str]:
     for bag in manifest.bags:
         if bag.shard not in counts:
             yield f"bag {bag.name!r} is in shard {bag.shard!r}, which is not listed"
-        elif not isinstance(bag.num_instances, int) or bag.num_instances < 0:
+        elif bag.num_instances < 0:
             yield f"bag {bag.name!r} has {bag.num_instances!r} instances"
         else:
             counts[bag.shard] += 1
     for shard in manifest.shards:
         if counts[shard.file] != shard.num_bags:
             yield f"shard {shard.file} should have {shard.num_bags} bags, but {counts[shard.file]} are listed"
+    if not isinstance(manifest.options.get("graph"), (dict, type(None))):
+        yield f"options.graph is {manifest.options['graph']!r}, expected the settings of a graph or null"
+    if min(manifest.feature_shape + (manifest.patch_shape or ()), default=0) < 0:
+        yield f"feature_shape is {manifest.feature_shape}, patch_shape {manifest.patch_shape}: expected sizes"
     if manifest.feature_dtype not in _DTYPES:
         yield f"feature_dtype is {manifest.feature_dtype!r}, expected one of {', '.join(_DTYPES)}"
     if len({bag.name for bag in manifest.bags}) != len(manifest.bags):

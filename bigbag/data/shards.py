@@ -77,44 +77,84 @@ def decode_bag(members: Mapping[str, Any], info: BagInfo, manifest: Manifest, wh
     Raises:
         ValueError: a member is missing or damaged, or does not fit the manifest.
     """
+    try:
+        return _decode(members, info, manifest)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}; pack the set again") from None
+
+
+def _decode(members: Mapping[str, Any], info: BagInfo, manifest: Manifest) -> Bag:
     missing = {"x.npy", "json"} - members.keys()
     if missing:
-        raise ValueError(f"{where}: member {sorted(missing)[0]} is missing; pack the set again")
-    x = npy_view(members["x.npy"], f"{where}, x.npy")
+        raise ValueError(f"member {sorted(missing)[0]} is missing")
+    x = npy_view(members["x.npy"], "x.npy")
     if x.shape[1:] != manifest.feature_shape or x.dtype.name != manifest.feature_dtype:
         raise ValueError(
-            f"{where}: features {x.shape[1:]} {x.dtype}, but the manifest says {manifest.feature_shape} "
-            f"{manifest.feature_dtype}: shard and manifest do not belong together; pack the set again"
+            f"features {x.shape[1:]} {x.dtype}, but the manifest says {manifest.feature_shape} "
+            f"{manifest.feature_dtype}: shard and manifest do not belong together"
         )
     if len(x) != info.num_instances:
         raise ValueError(
-            f"{where}: {len(x)} instances, but the manifest says {info.num_instances}: shard and manifest do not "
-            "belong together; pack the set again"
+            f"{len(x)} instances, but the manifest says {info.num_instances}: shard and manifest do not belong together"
         )
     optional = {
-        name: npy_view(members[f"{name}.npy"], f"{where}, {name}.npy")
+        name: npy_view(members[f"{name}.npy"], f"{name}.npy")
         for name in ("coords", "positions", "y_inst")
         if f"{name}.npy" in members
     }
-    about = json.loads(bytes(members["json"]))
-    adj = _decode_adjacency(members, bool(about.get("symmetric", False)), where)
+    about = _parse_about(members["json"])
+    adj = _decode_adjacency(members, about.get("symmetric") is True, len(x))
     attributes = about.get("attributes", {})
     return Bag(x=x, y=info.label, key=info.name, adj=adj, stride=info.stride, attributes=attributes, **optional)
 
 
-def _decode_adjacency(members: Mapping[str, Any], symmetric: bool, where: str) -> Adjacency | None:
-    if "adj.crow.npy" not in members:
+def _parse_about(content: Any) -> dict[str, Any]:
+    try:
+        about = json.loads(bytes(content))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"member json is damaged ({error})") from None
+    if not isinstance(about, dict) or not isinstance(about.get("attributes", {}), dict):
+        raise ValueError("member json is damaged (expected an object, with another one as its attributes)")
+    return about
+
+
+def _decode_adjacency(members: Mapping[str, Any], symmetric: bool, num_nodes: int) -> Adjacency | None:
+    if not {"adj.crow.npy", "adj.col.npy"} & members.keys():
         return None
+    for name in ("adj.crow.npy", "adj.col.npy"):
+        if name not in members:
+            raise ValueError(f"member {name} is missing")
     # Copied, since torch has no read-only tensors: kernels would write to a map of the shard unchecked.
     arrays = {
-        name: torch.from_numpy(npy_view(members[f"adj.{name}.npy"], f"{where}, adj.{name}.npy").copy())
+        name: npy_view(members[f"adj.{name}.npy"], f"adj.{name}.npy").copy()
         for name in ("crow", "col", "weight")
         if f"adj.{name}.npy" in members
     }
-    adj = Adjacency(arrays["crow"], arrays["col"], arrays.get("weight"), symmetric)
-    if int(adj.crow[-1]) != adj.num_edges:
-        raise ValueError(f"{where}: adj.crow promises {int(adj.crow[-1])} edges, adj.col has {adj.num_edges}")
-    return adj
+    _check_graph(arrays["crow"], arrays["col"], arrays.get("weight"), num_nodes)
+    crow, col, weight = (
+        torch.from_numpy(arrays[name]) if name in arrays else None for name in ("crow", "col", "weight")
+    )
+    assert crow is not None and col is not None
+    return Adjacency(crow, col, weight, symmetric)
+
+
+def _check_graph(crow: np.ndarray, col: np.ndarray, weight: np.ndarray | None, num_nodes: int) -> None:
+    """Kernels follow the indices of a graph unchecked, so they are checked here: O(T + E), less than reading x costs.
+
+    Raises:
+        ValueError: not a CSR graph over ``num_nodes`` nodes.
+    """
+    if crow.dtype != np.int64 or col.dtype != np.int32 or crow.shape != (num_nodes + 1,) or col.ndim != 1:
+        raise ValueError(
+            f"the graph has rows {crow.shape} {crow.dtype} and columns {col.shape} {col.dtype}, expected "
+            f"({num_nodes + 1},) int64 and (E,) int32"
+        )
+    if crow[0] != 0 or crow[-1] != len(col) or (crow[1:] < crow[:-1]).any():
+        raise ValueError(f"adj.crow does not ascend from 0 to the {len(col)} edges of adj.col")
+    if len(col) and not 0 <= int(col.min()) <= int(col.max()) < num_nodes:
+        raise ValueError(f"adj.col names node {max(int(col.max()), -int(col.min()))} of a graph of {num_nodes}")
+    if weight is not None and (weight.shape != col.shape or weight.dtype.kind != "f"):
+        raise ValueError(f"adj.weight is {weight.shape} {weight.dtype}, expected a float for each of {len(col)} edges")
 
 
 def check_digests(members: Mapping[str, Any], info: BagInfo, where: str) -> None:
@@ -132,7 +172,7 @@ def check_digests(members: Mapping[str, Any], info: BagInfo, where: str) -> None
 
     if hashlib.sha256(members["json"]).hexdigest() != info.sha256:
         fail("json")
-    digests = json.loads(bytes(members["json"]))["sha256"]
+    digests = _parse_about(members["json"])["sha256"]
     for name, expected in digests.items():
         if name not in members or hashlib.sha256(members[name]).hexdigest() != expected:
             fail(name)

@@ -44,9 +44,9 @@ def build_adjacency(
     (so its radius sqrt(3) misses the corners of a 3-D lattice), computes distances of half-precision features in half
     precision, and adds a self loop where there already is one.
 
-    On a lattice (whole numbers, one step on all axes, a radius of at most 8 steps) the neighbours of a place in each row
-    of it are those between two place numbers, so that no distance is computed, and instances that come row by row are
-    not even sorted. Elsewhere a radius graph compares each point with those of the 3**c cells (side ``radius``) around
+    On a lattice (whole numbers, one step on all axes, a radius of 8 steps or less) the neighbours of a place in each
+    row are those between two place numbers, so that no distance is computed, and instances that come row by row are not
+    even sorted. Elsewhere a radius graph compares each point with those of the 3**c cells (side ``radius``) around
     its own. Both are O(T + E) where there are at most 4 cells or places to a point, since points are then sorted by
     counting; O(T log T + E) elsewhere. c > 3, boxes of more than 2**62 cells, and knn take a KD-tree. Working memory
     beside the result (8 (T + 1) + 4 E bytes, 4 E more with weights) is about 8 (2 c + 2) T bytes; no (E, P) array is

@@ -68,11 +68,14 @@ def lattice_graph(points: np.ndarray, limit: float, sizes: tuple[int, ...]) -> t
 
     low, high = bounds(points)
     step = _lattice_step(points, low)
-    if step is None or limit > (_MOST_STEPS * step) ** 2:
+    if step is None:
+        return None
+    square = int(Fraction(limit) / int(step) ** 2)  # in steps; a float quotient may round up
+    if square > _MOST_STEPS**2:
         return None
     extent = ((high - low) / step).astype(np.int64).tolist()
     for axes in (range(points.shape[1]), range(points.shape[1])[::-1]):
-        numbered = _lattice_keys(points, low, step, extent, list(axes), limit, sizes)
+        numbered = _lattice_keys(points, low, step, extent, list(axes), square, sizes)
         if numbered is None:
             return None
         keys, shifts, reach, num_places = numbered
@@ -100,17 +103,17 @@ def _lattice_keys(
     step: float,
     extent: Sequence[int],
     axes: Sequence[int],
-    limit: float,
+    square: int,
     sizes: tuple[int, ...],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int] | None:
     """Number of each point's place (``axes``: slowest first); what leads to the rows of neighbours, and their reach.
 
-    Each axis has empty places at its end, as many as the radius has steps, so that a step over an edge of the box never
-    meets a point. None: a point off the lattice, or too many places to number.
+    ``square`` is that of the radius, in steps. Each axis has empty places at its end, as many as the radius has steps,
+    so that a step over an edge of the box never meets a point. None: a point is off the lattice, or there are too many
+    places to number.
     """
     from bigbag.kernels.cpu.graphs import lattice_keys
 
-    square = int(Fraction(limit) / int(step) ** 2)  # in steps; a float quotient may round up
     steps = isqrt(square)
     factors, num_places = np.zeros(len(axes), dtype=np.int64), 1
     for axis in reversed(axes):
