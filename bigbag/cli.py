@@ -139,6 +139,7 @@ def _pack(options: argparse.Namespace) -> None:
         empty=data.empty_bags,
         left_out_ok=data.missing_bags == "leave_out",
         invalid=data.invalid_bags,
+        leakage=data.leakage,
         unlabelled=options.unlabelled,
         graph=data.graph,
         workers=options.workers,

@@ -161,6 +161,9 @@ class DataConfig(Section):
     """What packing does with bags that the source names but does not hold: stop, or leave them out and list them."""
     invalid_bags: Literal["error", "leave_out"] = "error"
     """What packing does with a bag that has an error: look at all others and stop, or leave it out and list it."""
+    leakage: Literal["error", "keep"] = "error"
+    """What packing does where a patient or a slide is in two splits: stop, or keep the splits as they are, with a
+    warning there and in every training on the set."""
     budget_instances: int = 131_072
     """Most instances in one pack; a larger bag is a pack of its own."""
     budget_bytes: int | None = None

@@ -41,6 +41,7 @@ def pack(
     unlabelled: Literal["error", "keep"] = "error",
     graph: GraphConfig | None = None,
     invalid: Literal["error", "leave_out"] = "error",
+    leakage: Literal["error", "keep"] = "error",
     overwrite: bool = False,
 ) -> Manifest:
     """Write the bags of ``source`` to shards in the folder ``out``.
@@ -64,6 +65,8 @@ def pack(
         unlabelled: "keep" packs bags without a label, which can be predicted but not trained on.
         graph: build a graph over the instances of each bag and store it; see :mod:`bigbag.data.graph`.
         invalid: what to do with a bag that has an error: stop, or leave it out and list it in the manifest.
+        leakage: what to do where a patient, or a slide, is in two splits: stop, or keep the splits as they are, such as
+            the official ones of a data set. It is then a warning, here and whenever the set is trained on.
         overwrite: replace a finished set of another source or other options.
 
     Returns:
@@ -77,6 +80,8 @@ def pack(
     folder.mkdir(parents=True, exist_ok=True)
     options: dict[str, Any] = {"dtype": dtype, "shard_bytes": shard_bytes, "empty": empty, "invalid": invalid}
     options |= {"left_out_ok": left_out_ok, "unlabelled": unlabelled}
+    if leakage != "error":
+        options["leakage"] = leakage
     if graph is not None:
         options["graph"] = graph.model_dump(mode="json")
     _check_options(options, workers)
@@ -92,7 +97,7 @@ def pack(
             state = Progress("", left_out=left_out)
         else:
             state = resume(folder, fingerprint(source, options, entries), left_out, overwrite)
-        seen = _Seen(state)
+        seen = _Seen(state, options)
         _write_shards(folder, source, entries, state, seen, options, workers, progress, look_only=failed)
         findings += [*seen.findings, *patient_findings(seen.bags), *geometry_findings(seen.bags, seen.facts)]
         if not (failed and (folder / MANIFEST_NAME).exists()):  # a finished set keeps its own report
@@ -113,9 +118,10 @@ def _check_options(options: dict[str, Any], workers: int) -> None:
         "empty": ("error", "leave_out"),
         "invalid": ("error", "leave_out"),
         "unlabelled": ("error", "keep"),
+        "leakage": ("error", "keep"),
     }
     for name, allowed in choices.items():
-        if options[name] not in allowed:
+        if options.get(name, "error") not in allowed:
             raise ValueError(f"pack: {name} is {options[name]!r}, expected one of {', '.join(allowed)}")
     for name, value in (("shard_bytes", options["shard_bytes"]), ("workers", workers)):
         if value < 1:
@@ -144,7 +150,7 @@ def _survey_entries(
         found += [finding for _, finding in wrong]
         labels_gone = {id(entry) for entry, finding in wrong if finding.check == "labels"}
         entries = [replace(entry, label=None) if id(entry) in labels_gone else entry for entry in entries]
-    found += set_findings(entries)
+    found += set_findings(entries, "warning" if options.get("leakage") == "keep" else "error")
     names = {split: i for i, split in enumerate(dict.fromkeys([*_SPLIT_ORDER, *(e.split for e in entries)]))}
     return sorted(entries, key=lambda entry: names[entry.split]), left_out, found
 
@@ -180,7 +186,7 @@ def _write_shards(
     try:
         with bar:
             for entry, loaded in encode_all(source, todo, options, workers):
-                bag = seen.add(seen.compared(loaded, entry), options)
+                bag = seen.add(seen.compared(loaded, entry))
                 bar.update()
                 if seen.num_errors or look_only:
                     if shard is not None:
@@ -216,19 +222,19 @@ def _may_leave_out(problem: Finding, options: dict[str, Any]) -> bool:
 class _Seen:
     """All bags so far, those of an interrupted packing among them, and what was found."""
 
-    def __init__(self, state: Progress) -> None:
-        self.state = state
+    def __init__(self, state: Progress, options: dict[str, Any]) -> None:
+        self.state, self.options = state, options
         self.bags, self.facts, self.findings = list(state.bags), list(state.facts), list(state.findings)
         self.num_errors = 0
         self._with_features = {fact["x_sha256"]: bag for bag, fact in zip(state.bags, state.facts)}
 
-    def add(self, bag: Encoded, options: dict[str, Any]) -> Encoded:
+    def add(self, bag: Encoded) -> Encoded:
         """Take a bag into the report."""
         self.findings += bag.findings
         if bag.problem is None:
             self.bags.append(bag.info)
             self.facts.append(bag.fact)
-        elif not _may_leave_out(bag.problem, options):
+        elif not _may_leave_out(bag.problem, self.options):
             self.num_errors += 1
             self.findings.append(bag.problem)
             logger.error("pack: %s", bag.problem.message)
@@ -253,9 +259,9 @@ class _Seen:
             return bag
         text = f"{where_of(entry)}: has the same features as bag {same.name!r}"
         if None not in (same.split, entry.split) and same.split != entry.split:
-            return bag.refused(
-                "leakage", f"{text}, which is in {same.split}, this one in {entry.split}: drop one of them"
-            )
+            text = f"{text}, which is in {same.split}, this one in {entry.split}"
+            if self.options.get("leakage") != "keep":
+                return bag.refused("leakage", f"{text}: drop one of them, or keep both (--leakage keep)")
         return replace(bag, findings=(*bag.findings, Finding("leakage", "warning", entry.name, text)))
 
 

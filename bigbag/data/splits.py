@@ -49,7 +49,11 @@ def split_bags(store: BagStore, settings: SplitsConfig | None = None, **fields: 
             f"no bag is in the split 'train' ({counts}): give the source a split for every bag, or set data.splits, "
             "for example to {folds: 5, fold: 0, val_fraction: 0.1}"
         )
-    check_leakage(store.infos, splits)
+    if store.keeps_leakage:
+        if leaking := _leakage(store.infos, splits):
+            logger.warning("%s", leaking)
+    else:
+        check_leakage(store.infos, splits)
     return {name: tuple(bags) for name, bags in splits.items()}
 
 
@@ -177,17 +181,24 @@ def check_leakage(infos: Sequence[Splittable], splits: Mapping[str, Sequence[int
     Raises:
         ValueError: such patients, the first three by name.
     """
+    found = _leakage(infos, splits)
+    if found:
+        raise ValueError(
+            f"{found}; put all bags of a patient into one split, or pack the set with --leakage keep (data.leakage)"
+        )
+
+
+def _leakage(infos: Sequence[Splittable], splits: Mapping[str, Sequence[int]]) -> str:
+    """Which patients have bags in two splits, as a sentence; "" if none has."""
     of_bag: list[str | None] = [None] * len(infos)
     for split, bags in splits.items():
         for bag in bags:
             of_bag[bag] = None if split == "unassigned" else split
     leaking = leaking_patients(infos, of_bag)
-    if leaking:
-        listed = "; ".join(f"{patient!r} in {' and '.join(of)}" for patient, of in sorted(leaking.items())[:3])
-        raise ValueError(
-            f"{len(leaking)} patients have bags in two splits ({listed}): results on one would leak from the other; "
-            "put all bags of a patient into one split"
-        )
+    if not leaking:
+        return ""
+    listed = "; ".join(f"{patient!r} in {' and '.join(of)}" for patient, of in sorted(leaking.items())[:3])
+    return f"{len(leaking)} patients have bags in two splits ({listed}): results on one leak from the other"
 
 
 def check_binary_labels(store: BagStore, bags: Sequence[int], split: str = "train") -> None:

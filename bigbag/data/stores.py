@@ -41,6 +41,7 @@ class BagStore(ABC):
         left_out: bags that are not in the set though its source has them, ``{"name": ..., "reason": ...}`` each.
         fields: what every bag holds beside ``x``, of "adj", "coords", "y_inst"; None where that is not known.
         graph: settings of the graph that packing built, None where it built none.
+        keeps_leakage: whether packing was told to keep patients that are in two splits.
     """
 
     infos: tuple[BagInfo, ...]
@@ -51,6 +52,7 @@ class BagStore(ABC):
     left_out: tuple[dict[str, str], ...] = ()
     fields: tuple[str, ...] | None = None
     graph: dict[str, Any] | None = None
+    keeps_leakage: bool = False
 
     @abstractmethod
     def read(self, index: int) -> Bag:
@@ -163,6 +165,7 @@ class ShardStore(BagStore):
         self.left_out = manifest.left_out
         self.fields = manifest.fields
         self.graph = manifest.options.get("graph")
+        self.keeps_leakage = manifest.options.get("leakage") == "keep"
         self.check_digests = check_digests
         self._cache = cache
         self._shards = {shard.file: shard for shard in manifest.shards}

@@ -14,7 +14,7 @@ import torch
 from bigbag.bags import Adjacency, Bag, Label
 from bigbag.data.divide import Splittable
 from bigbag.data.names import bare_name
-from bigbag.data.report import Finding
+from bigbag.data.report import Finding, Severity
 from bigbag.data.sources.base import SourceEntry
 
 _CHUNK = 1 << 22
@@ -86,11 +86,13 @@ def entry_errors(entries: Sequence[SourceEntry], unlabelled: str) -> Iterator[tu
         seen.setdefault(entry.name, entry)
 
 
-def set_findings(entries: Sequence[SourceEntry]) -> Iterator[Finding]:
-    """What is wrong or odd about all bags together before any is read: leakage, and names."""
+def set_findings(entries: Sequence[SourceEntry], leakage: Severity) -> Iterator[Finding]:
+    """What is wrong or odd about all bags together before any is read: leakage (how bad it is), and names."""
     for patient, of in sorted(leaking_patients(entries, [entry.split for entry in entries]).items()):
-        message = f"patient {patient!r} has bags in {' and '.join(of)}: put all of them into one split (--splits)"
-        yield Finding("leakage", "error", "", message)
+        message = f"patient {patient!r} has bags in {' and '.join(of)}"
+        if leakage == "error":
+            message += ": put all of them into one split (--splits), or keep these splits (--leakage keep)"
+        yield Finding("leakage", leakage, "", message)
     alike: dict[str, list[SourceEntry]] = defaultdict(list)
     for entry in entries:
         alike[bare_name(entry.name)].append(entry)

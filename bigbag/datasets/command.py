@@ -35,13 +35,14 @@ def add_pack_options(pack: argparse.ArgumentParser) -> None:
     pack.add_argument(
         "--invalid", choices=["error", "leave_out"], help="slides with an error; validation.json names all"
     )
+    pack.add_argument("--leakage", choices=["error", "keep"], help="a patient in two splits; keep: with a warning")
     pack.add_argument("--unlabelled", choices=["error", "keep"], default="error", help="keep: for prediction only")
 
 
 def data_config(options: argparse.Namespace) -> DataConfig:
     """The section ``data`` of the config, if there is one, with what the options of ``pack`` say in its place."""
     changes: dict[str, Any] = {"shards": options.out, "missing_bags": options.missing, "empty_bags": options.empty}
-    changes["invalid_bags"] = options.invalid
+    changes |= {"invalid_bags": options.invalid, "leakage": options.leakage}
     if options.graph:
         changes["graph"] = {}
     if options.root is not None:

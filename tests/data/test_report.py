@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from bigbag import Bag
-from bigbag.data import SourceEntry, open_store, pack
+from bigbag.data import SourceEntry, open_store, pack, split_bags
 from bigbag.data.report import CHECKS
 from bigbag.data.sources import MemorySource
 from bigbag.data.survey import survey_coords
@@ -122,6 +122,26 @@ def test_leakage_by_patient_names_every_patient_and_is_found_with_other_errors(t
     )
     with pytest.raises(ValueError, match=r"2 errors:\n  patient 'p' has bags in test and train: .*\n  patient 'q'"):
         pack(source, tmp_path, progress=False, invalid="leave_out")
+
+
+def test_splits_with_leakage_are_kept_where_asked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bags = [slide("a"), slide("b"), slide("c"), slide("copy", seed=sum(b"a"))]
+    source = MemorySource(bags, ["train", "test", "train", "test"], patients=["p", "p", "q", "r"])
+    with pytest.raises(
+        ValueError, match=r"leakage keep(.|\n)*same features as bag 'a', which is in train.*leakage keep"
+    ):
+        pack(source, tmp_path, progress=False)
+    manifest = pack(source, tmp_path, progress=False, leakage="keep")
+    assert {bag.name: bag.split for bag in manifest.bags} == {"a": "train", "c": "train", "b": "test", "copy": "test"}
+    report = report_of(tmp_path)
+    assert report["valid"] and checks_of(report["warnings"])["leakage"] == ["", "copy"]
+    store = open_store(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        assert split_bags(store) == {"train": (0, 1), "test": (2, 3)}
+    assert "1 patients have bags in two splits ('p' in test and train)" in caplog.text
+    store.keeps_leakage = False
+    with pytest.raises(ValueError, match="or pack the set with --leakage keep"):
+        split_bags(store)
 
 
 def test_warnings_are_listed_and_do_not_stop(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
