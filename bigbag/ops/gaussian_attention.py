@@ -55,12 +55,14 @@ def sampled_attention(
 
 
 def attention_draws(mu: Tensor, log_var: Tensor, segments: Segments, num_samples: int, seed: int) -> Tensor:
-    """The draws f of :func:`sampled_attention` with the same arguments, (T, S) in the dtype of ``mu``."""
+    """The draws f of :func:`sampled_attention` of the same arguments, (T, S) in the dtype of ``mu``; with gradients."""
     f = mu.new_empty(mu.shape[0], num_samples)
-    sigma = (log_var / 2).exp()
     for _, rows, eps in _blocks(mu, segments, num_samples, seed):
-        f[rows] = torch.addcmul(mu[rows, None], sigma[rows, None], eps).clamp_(-CLIP, CLIP)
-    return f
+        f[rows] = eps
+    sigma = (log_var / 2).exp()
+    if torch.is_grad_enabled() and (mu.requires_grad or sigma.requires_grad):
+        return torch.addcmul(mu[:, None], sigma[:, None], f).clamp_(-CLIP, CLIP)
+    return f.mul_(sigma[:, None]).add_(mu[:, None]).clamp_(-CLIP, CLIP)
 
 
 def _step(device: torch.device, per_row: int) -> int:

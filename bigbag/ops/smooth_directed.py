@@ -33,7 +33,7 @@ def smooth_exact_directed(
         f: (T, ...) floating.
         gamma: a number or a tensor of one element.
         max_steps: steps after which it gives up.
-        impl: "reference", "cpu" or "triton"; None chooses by device.
+        impl: "reference" or "cpu"; None chooses by device. Triton's products take no float64.
 
     Returns:
         (T, ...) in the dtype of f.
@@ -41,7 +41,7 @@ def smooth_exact_directed(
     Raises:
         ValueError: weights that require grad, shapes that do not fit, no convergence within ``max_steps``.
     """
-    chosen, rows = prepare("smooth_exact_directed", adj, f, impl, "f", in_parts=True)
+    chosen, rows = prepare("smooth_exact_directed", adj, f, impl, "f", in_parts=True, dtype=torch.float64)
     if needs_grad(adj.weight):
         raise ValueError("smooth_exact_directed: adj.weight requires grad, which it does not get here; detach it")
     g = _Solve.apply(rows, _scalar("smooth_exact_directed", "gamma", gamma, f), adj, max_steps, chosen)

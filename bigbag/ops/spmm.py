@@ -90,9 +90,20 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def prepare(
-    name: str, adj: Adjacency, x: Tensor, impl: str | None, argument: str = "x", in_parts: bool = False
+    name: str,
+    adj: Adjacency,
+    x: Tensor,
+    impl: str | None,
+    argument: str = "x",
+    in_parts: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> tuple[str, Tensor]:
-    """The implementation to run, and (T, ...) as (T, D); ``in_parts``: the caller knows of halos."""
+    """The implementation to run, and (T, ...) as (T, D).
+
+    Args:
+        in_parts: the caller knows of halos.
+        dtype: what its products are computed in, where that is not the dtype of ``x``.
+    """
     fits = x.dim() > 0 and (torch.compiler.is_compiling() or x.shape[0] == adj.num_nodes)
     if not fits or not x.is_floating_point():
         raise ValueError(
@@ -101,7 +112,7 @@ def prepare(
         )
     if x.device != adj.crow.device:
         raise ValueError(f"{name}: {argument} is on {x.device}, adj on {adj.crow.device}; move one of them")
-    chosen = choose(name, DTYPES, impl, x.device.type, x.dtype)
+    chosen = choose(name, DTYPES, impl, x.device.type, dtype or x.dtype)
     if adj.halo is not None and (chosen == "reference" or not in_parts):
         raise ValueError(
             f"{name}: bags are shared out over {adj.halo.parts.num_ranks} ranks, but "

@@ -39,6 +39,15 @@ def test_pooling_with_draws_is_softmax_of_the_draws(monkeypatch, block):
     torch.testing.assert_close(grads[1], grads[0])
 
 
+def test_draws_are_differentiable_through_several_blocks(monkeypatch):
+    monkeypatch.setitem(gaussian_attention._BLOCK_ELEMENTS, "cpu", 30)
+    mu, log_var, _, segments = inputs()
+    draws = attention_draws(mu, log_var, segments, 10, 7)
+    leaves = mu.requires_grad_(), log_var.requires_grad_()
+    torch.testing.assert_close(attention_draws(*leaves, segments, 10, 7), draws)
+    assert torch.autograd.gradcheck(lambda m, v: attention_draws(m, v, segments, 10, 7), leaves)
+
+
 def test_draws_differ_by_seed_and_have_the_right_spread():
     mu, log_var, _, segments = inputs((500,))
     log_var[:] = 0.6
