@@ -1,12 +1,14 @@
 """Packs of parts of bags, and their graphs: what the ranks that share them have to know of each other's rows.
 
 A rank holds the rows of a graph that are its own. Their columns may name rows of other ranks, its *halo*, whose values
-come before a product (:func:`with_halo`). Where the order of the instances follows space, as that of packed graphs
-does, the halo is the border of the rank's piece of tissue: of N instances on a plane about sqrt(N / R) of N / R.
+come before a product (:func:`with_halo`). Where the order of the instances follows space, line by line as slides are
+cut or along a curve (:func:`bigbag.graphs.space_filling_order`), the halo is the border of the rank's piece of tissue:
+of N instances on a plane about sqrt(N) rows of N / R. In any other order it is most of the bag, which a warning says.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,6 +23,8 @@ from bigbag.adjacency import Adjacency
 from bigbag.bags import PackedBags, Segments
 from bigbag.ops.distributed import all_max, exchange, send_rows
 from bigbag.parts import Halo, Parts
+
+_FEW_ROWS = 1000
 
 
 def join_parts(pack: PackedBags, group: Any = None) -> PackedBags:
@@ -60,6 +64,12 @@ def _with_columns(adj: Adjacency, col: np.ndarray, outside: np.ndarray, rows: np
     dist.all_gather_object(every, wanted, group=parts.group)
     col[outside] = adj.num_nodes + places
     device = adj.col.device
+    if len(wanted) > max(adj.num_nodes, _FEW_ROWS):
+        warnings.warn(
+            f"a rank holds {adj.num_nodes} instances, which have edges to {len(wanted)} of other ranks, so that memory "
+            "does not fall with the number of ranks: pack them in spatial order (bigbag.graphs.space_filling_order)",
+            stacklevel=2,
+        )
     return replace(adj, col=torch.from_numpy(col.astype(np.int32)).to(device), halo=Halo.of(parts, every, device))
 
 

@@ -1,6 +1,7 @@
 """Operators on bags that several ranks share: the results and gradients of the whole bags."""
 
 import random
+import warnings
 from dataclasses import replace
 from itertools import accumulate
 
@@ -146,3 +147,22 @@ def test_graphs_shared_by_ranks(num_ranks):
         assert len(found) == sum(len(kinds) for _, kinds in CASES.values())
         for key, errors in found.items():
             assert all(error <= 1e-9 for error in errors), f"{key}: {errors}"
+
+
+def warnings_of_shuffled(sizes):
+    found = []
+    for size in sizes:
+        torch.manual_seed(0)
+        place = torch.randperm(size)
+        row, col = torch.cat([place[:-1], place[1:]]), torch.cat([place[1:], place[:-1]])
+        adj = Adjacency.from_edges(row, col, torch.ones(len(row)), size, True)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            halo = cut_graph(adj, [size], Parts.even([size], dist.get_world_size(), dist.get_rank())).halo
+        assert halo.num_rows > size / 3
+        found.append(any("spatial order" in str(warning.message) for warning in caught))
+    return found
+
+
+def test_instances_in_no_spatial_order_are_pointed_out():
+    assert run_ranks(warnings_of_shuffled, 3, (4800, 480)) == [[True, False]] * 3
