@@ -115,6 +115,21 @@ class TorchBackend:
         return self.module.model.state_dict()
 
 
+def _give_scalars_a_dimension(model: torch.nn.Module) -> None:
+    """DeepSpeed can't take weights without dimensions, such as Sm's: they get one, which state dicts do not show."""
+    scalars = {name: p for name, p in model.named_parameters() if p.dim() == 0}
+
+    def reshape(state: dict[str, Any], prefix: str, shape: tuple[int, ...]) -> None:
+        for key in (prefix + name for name in scalars):
+            if key in state and state[key].numel() == 1:  # of weights that ZeRO 3 shares out there is nothing here
+                state[key] = state[key].view(shape)
+
+    for p in scalars.values():
+        p.data = p.data.view(1)
+    model.register_state_dict_post_hook(lambda module, state, prefix, _: reshape(state, prefix, ()))
+    model.register_load_state_dict_pre_hook(lambda module, state, prefix, *_: reshape(state, prefix, (1,)))
+
+
 class DeepSpeedBackend:
     """Any number of processes: ZeRO stages 0 to 3."""
 
@@ -123,6 +138,7 @@ class DeepSpeedBackend:
 
         self.world_size = world.size
         self.zero_stage = config.engine.zero_stage
+        _give_scalars_a_dimension(module.model)
         optimizer = build_optimizer(module, config.optim)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module,

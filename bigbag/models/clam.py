@@ -204,7 +204,7 @@ class CLAM_SB(MILModel):
 
     def _select(self, f: Tensor, x: Tensor | Encoded, segments: Segments, classifiers: Any) -> tuple[Tensor, Tensor]:
         """Scores (B, 2k, C, 2) by C classifiers of the k top, then the k bottom instances; which count (B, 2k)."""
-        f, k = f.detach().reshape(len(x), -1), self.k_sample
+        f, k = (f if f.dim() > 1 else f[:, None]).detach(), self.k_sample
         ends = [ops.segment_topk(f, segments, k, largest=largest)[1] for largest in (True, False)]
         rows = take_rows(x, torch.cat(ends, 1), segments)
         layers = [layer.materialize(x.shape[-1]) if isinstance(layer, LazyLinear) else layer for layer in classifiers]

@@ -82,7 +82,8 @@ def _lines_around(first: int, end: int, side: int) -> tuple[int, int]:
 def _convolve(rows: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
     """``(height * width, dim)`` rows through a depth-wise convolution; the grid is a view with channels last."""
     if not len(rows):
-        return rows
+        # The weights keep their place in the graph: on other ranks there may be rows.
+        return rows + 0 * (weight.sum() + bias.sum()).to(rows.dtype)
     grid = rows.view(1, height, width, -1).permute(0, 3, 1, 2)
     # In the precision of the weights: depth-wise, 16 bits save no time, and oneDNN's backward takes 18 copies of x.
     with torch.autocast(rows.device.type, enabled=False):

@@ -43,10 +43,10 @@ def settings_of(settings: dict, model: dict, kind: str) -> dict:
 
 
 def train_in_parts(settings: dict) -> None:
-    world = start_world("torch").sharing_bags(2)
+    world = start_world("deepspeed").sharing_bags(2)
     for model in MODELS[:-1]:
-        changed = settings_of(settings, model, "shared")
-        train(build_config(with_changes(changed, engine={"backend": "torch"}, parallel={"bag": 2})), world=world)
+        changed = with_changes(settings_of(settings, model, "shared"), engine={"backend": "deepspeed"})
+        train(build_config(with_changes(changed, engine={"zero_stage": 1}, parallel={"bag": 2})), world=world)
 
 
 @pytest.mark.slow
@@ -59,7 +59,7 @@ def test_two_groups_of_two_ranks_train_like_one_process(graph_settings, tmp_path
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "4"]
     command = [*launcher, "--master_port", str(free_port()), str(ROOT / "launch/train.py"), "--config", str(config)]
     done = subprocess.run(
-        [*command, "parallel.bag=2", "engine.backend=torch"],
+        [*command, "parallel.bag=2", "engine.zero_stage=1"],
         capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
