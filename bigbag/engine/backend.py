@@ -6,6 +6,10 @@ the gradient of a step is the sum over its packs and ranks, whatever their numbe
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import io
+import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -136,7 +140,7 @@ class DeepSpeedBackend:
     def __init__(self, module: StepModule, config: Config, world: World) -> None:
         import deepspeed
 
-        self.world_size = world.size
+        self.world = world
         self.zero_stage = config.engine.zero_stage
         _give_scalars_a_dimension(module.model)
         optimizer = build_optimizer(module, config.optim)
@@ -157,7 +161,7 @@ class DeepSpeedBackend:
     def backward(self, loss: Tensor, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
         # DeepSpeed averages gradients over the ranks; the loss is a share of a sum over them.
-        self.engine.backward(loss * self.world_size)
+        self.engine.backward(loss * self.world.size)
 
     def step(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
@@ -170,9 +174,46 @@ class DeepSpeedBackend:
     def load(self, folder: Path, tag: str) -> None:
         if (folder / tag / "state.pt").is_file():
             raise ValueError(f"{folder / tag} was written by plain torch; resume it with python, without a launcher")
+        shares = len(list((folder / tag).glob("*_optim_states.pt")))
+        if shares in (0, self.world.size):
+            self._load(folder, tag)
+        else:
+            self._load_universal(folder, tag)
+
+    def _load(self, folder: Path, tag: str) -> None:
         path, _ = self.engine.load_checkpoint(str(folder), tag=tag)
         if path is None:
             raise FileNotFoundError(f"{folder / tag}: DeepSpeed found no checkpoint there")
+
+    def _load_universal(self, folder: Path, tag: str) -> None:
+        """Load the optimizer's states that another number of ranks shared out, by way of DeepSpeed's universal form."""
+        from deepspeed.checkpoint import ds_to_universal
+
+        universal = f"{tag}-universal"
+        if self.world.is_main:
+            shutil.rmtree(folder / universal, ignore_errors=True)
+            arguments = {"input_folder": str(folder / tag), "output_folder": str(folder / universal)}
+            workers = {"num_extract_workers": 1, "num_merge_workers": 1}
+            flags = {"keep_temp_folder": False, "strict": True, "inject_missing_state": True}
+            with contextlib.redirect_stdout(io.StringIO()):
+                ds_to_universal.main(argparse.Namespace(**arguments, **workers, **flags))
+        self.world.barrier()
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        self.engine._config.load_universal_checkpoint = True
+        try:
+            self._load(folder, universal)
+        finally:
+            self.engine._config.load_universal_checkpoint = False
+        # ZeRO 3 has given all groups the settings of the first, its weight decay among them, and one counter of steps.
+        for group, own in zip(self.optimizer.param_groups, settings):
+            group.update(own)
+        for state in self.optimizer.optimizer.state.values():
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].clone()
+        self.world.barrier()
+        if self.world.is_main:
+            shutil.rmtree(folder / universal)
+            (folder / "latest_universal").unlink()
 
     def model_state(self) -> dict[str, Tensor]:
         import deepspeed
