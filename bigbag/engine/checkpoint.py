@@ -1,13 +1,18 @@
 """Checkpoints to resume from.
 
-``checkpoints/<tag>/`` holds what the backend saved and ``progress.json``; ``checkpoints/latest.json`` names the newest
-complete one and is written last. The plan is pure, so ``(epoch, step)`` is all the state that the data need.
+``checkpoints/<tag>/`` holds what the backend saved, ``progress.json``, and ``files.json`` with the size and SHA-256 of
+each file; ``checkpoints/latest.json`` names the newest complete ones and is written last. A checkpoint that has been
+damaged since is passed over for the one before it, aloud. The plan is pure, so ``(epoch, step)`` is all the state that
+the data need.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,7 +20,11 @@ from bigbag.engine.backend import Backend
 from bigbag.engine.world import World
 from bigbag.files import write_json
 
+logger = logging.getLogger(__name__)
+
 _KEEP = 2
+_LATEST = "latest.json"
+_FILES = "files.json"
 
 
 @dataclass
@@ -48,33 +57,89 @@ class Progress:
 
 
 def save_checkpoint(folder: Path, backend: Backend, progress: Progress, world: World) -> None:
-    """Write a checkpoint and make it the latest; called by all ranks. The newest two are kept."""
+    """Write a checkpoint and make it the latest; called by all ranks. The newest two are kept.
+
+    Raises:
+        OSError: a rank could not write, for want of space say; on all ranks. The checkpoints before are as they were.
+    """
     tag = f"epoch{progress.epoch:04d}-step{progress.step:06d}" + ("-finished" if progress.finished else "")
     if world.is_main:
         shutil.rmtree(folder / tag, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
     world.barrier()
-    backend.save(folder, tag)
-    world.barrier()
-    if world.is_main:
-        write_json(folder / tag / "progress.json", asdict(progress))
-        previous = _latest_tags(folder)
-        tags = [tag, *(t for t in previous if t != tag)][:_KEEP]
-        write_json(folder / "latest.json", {"tags": tags})
-        for stale in set(previous) - set(tags):
-            shutil.rmtree(folder / stale, ignore_errors=True)
-    world.barrier()
+    _together(world, folder / tag, lambda: backend.save(folder, tag))
+    _together(world, folder / tag, lambda: _publish(folder, tag, progress) if world.is_main else None)
+
+
+def _together(world: World, checkpoint: Path, write: Callable[[], None]) -> None:
+    """Let every rank write its part; if one cannot, the checkpoint is removed and all of them say why."""
+    problem = ""
+    try:
+        write()
+    except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
+        problem = str(error)
+    problems = list(filter(None, world.gather(problem)))
+    if problems:
+        if world.is_main:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        free = shutil.disk_usage(checkpoint.parent).free
+        raise OSError(
+            f"{checkpoint}: could not be written ({problems[0]}; {free / 2**20:.0f} MiB are free there). The "
+            "checkpoints before it are as they were: make room, and the same command goes on from the newest"
+        )
+
+
+def _publish(folder: Path, tag: str, progress: Progress) -> None:
+    write_json(folder / tag / "progress.json", asdict(progress))
+    files = {path.name: path for path in sorted((folder / tag).iterdir())}
+    write_json(folder / tag / _FILES, {name: [path.stat().st_size, _sha256(path)] for name, path in files.items()})
+    previous = _latest_tags(folder)
+    tags = [tag, *(t for t in previous if t != tag)][:_KEEP]
+    write_json(folder / _LATEST, {"tags": tags})
+    for stale in set(previous) - set(tags):
+        shutil.rmtree(folder / stale, ignore_errors=True)
 
 
 def load_checkpoint(folder: Path, backend: Backend, world: World) -> Progress | None:
-    """Restore the latest checkpoint, or return None where there is none; called by all ranks."""
-    tags = _latest_tags(folder)
-    if not tags:
-        return None
-    backend.load(folder, tags[0])
-    return Progress(**json.loads((folder / tags[0] / "progress.json").read_text()))
+    """Restore the latest checkpoint that is whole, or return None where there is none; called by all ranks.
+
+    Raises:
+        ValueError: there are checkpoints, but none of them is whole.
+    """
+    problem = ""
+    for tag in _latest_tags(folder):
+        problem = world.gather(_damage(folder / tag) if world.is_main else "")[0]
+        if not problem:
+            backend.load(folder, tag)
+            return Progress(**json.loads((folder / tag / "progress.json").read_text()))
+        logger.warning("%s is damaged (%s): going on from the checkpoint before it", folder / tag, problem)
+    if problem:
+        raise ValueError(f"{folder}: no checkpoint is whole ({problem}); start the run again with --restart")
+    return None
+
+
+def _damage(checkpoint: Path) -> str:
+    """What is wrong with the files of a checkpoint; "" if nothing is."""
+    try:
+        for name, (size, digest) in json.loads((checkpoint / _FILES).read_text()).items():
+            found = (checkpoint / name).stat().st_size
+            if found != size:
+                return f"{name} has {found} bytes, expected {size}"
+            if _sha256(checkpoint / name) != digest:
+                return f"{name} has another SHA-256 than it was written with"
+    except (OSError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _latest_tags(folder: Path) -> list[str]:
-    path = folder / "latest.json"
+    path = folder / _LATEST
     return json.loads(path.read_text())["tags"] if path.is_file() else []

@@ -2,7 +2,10 @@
 
 import copy
 import csv
+import errno
 import json
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -155,6 +158,87 @@ def test_resumed_run_equals_the_unbroken_one(run_settings, monkeypatch, steps_un
     assert losses(run_dir) == losses(unbroken)
     weights, expected = (load_file(d / "checkpoints/best/model.safetensors") for d in (run_dir, unbroken))
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def broken_run(settings, monkeypatch) -> Path:
+    """The folder of a run that died in its sixth step, with checkpoints of its second and fourth."""
+    from bigbag.engine.backend import TorchBackend
+
+    step, calls = TorchBackend.step, []
+
+    def dying_step(self, lr):
+        calls.append(lr)
+        if len(calls) == 6:
+            raise Killed
+        step(self, lr)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TorchBackend, "step", dying_step)
+        with pytest.raises(Killed):
+            train_alone(settings)
+    return build_config(settings).run_dir / "checkpoints"
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda tag: flip(tag / "state.pt"), "state.pt has another SHA-256"),
+        (
+            lambda tag: (tag / "state.pt").write_bytes((tag / "state.pt").read_bytes()[:-1]),
+            "state.pt has .* bytes, exp",
+        ),
+        (lambda tag: (tag / "progress.json").unlink(), "No such file .*progress.json"),
+        (lambda tag: (tag / "files.json").write_text("{"), "Expecting property name"),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over_aloud(run_settings, monkeypatch, caplog, damage, message):
+    run_settings["train"]["checkpoint_every_steps"] = 2
+    unbroken = train_alone(run_settings)
+    broken = with_changes(run_settings, name="broken")
+    checkpoints = broken_run(broken, monkeypatch)
+    newest, before = json.loads((checkpoints / "latest.json").read_text())["tags"]
+    damage(checkpoints / newest)
+    run_dir = train_alone(broken)
+    assert re.search(rf"{newest} is damaged \(.*{message}.*going on from the checkpoint before it", caplog.text)
+    assert losses(run_dir) == losses(unbroken)
+    assert (run_dir / "results.json").read_bytes() == (unbroken / "results.json").read_bytes()
+
+
+def test_without_a_whole_checkpoint_nothing_is_trained(run_settings, monkeypatch):
+    run_settings["train"]["checkpoint_every_steps"] = 2
+    for state in broken_run(run_settings, monkeypatch).glob("epoch*/state.pt"):
+        flip(state)
+    with pytest.raises(ValueError, match=r"no checkpoint is whole \(state.pt has another SHA-256.*--restart"):
+        train_alone(run_settings)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(run_settings, monkeypatch):
+    run_settings["train"]["checkpoint_every_steps"] = 2
+    unbroken = train_alone(run_settings)
+    broken = with_changes(run_settings, name="broken")
+    save, calls = torch.save, []
+
+    def full(state, path):
+        calls.append(path)
+        if len(calls) == 2:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(state, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(OSError, match="could not be written .*No space left on device; .* MiB are free"):
+            train_alone(broken)
+    checkpoints = build_config(broken).run_dir / "checkpoints"
+    (kept,) = json.loads((checkpoints / "latest.json").read_text())["tags"]
+    assert [path.name for path in checkpoints.glob("epoch*")] == [kept] and calls[1].parent.name != kept
+    assert losses(train_alone(broken)) == losses(unbroken)
 
 
 def test_finished_run_is_not_trained_again(run_settings, monkeypatch):
