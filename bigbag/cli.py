@@ -154,7 +154,7 @@ def _train(options: argparse.Namespace) -> int:
     from bigbag.engine.world import start_world
 
     config = _config(options)
-    world = start_world(choose_backend(config.engine.backend), config.engine.threads)
+    world = start_world(choose_backend(config.engine.backend), config.engine.threads, config.engine.timeout_s)
     if options.restart and world.is_main:
         shutil.rmtree(config.run_dir, ignore_errors=True)
     world.barrier()
@@ -182,7 +182,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from bigbag.engine.world import start_world
 
     config = _config(options)
-    world = start_world(choose_backend(config.engine.backend), config.engine.threads)
+    world = start_world(choose_backend(config.engine.backend), config.engine.threads, config.engine.timeout_s)
     _conclude(config, evaluate(config, world=world), world.is_main)
 
 

@@ -199,6 +199,8 @@ class EngineConfig(Section):
     """Extra DeepSpeed keys, merged over the derived configuration: the one escape hatch."""
     threads: int | None = None
     """CPU threads of each rank; None: cores divided by the ranks of this node when there is no GPU."""
+    timeout_s: PositiveInt = 1800
+    """Seconds for which a rank waits for the others before it gives up, saying where: one of them is stuck or gone."""
     impl: dict[str, str] = Field(default_factory=dict)
     """Operator implementations to force, e.g. ``{attention_pool: reference}``; empty: the best for the device."""
 

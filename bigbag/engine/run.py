@@ -46,7 +46,9 @@ def train(config: Config, store: BagStore | None = None, world: World | None = N
         FileNotFoundError: missing shards.
     """
     backend_name = choose_backend(config.engine.backend)
-    world = (world or start_world(backend_name, config.engine.threads)).sharing_bags(config.parallel.bag)
+    world = (world or start_world(backend_name, config.engine.threads, config.engine.timeout_s)).sharing_bags(
+        config.parallel.bag
+    )
     ops.use_impl(config.engine.impl)
     store = store or open_configured_store(config)
     splits = split_bags(store, config.data.splits)
@@ -87,7 +89,7 @@ def evaluate(
     Returns:
         the content of ``results.json``.
     """
-    world = world or start_world(choose_backend(config.engine.backend), config.engine.threads)
+    world = world or start_world(choose_backend(config.engine.backend), config.engine.threads, config.engine.timeout_s)
     world = world.sharing_bags(config.parallel.bag)
     store = store or open_configured_store(config)
     splits = splits or split_bags(store, table=str(config.run_dir / SPLITS_NAME))

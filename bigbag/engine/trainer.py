@@ -7,6 +7,7 @@ changes what is learned.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,8 @@ from bigbag.engine.preemption import Preempted, asked_to_leave
 from bigbag.engine.step import Packs, StepSums, accumulate
 from bigbag.engine.world import World
 from bigbag.models import MILModel, save_model
+
+logger = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -78,6 +81,14 @@ class Trainer:
                     self._save(done)
                     raise
                 self._save(done)
+        except Preempted:
+            raise
+        except Exception as error:
+            rank, size = self.world.rank, self.world.size
+            logger.error(
+                "rank %d of %d failed in epoch %d, step %d: %s", rank, size, done.epoch + 1, done.step + 1, error
+            )
+            raise
         finally:
             self.log.close()
         return done

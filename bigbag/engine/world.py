@@ -7,6 +7,7 @@ import re
 import subprocess
 import warnings
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from functools import cache
 from typing import Any
 
@@ -134,12 +135,13 @@ def _adopt_slurm_step() -> None:
     os.environ.setdefault("MASTER_PORT", str(20000 + number % 10000))
 
 
-def start_world(backend: str, threads: int | None = None) -> World:
+def start_world(backend: str, threads: int | None = None, timeout_s: int = 1800) -> World:
     """Join the run that the launcher's environment (RANK, WORLD_SIZE, LOCAL_RANK) describes, or start alone.
 
     Args:
         backend: "torch" or "deepspeed".
         threads: CPU threads of this rank; None shares the cores of the machine among its ranks.
+        timeout_s: seconds after which a rank that waits for others raises.
     """
     launched()
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -151,9 +153,9 @@ def start_world(backend: str, threads: int | None = None) -> World:
         torch.cuda.set_device(device)
     _set_threads(threads or (max(1, _cores() // local_size) if device.type == "cpu" else None))
     if backend == "deepspeed":
-        _start_deepspeed(device)
+        _start_deepspeed(device, timedelta(seconds=timeout_s))
     elif size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
     return World(int(os.environ.get("RANK", "0")), size, local_size, device)
 
 
@@ -170,7 +172,7 @@ def _set_threads(threads: int | None) -> None:
     os.environ["NUMBA_NUM_THREADS"] = str(threads)
 
 
-def _start_deepspeed(device: torch.device) -> None:
+def _start_deepspeed(device: torch.device, timeout: timedelta) -> None:
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # DeepSpeed calls names that torch 2.13 deprecates, hundreds of times a run; nothing that a user could act on.
@@ -184,4 +186,5 @@ def _start_deepspeed(device: torch.device) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)

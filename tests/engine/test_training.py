@@ -1,11 +1,15 @@
 """The training loop: the same run for any backend, ZeRO stage and number of ranks, resumed or not."""
 
+import contextlib
 import copy
 import csv
 import errno
+import io
 import json
+import logging
 import os
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +20,7 @@ from bigbag import load_model
 from bigbag.config import build_config
 from bigbag.engine.run import evaluate, train
 from bigbag.engine.world import World, start_world
-from bigbag.testing import run_ranks
+from bigbag.testing import free_port, run_ranks
 
 STAGES = (0, 1, 2, 3)
 
@@ -239,6 +243,36 @@ def test_a_full_disk_leaves_the_checkpoint_before(run_settings, monkeypatch):
     (kept,) = json.loads((checkpoints / "latest.json").read_text())["tags"]
     assert [path.name for path in checkpoints.glob("epoch*")] == [kept] and calls[1].parent.name != kept
     assert losses(train_alone(broken)) == losses(unbroken)
+
+
+def stuck_in_the_second_step(settings: dict, port: int) -> tuple[str, float]:
+    """What a rank says, and after how many seconds, where rank 1 does not come back."""
+    from bigbag.engine.backend import TorchBackend
+
+    heard = io.StringIO()
+    logging.getLogger("bigbag").addHandler(logging.StreamHandler(heard))
+    torch.distributed.destroy_process_group()  # it has another time limit
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    world, step, calls = start_world("torch", timeout_s=4), TorchBackend.step, []
+
+    def sleeping_step(self, lr):
+        calls.append(lr)
+        if len(calls) == 2:
+            time.sleep(15)
+        step(self, lr)
+
+    if world.rank == 1:
+        TorchBackend.step = sleeping_step  # type: ignore[method-assign]
+    started = time.monotonic()
+    with contextlib.suppress(RuntimeError):
+        train(build_config(settings), world=world)
+    return heard.getvalue(), time.monotonic() - started
+
+
+def test_a_rank_that_is_stuck_is_not_waited_for(run_settings):
+    run_settings["engine"] = {"backend": "torch"}
+    (text, seconds), _ = run_ranks(stuck_in_the_second_step, 2, run_settings, free_port())
+    assert re.search(r"rank 0 of 2 failed in epoch 1, step [23]: .*[Tt]imed? ?out", text) and seconds < 14
 
 
 def test_finished_run_is_not_trained_again(run_settings, monkeypatch):
