@@ -118,6 +118,44 @@ def precision_recall_chart(curves: Sequence[tuple[str, np.ndarray, np.ndarray]])
     return _svg(draw)
 
 
+def calibration_chart(probability: np.ndarray, observed: np.ndarray, count: np.ndarray, what: str) -> str:
+    """Observed share over mean predicted probability of each bin, with its 95 % interval of Wilson.
+
+    Args:
+        probability: ``(bins,)`` mean of the bin, NaN where it is empty.
+        observed: ``(bins,)`` share of outcomes 1.
+        count: ``(bins,)`` bags.
+        what: the outcome, such as "positive bags".
+    """
+    full = count > 0
+    probability, observed, count = probability[full], observed[full], count[full]
+    low, high = wilson_interval(observed, count)
+
+    def draw(axes: Axes) -> None:
+        axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), label="as predicted")
+        (colour,) = _colours(1)
+        axes.vlines(probability, low, high, color=colour, linewidth=1, label="95 % interval")
+        axes.scatter(
+            probability, observed, s=8 + 80 * np.sqrt(count / count.max()), color=colour, alpha=0.7, linewidth=0
+        )
+        axes.set(xlabel="mean predicted probability", ylabel=f"share of {what}")
+        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.03))
+        axes.legend(loc="upper left")
+
+    return _svg(draw)
+
+
+def wilson_interval(share: np.ndarray, count: np.ndarray, z: float = 1.959964) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest true share that an observed one goes with (Wilson, J. Am. Stat. Assoc. 1927).
+
+    (p + z^2 / 2n  -+  z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
+    """
+    scale = 1 + z**2 / count
+    middle = (share + z**2 / (2 * count)) / scale
+    half = z * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)) / scale
+    return middle - half, middle + half
+
+
 def histogram_chart(
     groups: Sequence[tuple[str, np.ndarray]], xlabel: str, *, log_x: bool = False, marked: float | None = None
 ) -> str:

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from bigbag.engine.metrics import THRESHOLD, bag_metrics
+from bigbag.engine.metrics import THRESHOLD, bag_metrics, reliability_curve
+from bigbag.engine.metrics.calibration import calibration_error
 from bigbag.visualize import charts
 from bigbag.visualize.html import absent, chart, details, esc, note, table
 from bigbag.visualize.run_folder import PredictionTable, RunFolder
@@ -132,6 +133,7 @@ def performance_section(run: RunFolder, split: str, bags: PredictionTable) -> st
         figures += _ranking(run.task, bags)
         if run.task != "multilabel":
             figures.append(_confusion(run.task, bags))
+        figures.append(_calibration(run.task, bags))
     figures += _sizes(run.task, bags)
     return f'{_cross_check(run, split, bags)}<div class="charts">{"".join(figures)}</div>'
 
@@ -205,6 +207,21 @@ def _confusion(task: str, bags: PredictionTable) -> str:
         f"<tbody>{''.join(rows)}</tbody></table></div>"
         "<figcaption>Bags, and their share of the row.</figcaption></figure>"
     )
+
+
+def _calibration(task: str, bags: PredictionTable) -> str:
+    """Reliability of the probabilities: of the positive class, of the most probable class, or of all labels."""
+    if task == "multiclass":
+        outcomes = bags.probabilities.argmax(1) == bags.labels
+        probabilities, what = bags.probabilities.max(1), "bags whose most probable class is right"
+    else:
+        outcomes, probabilities = bags.labels.reshape(-1), bags.probabilities.reshape(-1)
+        what = "positive bags" if task == "binary" else "labels that are set"
+    outcomes = outcomes.astype(np.float64)
+    error = float(calibration_error(outcomes, probabilities, np.ones((1, len(outcomes))))[0])
+    svg = charts.calibration_chart(*reliability_curve(outcomes, probabilities), what)
+    said = f"Expected calibration error {error:.3f}; larger dots are bins of more bags, bars 95 % intervals."
+    return chart(svg, "Calibration", f"Share of {what} over the predicted probability. {said}", esc(said))
 
 
 def _groups(task: str, bags: PredictionTable) -> list[tuple[str, np.ndarray]]:

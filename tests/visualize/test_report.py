@@ -17,6 +17,7 @@ from sklearn.datasets import load_digits
 
 from bigbag.engine.metrics import bag_metrics, instance_metrics, probabilities
 from bigbag.visualize import write_report
+from bigbag.visualize.charts import wilson_interval
 from bigbag.visualize.run_folder import read_run
 
 
@@ -166,6 +167,24 @@ def test_lead_and_confusion_matrix_count_the_predictions(run_dir: Path, page: st
     assert (
         f"Of 30 positive test bags the model misses {counts[1][0]}; of 30 negative ones it calls {counts[0][1]}" in page
     )
+
+
+def test_calibration_is_that_of_the_predictions(run_dir: Path, page: str) -> None:
+    with (run_dir / "predictions.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["split"] == "test"]
+    label, probability = (np.array([float(row[name]) for row in rows]) for name in ("label", "probability"))
+    place = np.minimum((probability * 15).astype(int), 14)
+    error = sum(abs((label - probability)[place == b].sum()) for b in range(15)) / len(rows)
+    assert f"Expected calibration error {error:.3f};" in section(page, "performance")
+
+
+def test_wilson_interval_is_that_of_scipy() -> None:
+    from scipy.stats import binomtest
+
+    low, high = wilson_interval(np.array([0.0, 0.3, 1.0]), np.array([5, 10, 2]))
+    for k, n, found in zip((0, 3, 2), (5, 10, 2), zip(low, high)):
+        interval = binomtest(k, n).proportion_ci(method="wilson")
+        assert found == pytest.approx((interval.low, interval.high), abs=1e-6)
 
 
 def test_every_bag_is_listed_worst_first(run_dir: Path, page: str) -> None:
