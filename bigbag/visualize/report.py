@@ -113,7 +113,8 @@ def _headline(run: RunFolder, split: str, bags: PredictionTable) -> str:
         notes += note(f"A metric that the {split} bags do not define, for want of a class, is not given a value.")
     rows = _metric_rows(run)
     columns = ["Metric", *(name for name in _split_names(run))]
-    every = details("All metrics of all splits", table(columns, rows)) if rows else ""
+    title = "All metrics of all splits" + (", with 95 % intervals by patient" if run.intervals else "")
+    every = details(title, table(columns, rows)) if rows else ""
     return f'<p class="lead">{esc(lead(run, split, bags))}</p>{notes}<dl class="cards">{"".join(cards)}</dl>{every}'
 
 
@@ -133,13 +134,19 @@ def _metric_rows(run: RunFolder) -> list[list[str]]:
     splits = _split_names(run)
     keys = dict.fromkeys(key for split in splits for key in run.results[split])
     return [
-        [esc(metric_name(key)), *(_cell(run.results[split].get(key)) for split in splits)]
+        [
+            esc(metric_name(key)),
+            *(_cell(run.results[split].get(key), run.intervals.get((split, key))) for split in splits),
+        ]
         for key in sorted(keys, key=lambda key: key.startswith("num_"))
     ]
 
 
-def _cell(value: Any) -> str:
-    return "–" if value is None else esc(number(value))
+def _cell(value: Any, interval: tuple[float, float] | None) -> str:
+    if value is None:
+        return "–"
+    within = "" if interval is None else f" <small>{number(interval[0])} to {number(interval[1])}</small>"
+    return f"{esc(number(value))}{within}"
 
 
 def _left_out(run: RunFolder) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,14 @@ class RunFolder:
         """The metrics of ``split`` in the results; empty where there are none."""
         found = self.results.get(split)
         return found if isinstance(found, dict) else {}
+
+    @cached_property
+    def intervals(self) -> dict[tuple[str, str], tuple[float, float]]:
+        """95 % intervals of (split, metric) over bags, from ``metrics.json``; empty where the run has none."""
+        path = self.path / "metrics.json"
+        rows = _read_json(path).get("metrics", []) if path.is_file() else []
+        whole = [row for row in rows if row["unit"] == "bag" and None not in (row["low"], row["high"])]
+        return {(row["split"], row["metric"]): (row["low"], row["high"]) for row in whole}
 
     def attention_files(self) -> list[Path]:
         return sorted((self.path / "attention").glob("*.npz"))

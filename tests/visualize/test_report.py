@@ -178,6 +178,25 @@ def test_calibration_is_that_of_the_predictions(run_dir: Path, page: str) -> Non
     assert f"Expected calibration error {error:.3f};" in section(page, "performance")
 
 
+def test_intervals_stand_beside_the_metrics(run_dir: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(run_dir, tmp_path / "run")
+    results = json.loads((folder / "results.json").read_text())
+    row = {
+        "split": "test",
+        "unit": "bag",
+        "metric": "auroc",
+        "value": results["test"]["auroc"],
+        "low": 0.613,
+        "high": 0.871,
+    }
+    other = {**row, "unit": "patient", "low": 0.1, "high": 0.2}
+    (folder / "metrics.json").write_text(json.dumps({"metrics": [row, other, {**row, "metric": "f1", "low": None}]}))
+    page = write_report(folder).read_text()
+    (auroc,) = [cells for cells in rows_of(page) if cells[0] == "AUROC"]
+    assert f"{results['test']['auroc']:.3f} 0.613 to 0.871" in auroc
+    assert "with 95 % intervals by patient" in page and "0.2" not in " ".join(auroc)
+
+
 def test_wilson_interval_is_that_of_scipy() -> None:
     from scipy.stats import binomtest
 
