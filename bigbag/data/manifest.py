@@ -210,6 +210,8 @@ def _problems(manifest: Manifest) -> Iterator[str]:
         yield f"options.graph is {manifest.options['graph']!r}, expected the settings of a graph or null"
     if min(manifest.feature_shape + (manifest.patch_shape or ()), default=0) < 0:
         yield f"feature_shape is {manifest.feature_shape}, patch_shape {manifest.patch_shape}: expected sizes"
+    if manifest.shard_url is not None and "{shard}" not in manifest.shard_url:
+        yield f"shard_url is {manifest.shard_url!r}, expected an address with {{shard}} in it"
     if manifest.feature_dtype not in _DTYPES:
         yield f"feature_dtype is {manifest.feature_dtype!r}, expected one of {', '.join(_DTYPES)}"
     if len({bag.name for bag in manifest.bags}) != len(manifest.bags):

@@ -15,7 +15,8 @@ _MAX_HEADER_BYTES = 16_384
 _KINDS = "biuf"
 _HEADER = re.compile(
     rb"\x93NUMPY(?:\x01\x00..|\x02\x00....)"
-    rb"\{'descr': '([^']{1,16})', 'fortran_order': (True|False), 'shape': \(((?:\d{1,19}, ?)*(?:\d{1,19})?)\), \} *\n",
+    rb"\{'descr': '([<>|=][A-Za-z?]\d{0,8})', 'fortran_order': (True|False), "
+    rb"'shape': \(((?:\d{1,19}, ?)*(?:\d{1,19})?)\), \} *\n",
     re.DOTALL,
 )
 

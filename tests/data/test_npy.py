@@ -51,6 +51,7 @@ def header(text: str) -> bytes:
         (saved(np.ones(3)) + b"x", "the header promises"),
         (header("{'descr': '<f4', 'fortran_order': False, 'shape': (4294967296, 4294967296), }"), "promises an array"),
         (header("{'descr': '<f4', 'fortran_order': False, 'shape': (-3,), }"), "here"),
+        (header("{'descr': ',f2', 'fortran_order': False, 'shape': (3,), }"), "damaged"),
         (header("__import__('os').system('true')"), "damaged"),
         (b"", "damaged"),
         (b"\x93NUMPY\x09\x00", "damaged"),

@@ -48,9 +48,11 @@ def test_chunks_give_the_gradient_of_whole_bags(name, arguments, dtype, toleranc
     found, chunked = losses_and_gradients(model, pack, 7)
     torch.testing.assert_close(found, losses, rtol=tolerance, atol=0)
     assert whole.keys() == chunked.keys() and any(key.startswith("feat_ext") for key in whole)
+    # Attention's gradient is a sum that cancels, and carries the rounding of terms as large as the others' gradients.
+    rounding = 4 * torch.finfo(dtype).eps * max(float(gradient.norm()) for gradient in whole.values())
     for key, gradient in whole.items():
-        error = (chunked[key] - gradient).norm() / gradient.norm().clamp_min(1e-12 if dtype == torch.float64 else 1e-6)
-        assert error <= tolerance, f"{key}: {error:.2g}"
+        error = (chunked[key] - gradient).norm()
+        assert error <= tolerance * gradient.norm() + rounding, f"{key}: {error / gradient.norm():.2g}"
 
 
 class Patches(torch.nn.Module):
