@@ -1,6 +1,7 @@
 """A large bag trains in little memory beyond itself."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -84,7 +85,10 @@ def test_memory_beyond_the_bag(tmp_path, model, allowed_bytes_per_instance):
 def growth(folder, model, instances: int, data: dict) -> int:
     """Most anonymous memory of a run on a set with a bag of so many instances, beyond that of a run on small ones."""
     arguments = [str(folder), json.dumps(model), str(instances), str(WIDTH), json.dumps(data)]
-    done = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True)
+    # Freed tensors go back to the kernel at once: the peak is then that of live ones, not the allocator's history.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}
+    command = [sys.executable, "-c", SCRIPT, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return int(re.search(r"GREW (\d+)", done.stdout).group(1))
 
@@ -104,5 +108,5 @@ def test_a_bag_over_the_budget_stays_in_its_shard(tmp_path, linear_sizes):
         grew.append(growth(folder, model, instances, {"budget_bytes": 8 * 2**20}))
     print(f"anonymous memory grew by {grew[0] / 2**20:.0f} and {grew[1] / 2**20:.0f} MiB")
     # Scores, their weights and gradients, in fp32: of 2048 bytes of features.
-    assert grew[1] - grew[0] < 1.5 * INSTANCES * 160
-    assert grew[1] < 2 * INSTANCES * WIDTH * 2 / 2
+    assert grew[1] - grew[0] < 1.5 * INSTANCES * 64
+    assert grew[1] < 2 * INSTANCES * WIDTH * 2 / 4
