@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bigbag.kernels.cpu.memory import huge_pages
+
 
 class LazyLinear(torch.nn.Module):
     """``torch.nn.Linear`` whose input width may be left out and is then taken from the first input.
@@ -90,7 +92,7 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(x, weight)
-        out, w = x.new_empty(len(x), weight.shape[0], dtype=dtype), weight.to(dtype)
+        out, w = huge_pages(x.new_empty(len(x), weight.shape[0], dtype=dtype)), weight.to(dtype)
         for chunk in _chunks(x, dtype):
             torch.mm(_converted(x[chunk], dtype), w.t(), out=out[chunk])
         return out

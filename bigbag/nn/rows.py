@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigbag.bags import Segments
+from bigbag.kernels.cpu.memory import huge_pages
 from bigbag.ops.rows import combine_rows
 
 _ROWS = {"cpu": 2048, "cuda": 16_384}
@@ -325,7 +326,7 @@ class _ByRows(torch.autograd.Function):
             raise RuntimeError("a parameter was changed between the forward pass and its backward pass")
         inputs = work.inputs(tensors)
         found = [
-            None if not need else torch.zeros_like(t) if isinstance(given, Windows) else torch.empty_like(t)
+            None if not need else torch.zeros_like(t) if isinstance(given, Windows) else huge_pages(torch.empty_like(t))
             for t, given, need in zip(tensors, inputs, ctx.needs_input_grad[1:])
         ]
         totals = [torch.zeros_like(p) if p.requires_grad else None for p in parameters]

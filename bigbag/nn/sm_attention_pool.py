@@ -13,7 +13,7 @@ from bigbag.adjacency import Adjacency
 from bigbag.bags import PackedBags, Segments
 from bigbag.nn.encoded import Encoded, rows_of, weighted_sum
 from bigbag.nn.linear import project
-from bigbag.nn.rows import stream_dtype
+from bigbag.nn.rows import by_rows, stream_dtype
 from bigbag.nn.sm import Sm
 
 _ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "gelu": torch.nn.functional.gelu}
@@ -134,11 +134,15 @@ class SmAttentionPool(torch.nn.Module):
         if self.sm_where == "early":
             h = self.sm.forward_packed(h, adj)
         if self.sm_where == "mid":
-            h = self.sm.forward_packed(h + bias.to(h.dtype), adj).to(bias.dtype)
-        else:
-            h = h.to(bias.dtype) + bias
+            h = self.sm.forward_packed(h + bias.to(h.dtype), adj)
+
+        def score(rows: Tensor) -> Tensor:
+            rows = rows.to(bias.dtype) if self.sm_where == "mid" else rows.to(bias.dtype) + bias
+            return (_ACTIVATIONS[self.act](rows) @ w2.t()).squeeze(1)
+
+        # By rows: an activation costs less than fresh memory for its result and gradient.
         with torch.autocast(h.device.type, enabled=False):
-            f = (_ACTIVATIONS[self.act](h) @ w2.t()).squeeze(1)
+            f = by_rows(score, h, shared=[w2, bias])
         return self.sm.forward_packed(f, adj) if self.sm_where == "late" else f
 
     def forward(

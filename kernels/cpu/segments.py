@@ -77,7 +77,14 @@ def _weighted_sum(begin, end, x, a, starts, ends, out):
         for block in range(starts[i], ends[i], _BLOCK_ROWS):
             for h in range(a.shape[1]):
                 part[:] = 0
-                for t in range(block, min(block + _BLOCK_ROWS, ends[i])):
+                end_block = min(block + _BLOCK_ROWS, ends[i])
+                quads = block + (end_block - block) // 4 * 4
+                for t in range(block, quads, 4):
+                    a0, a1, a2, a3 = a[t, h], a[t + 1, h], a[t + 2, h], a[t + 3, h]
+                    for p in range(x.shape[1]):
+                        pair = a0 * _widen(x[t, p]) + a1 * _widen(x[t + 1, p])
+                        part[p] += pair + (a2 * _widen(x[t + 2, p]) + a3 * _widen(x[t + 3, p]))
+                for t in range(quads, end_block):
                     weight = a[t, h]
                     for p in range(x.shape[1]):
                         part[p] += weight * _widen(x[t, p])
