@@ -11,6 +11,8 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from bigbag.evaluation.curves import Band
+
 NEGATIVE, POSITIVE, INK, MUTED = "#3b6ea8", "#b5332e", "#1d2733", "#8a95a3"
 CLASS_COLOURS = ("#3b6ea8", "#b5332e", "#2f8f5b", "#8a5ab0", "#c98a1b", "#3aa3a8", "#7a5b45", "#d0609a")
 _SIZE_INCHES = (4.0, 3.0)
@@ -84,17 +86,16 @@ def series_chart(
     return _svg(draw)
 
 
-def roc_chart(curves: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> str:
-    """ROC curves ``(name, 0/1 labels (B,), scores (B,))``; the bags of each must hold both labels."""
+def roc_chart(curves: Sequence[tuple[str, np.ndarray, np.ndarray]], bands: Sequence[Band] = ()) -> str:
+    """ROC curves ``(name, 0/1 labels (B,), scores (B,))``, the bags of each with both labels, and a band for each."""
     from sklearn.metrics import roc_curve
 
     def draw(axes: Axes) -> None:
         axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), label="chance")
+        _draw_bands(axes, bands, _colours(len(curves)))
         for (name, labels, scores), colour in zip(curves, _colours(len(curves))):
             false_rate, true_rate, _ = roc_curve(labels, scores, drop_intermediate=False)
-            axes.step(false_rate, true_rate, where="post", color=colour, label=name)
-            if len(curves) == 1:
-                axes.fill_between(false_rate, true_rate, step="post", color=colour, alpha=0.08, linewidth=0)
+            axes.plot(false_rate, true_rate, color=colour, label=name)
         axes.set(xlabel="1 - specificity (false positive rate)", ylabel="sensitivity (recall)")
         axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.03))
         axes.legend(loc="lower right")
@@ -102,11 +103,12 @@ def roc_chart(curves: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> str:
     return _svg(draw)
 
 
-def precision_recall_chart(curves: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> str:
+def precision_recall_chart(curves: Sequence[tuple[str, np.ndarray, np.ndarray]], bands: Sequence[Band] = ()) -> str:
     """Precision over recall, arguments as :func:`roc_chart`; the dashed line is what chance gives."""
     from sklearn.metrics import precision_recall_curve
 
     def draw(axes: Axes) -> None:
+        _draw_bands(axes, bands, _colours(len(curves)))
         for (name, labels, scores), colour in zip(curves, _colours(len(curves))):
             precision, recall, _ = precision_recall_curve(labels, scores)
             axes.step(recall, precision, where="post", color=colour, label=name)
@@ -116,6 +118,12 @@ def precision_recall_chart(curves: Sequence[tuple[str, np.ndarray, np.ndarray]])
         axes.legend(loc="lower left")
 
     return _svg(draw)
+
+
+def _draw_bands(axes: Axes, bands: Sequence[Band], colours: Sequence[str]) -> None:
+    for band, colour in zip(bands, colours):
+        label = "95 % interval" if len(bands) == 1 else None
+        axes.fill_between(band.x, band.low, band.high, color=colour, alpha=0.15, linewidth=0, label=label)
 
 
 def calibration_chart(probability: np.ndarray, observed: np.ndarray, count: np.ndarray, what: str) -> str:

@@ -1,4 +1,4 @@
-"""The report's sections on how well a run predicts bags: training curves, ROC, confusion, bag sizes, mistakes."""
+"""The report's sections on how well a run predicts bags: training curves, ROC, confusion, bag sizes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ import numpy as np
 
 from bigbag.engine.metrics import THRESHOLD, bag_metrics, reliability_curve
 from bigbag.engine.metrics.calibration import calibration_error
+from bigbag.engine.metrics.ranking import ranking
+from bigbag.evaluation.bootstrap import groups_of
+from bigbag.evaluation.curves import Band, ranking_bands
 from bigbag.visualize import charts
-from bigbag.visualize.html import absent, chart, details, esc, note, table
+from bigbag.visualize.html import absent, chart, details, esc, note
 from bigbag.visualize.run_folder import PredictionTable, RunFolder
 
 NAMES = {
@@ -30,8 +33,7 @@ NAMES = {
     "num_bags": "Bags",
     "num_instances": "Instances with a label",
 }
-_SHOWN_MISTAKES = 12
-_LISTED_BAGS = 500
+_MAX_BANDS = 4
 
 
 def metric_name(key: str) -> str:
@@ -148,35 +150,36 @@ def _cross_check(run: RunFolder, split: str, bags: PredictionTable) -> str:
 
 
 def _ranking(task: str, bags: PredictionTable) -> list[str]:
-    """ROC and precision-recall; one curve per class or label where there are several."""
+    """ROC and precision-recall with their bands; one curve per class or label where there are several."""
     if task == "binary":
         curves = [("", bags.labels, bags.logits)]
     elif task == "multiclass":
         curves = [(f"class {k}", bags.labels == k, bags.probabilities[:, k]) for k in range(bags.logits.shape[1])]
     else:
         curves = [(f"label {k}", bags.labels[:, k], bags.logits[:, k]) for k in range(bags.logits.shape[1])]
-    drawn = [(name, y.astype(np.int64), s) for name, y, s in curves if 0 < y.sum() < len(y)]
+    drawn = [(name, y.astype(bool), s) for name, y, s in curves if 0 < y.sum() < len(y)]
     if not drawn:
         reason = "Not defined: these bags all have the same label."
         return [absent("ROC", reason), absent("Precision and recall", reason)]
+    captions = ["Bands are 95 % intervals by patient." if any(bags.patients) else "Bands are 95 % intervals."]
+    pairs: list[tuple[Band, Band]] | None = None
+    if len(drawn) <= _MAX_BANDS:
+        groups = groups_of(bags.patients)
+        pairs = [ranking_bands(y, s, groups) for _, y, s in drawn]
+    else:
+        captions = [f"Without bands: there are more than {_MAX_BANDS} curves."]
+    if len(drawn) < len(curves):
+        captions.append(f"{len(curves) - len(drawn)} without bags of both kinds not drawn.")
+    values = [ranking(y, s, np.ones((1, len(y)))) for _, y, s in drawn]
     figures = []
-    for title, key, draw in (
-        ("ROC", "auroc", charts.roc_chart),
-        ("Precision and recall", "average_precision", charts.precision_recall_chart),
+    for which, (title, short, draw) in enumerate(
+        (("ROC", "AUROC", charts.roc_chart), ("Precision and recall", "AP", charts.precision_recall_chart))
     ):
-        values = [bag_metrics(y, s if task != "multiclass" else _logit(s), "binary")[key] for _, y, s in drawn]
-        short = {"auroc": "AUROC", "average_precision": "AP"}[key]
-        named = [(f"{name} {short} {v:.3f}".strip(), y, s) for (name, y, s), v in zip(drawn, values)]
-        dropped = (
-            "" if len(drawn) == len(curves) else f" {len(curves) - len(drawn)} without bags of both kinds not drawn."
-        )
-        figures.append(chart(draw(named), title, f"{title}: {'; '.join(name for name, _, _ in named)}.", esc(dropped)))
+        named = [(f"{name} {short} {v[which][0]:.3f}".strip(), y, s) for (name, y, s), v in zip(drawn, values)]
+        svg = draw(named, [pair[which] for pair in pairs] if pairs else [])
+        alt = f"{title}: {'; '.join(name for name, _, _ in named)}."
+        figures.append(chart(svg, title, alt, esc(" ".join(captions))))
     return figures
-
-
-def _logit(probability: np.ndarray) -> np.ndarray:
-    clipped = np.clip(probability, 1e-300, 1 - 1e-16)
-    return np.log(clipped) - np.log1p(-clipped)
 
 
 def _counts(bags: PredictionTable, num_classes: int) -> np.ndarray:
@@ -264,57 +267,3 @@ def _agreement(bags: PredictionTable) -> list[str]:
         chart(svg, "Predicted and true values", "Predicted values over labels."),
         chart(error, "Errors", f"Histogram of the errors; mean {np.mean(values - labels):.3g}."),
     ]
-
-
-def mistakes_section(task: str, bags: PredictionTable) -> str:
-    """All bags, the worst predictions first."""
-    if not len(bags.keys):
-        return "<p>No labelled bag.</p>"
-    if task.startswith("survival"):
-        return "<p>A single bag has no right or wrong risk; predictions.csv lists all of them.</p>"
-    error = _error(task, bags)
-    order = np.argsort(-error, kind="stable")
-    columns = ["Bag", "Label", "Value" if task == "regression" else "Probability", "Instances", "Verdict"]
-    rows = [_row(task, bags, int(i), float(error[i])) for i in order[:_LISTED_BAGS]]
-    wrong = (
-        "" if task == "regression" else f"{sum('wrong' in row[4] for row in rows)} of {len(bags.keys)} bags are wrong. "
-    )
-    if len(bags.keys) > _LISTED_BAGS:
-        wrong = ""
-    page = f"<p>{wrong}Sorted by how far the prediction is from the label.</p>"
-    page += table(columns, rows[:_SHOWN_MISTAKES], css="bags")
-    if len(rows) > _SHOWN_MISTAKES:
-        page += details(
-            f"The other {len(rows) - _SHOWN_MISTAKES} bags", table(columns, rows[_SHOWN_MISTAKES:], css="bags")
-        )
-    if len(bags.keys) > _LISTED_BAGS:
-        page += (
-            f'<p class="muted">{len(bags.keys) - _LISTED_BAGS} better predicted bags are in predictions.csv only.</p>'
-        )
-    return page
-
-
-def _error(task: str, bags: PredictionTable) -> np.ndarray:
-    if task == "multiclass":
-        return 1 - bags.probabilities[np.arange(len(bags.keys)), bags.labels.astype(np.int64)]
-    values = bags.logits if task == "regression" else bags.probabilities
-    return np.abs(values - bags.labels).reshape(len(bags.keys), -1).max(1)
-
-
-def _row(task: str, bags: PredictionTable, i: int, error: float) -> list[str]:
-    label, values = np.atleast_1d(bags.labels[i]), np.atleast_1d(bags.probabilities[i])
-    if task == "regression":
-        verdict = f"off by {error:.3g}"
-    elif task == "binary":
-        called = bool(bags.logits[i] >= 0)
-        kind = "false alarm" if called else "missed"
-        verdict = (
-            '<span class="right">right</span>' if called == bool(label[0]) else f'<span class="wrong">{kind}</span>'
-        )
-    else:
-        right = values.argmax() == label[0] if task == "multiclass" else np.array_equal(values >= THRESHOLD, label > 0)
-        verdict = '<span class="right">right</span>' if right else '<span class="wrong">wrong</span>'
-    shown = values[[int(label[0])]] if task == "multiclass" else values
-    labels = {"binary": ["negative", "positive"][int(label[0])]} if task == "binary" else {}
-    name = labels.get(task, " ".join(f"{v:g}" for v in label))
-    return [esc(bags.keys[i]), name, " ".join(f"{v:.3f}" for v in shown), f"{bags.sizes[i]:,}", verdict]

@@ -7,14 +7,8 @@ from typing import Any
 
 from bigbag.files import write_atomically
 from bigbag.visualize.html import details, esc, note, settings, table
-from bigbag.visualize.performance import (
-    lead,
-    metric_name,
-    mistakes_section,
-    number,
-    performance_section,
-    training_section,
-)
+from bigbag.visualize.mistakes import mistakes_section
+from bigbag.visualize.performance import lead, metric_name, number, performance_section, training_section
 from bigbag.visualize.run_folder import SPLITS, PredictionTable, RunFolder, read_run
 from bigbag.visualize.slides import slides_section
 from bigbag.visualize.style import STYLE
@@ -37,6 +31,7 @@ def write_report(run_dir: str | Path) -> Path:
     ``predictions.csv`` (key, split, label, logit, probability, num_instances) must be there. ``metrics.jsonl``,
     ``environment.json`` and ``attention/*.npz`` are shown where they are there; a file of ``attention/`` holds ``key``,
     ``scores (N,)`` and, where known, ``coords (N, 2)``, ``y_inst (N,)``, ``patches (N, h, w[, 3])`` or ``rgb (N, 3)``.
+    Heatmaps that ``bigbag predict`` wrote into the folder or one in it are linked to from the table of bags.
 
     Args:
         run_dir: folder of the run.
@@ -54,7 +49,7 @@ def write_report(run_dir: str | Path) -> Path:
     sections = [
         ("slides", "Where the model looks", slides_section(run)),
         ("performance", f"How it performs: {split} bags", performance_section(run, split, bags)),
-        ("mistakes", "Bags, worst predictions first", mistakes_section(run.task, bags)),
+        ("mistakes", "Bags, worst predictions first", mistakes_section(run, bags)),
         ("training", "Training", training_section(run)),
         ("left-out", "Left out", _left_out(run)),
         ("details", "Everything else", _everything_else(run)),

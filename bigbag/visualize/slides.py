@@ -40,7 +40,8 @@ def slides_section(run: RunFolder) -> str:
         "average of the bag: 10× means ten times the weight of the average instance. An outline marks the instances "
         "that are known to be positive; training saw labels of bags only. The dashed square is the close-up.</p>"
     )
-    views = [_slide(run, read_attention(path), _BUDGET_BYTES // len(shown)) for path in shown]
+    drawn = [_slide(run, read_attention(path), _BUDGET_BYTES // len(shown)) for path in shown]
+    views = [f'<article class="slide" id="slide-{i}">{view}</article>' for i, view in enumerate(drawn)]
     rest = len(files) - len(shown)
     more = (
         f'<p class="muted">{rest} more in <code>attention/</code> left out, to keep this page small.</p>'
@@ -50,12 +51,17 @@ def slides_section(run: RunFolder) -> str:
     return intro + "".join(views) + more
 
 
+def anchors(run: RunFolder) -> dict[str, str]:
+    """Key -> ``id`` on the page, of the bags of :func:`slides_section`."""
+    return {read_attention(path).key: f"slide-{i}" for i, path in enumerate(run.attention_files()[:_MAX_SLIDES])}
+
+
 def _slide(run: RunFolder, bag: BagAttention, budget_bytes: int) -> str:
     head = f"<h3>{esc(bag.key)}{_verdict(run, bag)}</h3>"
     if not np.isfinite(bag.scores).all():
-        return f'<article class="slide">{head}<p>Its attention is not finite, and cannot be drawn.</p></article>'
+        return f"{head}<p>Its attention is not finite, and cannot be drawn.</p>"
     if not len(bag.scores):
-        return f'<article class="slide">{head}<p>It has no instance.</p></article>'
+        return f"{head}<p>It has no instance.</p>"
     positive = None if bag.y_inst is None else bag.y_inst == 1
     head += f'<p class="facts">{_facts(bag, positive)}</p>'
     values = log_attention(bag.scores)
@@ -64,9 +70,9 @@ def _slide(run: RunFolder, bag: BagAttention, budget_bytes: int) -> str:
         svg = charts.ranked_chart(10.0**values, positive, "attention (× average)")
         alt = f"Attention of the instances of {bag.key} in falling order."
         figure = chart(svg, "Attention by rank", alt, f"The bag has {esc(reason)}, so there is no map.")
-        return f'<article class="slide">{head}<div class="charts">{figure}</div></article>'
+        return f'{head}<div class="charts">{figure}</div>'
     views = _views(bag, values, positive, budget_bytes)
-    return f'<article class="slide">{head}{views}{_strip(bag, values, positive)}</article>'
+    return f"{head}{views}{_strip(bag, values, positive)}"
 
 
 def _verdict(run: RunFolder, bag: BagAttention) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import csv
 import html
 import json
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ import yaml
 from scipy import ndimage
 from sklearn.datasets import load_digits
 
+from bigbag.data.manifest import make_keys
 from bigbag.engine.metrics import bag_metrics, instance_metrics, probabilities
 from bigbag.visualize import write_report
 from bigbag.visualize.charts import wilson_interval
@@ -244,6 +247,34 @@ def test_slides_tell_how_attention_meets_truth(run_dir: Path, page: str) -> None
     assert f"{hits} of the {num} most attended are positive" in slides
     assert f"{int(y_inst[np.argsort(-scores)[:12]].sum())} of 12 are known to be positive" in slides
     assert slides.count('<path class="lesion" d="M') == 4 * 3
+
+
+def test_bags_link_to_their_pictures(tmp_path: Path) -> None:
+    folder = small_run(tmp_path)
+    text = (folder / "predictions.csv").read_text()
+    (key,) = make_keys(["TCGA-A #1.uuid"])
+    (folder / "predictions.csv").write_text(text.replace("test-0004,", f"{key},"))
+    for name in ("heatmaps/test-0003.png", "predicted/heatmaps/TCGA-A #1.uuid.png", "heatmaps/test-0003.overlay.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    page = write_report(folder).read_text()
+    rows = re.findall(r'<tr><th scope="row">(.*?)</th>', section(page, "mistakes"))
+    links = {row.split(" <")[0]: re.findall('href="(.*?)"', row) for row in rows}
+    assert links["test-0001"] == ["#slide-0"] and 'id="slide-0"' in page
+    assert links["test-0003"] == ["heatmaps/test-0003.png"]
+    assert [unquote(link) for link in links[key]] == ["predicted/heatmaps/TCGA-A #1.uuid.png"] and "#" not in links[
+        key
+    ][0]
+    assert sum(map(len, links.values())) == 3
+
+
+def test_ranking_curves_have_bands(tmp_path: Path, page: str) -> None:
+    performance = section(page, "performance")
+    assert performance.count("Bands are 95 % intervals.") == 2
+    roc = base64.b64decode(re.findall(r"svg\+xml;base64,([^\"]*)", performance)[0]).decode()
+    assert "FillBetweenPolyCollection" in roc
+    many = section(write_report(small_run(tmp_path, task="multilabel")).read_text(), "performance")
+    assert many.count("Bands are 95 % intervals.") == 2 and re.search("ROC: label 0 AUROC.*label 3 AUROC", many)
 
 
 def test_disagreement_of_files_is_shown(tmp_path: Path) -> None:
