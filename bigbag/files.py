@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
 
 @contextmanager
 def open_atomically(path: Path) -> Iterator[BinaryIO]:
@@ -33,3 +35,19 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Replace ``path`` by ``value`` as indented JSON; NaN and infinity are refused, since JSON has neither."""
     write_atomically(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_npz(path: str | Path) -> dict[str, np.ndarray]:
+    """All arrays of a ``.npz`` file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # zipfile's, zlib's and numpy's own errors
+        raise ValueError(f"{path}: not a readable .npz file of numbers ({error}): write it again") from None

@@ -29,7 +29,7 @@ from bigbag.engine.metrics import probabilities
 from bigbag.engine.new_bags import NewBag, SlidePlaces
 from bigbag.engine.predictions import Row, predictions_table
 from bigbag.engine.world import World
-from bigbag.files import open_atomically, write_atomically, write_json
+from bigbag.files import open_atomically, read_npz, write_atomically, write_json
 from bigbag.models import load_model
 from bigbag.models.build import saved_model
 
@@ -140,8 +140,10 @@ class SlideScores:
 
 def read_scores(path: str | Path) -> SlideScores:
     """Read a file ``scores/<slide>.npz``."""
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
+    return _slide_scores(read_npz(path))
+
+
+def _slide_scores(arrays: dict[str, np.ndarray]) -> SlideScores:
     return SlideScores(
         key=str(arrays["key"]),
         slide=str(arrays["slide"]),
@@ -250,19 +252,14 @@ def _finish(predictor: Predictor, bag: NewBag, content: _Read, out: Path, finger
 
 def _done(bag: NewBag, out: Path, fingerprint: str) -> Predicted | None:
     """What is there of a bag already, made by the same model from the same files."""
-    names, files, num_instances = list(bag.slides), [], 0
-    for name in names:
-        path = out / SCORES / f"{file_name(name)}.npz"
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                if str(file["fingerprint"]) != fingerprint:
-                    return None
-        except (OSError, ValueError, KeyError):
-            return None
-        files.append(path)
-    if not files:
+    files = [out / SCORES / f"{file_name(name)}.npz" for name in bag.slides]
+    try:
+        found = [read_npz(path) for path in files]
+    except (ValueError, OSError):
         return None
-    parts = [read_scores(path) for path in files]
+    if not found or any(str(arrays.get("fingerprint")) != fingerprint for arrays in found):
+        return None
+    parts = [_slide_scores(arrays) for arrays in found]
     num_instances = sum(len(part.scores) for part in parts)
     return Predicted(_row(bag, parts[0].logits, parts[0].probability, num_instances), tuple(files), False)
 

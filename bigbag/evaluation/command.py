@@ -12,7 +12,7 @@ import yaml
 
 from bigbag.config import Config
 from bigbag.evaluation.bootstrap import Bootstrap
-from bigbag.evaluation.predictions import read_predictions
+from bigbag.evaluation.predictions import check_task_fits, read_predictions
 from bigbag.evaluation.summary import compare_models, markdown, summarise
 from bigbag.files import write_atomically
 
@@ -21,7 +21,10 @@ def evaluate_predictions(options: argparse.Namespace) -> None:
     """Write and print the metrics of ``--predictions``, and of its difference from ``--against``."""
     path: Path = options.predictions
     table = read_predictions(path)
+    if not table.keys:
+        raise ValueError(f"{path}: has no rows, expected one for each bag")
     task = options.task or _task_beside(path) or table.likely_task()
+    check_task_fits(task, table, path)
     how = Bootstrap(options.resamples, method=options.interval, stratified=options.stratified)
     beside = path.with_name("instances.npz")
     instances = options.instances or (beside if beside.is_file() else None)
@@ -31,7 +34,9 @@ def evaluate_predictions(options: argparse.Namespace) -> None:
     print(markdown(summary.rows) + f"task: {task}\nmetrics: {folder / 'metrics.csv'}")
     if options.against is None:
         return
-    differences = compare_models(table, read_predictions(options.against), task, options.split, how)
+    other = read_predictions(options.against)
+    check_task_fits(task, other, options.against)
+    differences = compare_models(table, other, task, options.split, how)
     text = io.StringIO()
     writer = csv.DictWriter(text, ["metric", "value", "low", "high", "p_value"], lineterminator="\n")
     writer.writeheader()
@@ -51,4 +56,9 @@ def evaluate_run(config: Config) -> None:
 
 def _task_beside(path: Path) -> str | None:
     config = path.with_name("config.yaml")
-    return yaml.safe_load(config.read_text())["task"]["type"] if config.is_file() else None
+    if not config.is_file():
+        return None
+    try:
+        return yaml.safe_load(config.read_text())["task"]["type"]
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
+        raise ValueError(f"{config}: is not the config of a run, which says its task: give --task") from None

@@ -63,13 +63,28 @@ class PredictionTable:
         return "binary" if np.isin(known, [0, 1]).all() else "regression"
 
 
+def _rows(path: Path) -> tuple[list[dict[str, str]], list[str]]:
+    """The lines of a CSV file, and its columns."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            rows, columns = list(reader), list(reader.fieldnames or ())
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: not a CSV file in UTF-8 ({error}): save it as one") from None
+    for number, row in enumerate(rows, 2):
+        if None in row or None in row.values():
+            more_or_fewer = "more" if None in row else "fewer"
+            raise ValueError(f"{path}:{number}: {more_or_fewer} cells than the {len(columns)} columns; write it again")
+    return rows, columns
+
+
 def _numbers(rows: list[dict[str, str]], names: list[str], path: Path) -> np.ndarray:
     """Columns of a table as float64 ``(B,)``, or ``(B, K)`` where they are numbered or their cells are JSON lists."""
     values: list[list[float]] = []
     for number, row in enumerate(rows, 2):
         cells: list[Any] = [row[name] for name in names]
         try:
-            if len(cells) == 1 and cells[0] and cells[0].startswith("["):
+            if len(cells) == 1 and cells[0].startswith("["):
                 cells = json.loads(cells[0])
             values.append([float("nan" if cell in ("", None, "None") else cell) for cell in cells])
         except (TypeError, ValueError) as error:
@@ -77,8 +92,19 @@ def _numbers(rows: list[dict[str, str]], names: list[str], path: Path) -> np.nda
     width = max((len(row) for row in values), default=1)
     array = np.full((len(rows), width), np.nan)
     for i, row_values in enumerate(values):
+        # An empty cell is an unknown label of any width.
+        if len(row_values) != width and not (len(row_values) == 1 and np.isnan(row_values[0])):
+            raise ValueError(
+                f"{path}:{i + 2}: {names[0]}: expected {width} numbers, as in other rows, got {row_values}"
+            )
         array[i, : len(row_values)] = row_values
     return array[:, 0] if width == 1 and names[0] in (*_FIELDS, "num_instances") else array
+
+
+def _refuse(path: Path, bad: np.ndarray, text: str) -> None:
+    """Raise with the first line of a file that is bad."""
+    if bad.any():
+        raise ValueError(f"{path}:{int(np.flatnonzero(bad.reshape(len(bad), -1).any(1))[0]) + 2}: {text}")
 
 
 def read_predictions(path: str | Path) -> PredictionTable:
@@ -89,32 +115,51 @@ def read_predictions(path: str | Path) -> PredictionTable:
     ...); a label may also be a JSON list. Where only probabilities are given, their log-odds, or their logarithms for
     the classes of one label, serve as logits.
 
+    Without a column key, bags are known by their row.
+
     Raises:
-        ValueError: a column is missing or a cell is no number; file and line are named.
+        ValueError: a column is missing, a cell is no number, a score is missing or not finite, a bag is there twice;
+            file and line are named.
     """
     path = Path(path)
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        rows, columns = list(reader), list(reader.fieldnames or ())
-    fields = {name: _numbered(name, columns) for name in _FIELDS}
+    rows, columns = _rows(path)
+    fields = {name: _numbered(name, columns, path) for name in _FIELDS}
     absent = [] if fields["label"] else ["label"]
     absent += [] if fields["logit"] or fields["probability"] else ["logit or probability"]
     if absent:
         expected, got = " and ".join(absent), ", ".join(columns) or "an empty file"
-        raise ValueError(f"{path}: expected a column {expected}, or numbered ones, got {got}")
+        raise ValueError(
+            f"{path}: expected a column {expected}, or numbered ones, got {got}; rename the "
+            "columns, and separate them by commas"
+        )
+    keys = tuple(row.get("key") or str(i) for i, row in enumerate(rows))
+    splits = tuple(row.get("split") or "test" for row in rows)
+    named = dict[tuple[str, str], int]()
+    for number, bag in enumerate(zip(splits, keys), 2):
+        if named.setdefault(bag, number) != number:
+            raise ValueError(
+                f"{path}:{number}: bag {bag[1]!r} of split {bag[0]} is in line {named[bag]} already, and would count "
+                "twice: leave one of them out"
+            )
     labels = _numbers(rows, fields["label"], path)
     logits = _numbers(rows, fields["logit"], path) if fields["logit"] else None
     probabilities = logits if logits is not None else labels
     if fields["probability"]:
         probabilities = _numbers(rows, fields["probability"], path)
     sizes = _numbers(rows, ["num_instances"], path) if "num_instances" in columns else np.zeros(len(rows))
-    if not np.isfinite(sizes).all():
-        raise ValueError(f"{path}:{int(np.flatnonzero(~np.isfinite(sizes))[0]) + 2}: num_instances is missing")
+    _refuse(path, ~np.isfinite(sizes), "num_instances is missing")
+    if logits is None:
+        text = "probability: expected 0 to 1; scores on another scale are to be called logit"
+        _refuse(path, (probabilities < 0) | (probabilities > 1), text)
+        logits = _logits_of(probabilities, labels)
+    _refuse(
+        path, ~np.isfinite(logits), "the score of the bag is missing or not finite: predict it again, or leave it out"
+    )
     return PredictionTable(
-        keys=tuple(row.get("key") or str(i) for i, row in enumerate(rows)),
-        splits=tuple(row.get("split") or "test" for row in rows),
+        keys=keys,
+        splits=splits,
         labels=labels,
-        logits=_logits_of(probabilities, labels) if logits is None else logits,
+        logits=logits,
         probabilities=probabilities,
         sizes=sizes.astype(np.int64),
         patients=tuple(row.get("patient") or "" for row in rows),
@@ -129,11 +174,15 @@ def _logits_of(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.log(inside) - np.log1p(-np.clip(probabilities, None, 1 - 2.0**-53))
 
 
-def _numbered(name: str, columns: list[str]) -> list[str]:
+def _numbered(name: str, columns: list[str], path: Path) -> list[str]:
     """``[name]`` if there is such a column, else ``name_0, name_1, ...`` in order of their numbers."""
     if name in columns:
         return [name]
-    return sorted((c for c in columns if re.fullmatch(rf"{name}_\d+", c)), key=lambda c: int(c.rsplit("_", 1)[1]))
+    found = [c for c in columns if re.fullmatch(rf"{name}_\d+", c)]
+    expected = [f"{name}_{k}" for k in range(len(found))]
+    if set(found) != set(expected):
+        raise ValueError(f"{path}: expected the columns {', '.join(expected)}, got {', '.join(found)}")
+    return expected
 
 
 def check_task_fits(task: str, predictions: PredictionTable, path: str | Path) -> None:

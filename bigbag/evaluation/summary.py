@@ -27,7 +27,7 @@ from bigbag.evaluation.bootstrap import Bootstrap, Statistic, groups_of, interva
 from bigbag.evaluation.froc import find, froc_under
 from bigbag.evaluation.predictions import PredictionTable, check_task_fits
 from bigbag.evaluation.significance import Difference, delong_test, paired_bootstrap
-from bigbag.files import write_atomically, write_json
+from bigbag.files import read_npz, write_atomically, write_json
 
 _NO_INTERVAL = ("ece",)
 PatientRule = Literal["mean", "max"]
@@ -171,8 +171,14 @@ def compare_models(
     """
     one, other = first.labelled(split), second.labelled(split)
     place = {key: i for i, key in enumerate(other.keys)}
-    if set(place) != set(one.keys) or len(place) != len(one.keys):
-        raise ValueError(f"the two models were not evaluated on the same {split} bags: nothing can be paired")
+    if not one.keys:
+        raise ValueError(f"no bag of the split {split!r} has a label: expected a split of {_names(first.splits)}")
+    alone = sorted(set(place) ^ set(one.keys))
+    if alone or len(place) != len(one.keys):
+        raise ValueError(
+            f"the two models were not evaluated on the same {split} bags: nothing can be paired; labelled in one "
+            f"table only: {_names(alone)}"
+        )
     other = other.take(np.array([place[key] for key in one.keys], dtype=np.int64))
     if not np.array_equal(one.labels, other.labels):
         raise ValueError(f"the labels of the {split} bags differ between the two tables of predictions")
@@ -183,6 +189,12 @@ def compare_models(
         level = (options or Bootstrap()).level
         found["auroc_delong"] = delong_test(one.labels, one.logits, other.logits, level)
     return found
+
+
+def _names(names: Sequence[str]) -> str:
+    """The first of some names, each once."""
+    named = list(dict.fromkeys(names))
+    return ", ".join(named[:5]) + (f" and {len(named) - 5} more" if len(named) > 5 else "")
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -228,8 +240,7 @@ def _patient_rows(split: str, bags: PredictionTable, task: str, options: Bootstr
 
 
 def _instance_rows(path: Path, options: Bootstrap, min_diameter: float) -> Iterator[Row]:
-    with np.load(path, allow_pickle=False) as stored:
-        data = {name: stored[name] for name in stored.files}
+    data = read_npz(path)
     absent = {"split", "sizes", "scores", "y_inst"} - set(data)
     if absent:
         raise ValueError(f"{path}: expected the arrays split, sizes, scores and y_inst, {', '.join(absent)} missing")

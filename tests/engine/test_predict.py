@@ -134,11 +134,35 @@ def test_what_is_there_is_not_computed_again(run, shards, tmp_path, monkeypatch,
     (out / "scores" / "test.2.npz").write_bytes(b"damaged")
     assert predict(run.run_dir, new, out) == 0
     assert computed == ["test.1", "test.2"]
+    for part in (slice(0, 0), slice(0, 500)):
+        path = out / "scores" / "test.2.npz"
+        path.write_bytes(path.read_bytes()[part])
+        computed.clear()
+        assert predict(run.run_dir, new, out) == 0
+        assert computed == ["test.2"]
     other = Path(shutil.copytree(run.run_dir / "checkpoints" / "best", tmp_path / "other"))
     (other / "model.json").write_text((other / "model.json").read_text() + "\n")
     computed.clear()
     assert predict(other, new, out) == 0
     assert len(computed) == 3
+
+
+def test_a_damaged_file_is_named_and_the_others_are_done(run, shards, tmp_path):
+    """Also where it is the first by name, from which the layout would be told."""
+    h5py = pytest.importorskip("h5py")
+    store = open_store(shards)
+    new = tmp_path / "new"
+    new.mkdir()
+    for i in range(3):
+        with h5py.File(new / f"s{i}.h5", "w") as file:
+            file["features"] = np.asarray(store.read(i).x, np.float32)
+    (new / "a.h5").write_bytes(b"damaged" * 100)
+    (new / "s1.h5").write_bytes((new / "s1.h5").read_bytes()[:1000])
+    assert predict(run.run_dir, new, tmp_path / "out") == 2
+    assert list(rows(tmp_path / "out" / "predictions.csv")) == ["s0", "s2"]
+    failed = json.loads((tmp_path / "out" / "prediction.json").read_text())["failed"]
+    assert [item["name"] for item in failed] == ["a", "s1"]
+    assert all("not a readable HDF5 file" in item["reason"] for item in failed)
 
 
 def test_graphs_are_built_as_in_training(run_settings, tmp_path):

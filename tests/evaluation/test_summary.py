@@ -88,6 +88,54 @@ def test_probabilities_serve_where_there_are_no_logits(tmp_path: Path) -> None:
         read_predictions(tmp_path / "other.csv")
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("key;label;logit\na;0;1\n", "separate them by commas"),
+        ("key,label,logit\na,0,1\nb,1,2\na,0,1\n", ":4: bag 'a' of split test is in line 2 already"),
+        ("key,label,logit\na,0,1\nb,1,\n", ":3: the score of the bag is missing or not finite"),
+        ("key,label,logit\na,0,inf\nb,1,2\n", ":2: the score of the bag is missing or not finite"),
+        ("key,label,logit\na,0\nb,1,2\n", ":2: fewer cells than the 3 columns"),
+        ("key,label,logit\na,0,1\nb,1,2,3\n", ":3: more cells than the 3 columns"),
+        ('key,label,logit_0,logit_1\na,"[0,1]",1,2\nb,[1],2,3\n', ":3: label: expected 2 numbers"),
+        ("key,label,logit_0,logit_2\na,0,1,2\n", "expected the columns logit_0, logit_1, got logit_0, logit_2"),
+        ("key,label,probability\na,0,0.2\nb,1,1.7\n", ":3: probability: expected 0 to 1"),
+        ("key,label,logit\n", "has no rows"),
+        ("key,label,logit\na\xe9,0,1\n", "not a CSV file in UTF-8"),
+    ],
+)
+def test_tables_that_would_be_misread_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, expected: str
+) -> None:
+    path = tmp_path / "mine.csv"
+    path.write_bytes(text.encode("latin-1"))
+    assert main(["evaluate", "--predictions", str(path), "--resamples", "20"]) == 2
+    said = capsys.readouterr().err
+    assert str(path) in said and expected in said
+    assert not (tmp_path / "metrics.csv").exists()
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> None:
+    path = tmp_path / "excel.csv"
+    path.write_text("key,label,logit\na,0,1\nb,,2\n", encoding="utf-8-sig")
+    table = read_predictions(path)
+    assert table.keys == ("a", "b") and np.array_equal(table.labels, [0, np.nan], equal_nan=True)
+
+
+def test_what_lies_beside_is_named_where_it_is_damaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "predictions.csv"
+    write_predictions(path)
+    command = ["evaluate", "--predictions", str(path), "--resamples", "20"]
+    (tmp_path / "config.yaml").write_text("another: file\n")
+    assert main(command) == 2 and "config.yaml: is not the config of a run" in capsys.readouterr().err
+    assert main([*command, "--task", "binary"]) == 0
+    np.savez(tmp_path / "instances.npz", scores=np.zeros(1000))
+    (tmp_path / "instances.npz").write_bytes((tmp_path / "instances.npz").read_bytes()[:500])
+    assert main([*command, "--task", "binary"]) == 2
+    assert "instances.npz: not a readable .npz file" in capsys.readouterr().err
+    assert main([*command, "--task", "multiclass"]) == 2 and f"{path}: task multiclass" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("task", ["multiclass", "survival", "regression"])
 def test_other_tasks(tmp_path: Path, task: str) -> None:
     rng = np.random.default_rng(1)
@@ -138,8 +186,10 @@ def test_two_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     expected = sk.roc_auc_score(good.labels, good.logits) - sk.roc_auc_score(bad.labels, bad.logits)
     assert found["auroc"]["value"] == found["auroc_delong"]["value"] == pytest.approx(expected, abs=1e-12)
     assert 0 < found["auroc"]["low"] < expected < found["auroc"]["high"] and found["auroc"]["p_value"] < 0.05
-    with pytest.raises(ValueError, match="not evaluated on the same test bags"):
+    with pytest.raises(ValueError, match="not evaluated on the same test bags: .* table only: s.* and 50 more"):
         compare_models(good, bad.take(np.arange(5)), "binary")
+    with pytest.raises(ValueError, match="no bag of the split 'train' has a label: expected a split of test"):
+        compare_models(good, bad, "binary", "train")
 
 
 def test_instances_and_lesions(tmp_path: Path) -> None:

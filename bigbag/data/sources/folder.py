@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -17,6 +18,8 @@ from bigbag.data.names import bare_name
 from bigbag.data.sources.base import SourceEntry
 from bigbag.data.sources.labels import Annotation, Annotations, Reading, read_labels, tcga_patient
 from bigbag.data.sources.table import is_missing, read_table
+
+_LOOKS = 20
 
 Files = Mapping[str, tuple[Path, ...]]
 """Name of each slide, and its files: that of the features first, those beside it after it."""
@@ -226,6 +229,19 @@ def files_in(folder: Path, suffixes: Sequence[str], deep: bool = False) -> list[
     """Files of these extensions in ``folder``, by name; hidden ones are not counted."""
     found = folder.rglob("*") if deep else folder.iterdir()
     return sorted(path for path in found if path.suffix.lower() in suffixes and path.name[0] != "." and path.is_file())
+
+
+def first_sound(paths: Iterable[Path], look: Callable[[Path], str | None]) -> str | None:
+    """``look(path)`` for the first file that is not damaged, among the first few.
+
+    A layout is told by one file. A damaged one says nothing of it, and is refused by name where its slide is read.
+    """
+    for path in islice(paths, _LOOKS):
+        try:
+            return look(path)
+        except ValueError:
+            continue
+    return None
 
 
 def by_name(paths: Iterable[Path], name_of: Any = bare_name) -> dict[str, Path]:

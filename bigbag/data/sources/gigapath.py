@@ -10,7 +10,7 @@ from typing import ClassVar
 from bigbag.bags import Bag
 from bigbag.data.lattice import settled_stride
 from bigbag.data.sources.arrays import read_file
-from bigbag.data.sources.folder import Files, FolderSource, by_name, files_in, need_files
+from bigbag.data.sources.folder import Files, FolderSource, by_name, files_in, first_sound, need_files
 from bigbag.data.sources.h5 import dataset_names, open_h5
 
 _WIDTH = 1536
@@ -30,11 +30,13 @@ class GigaPath(FolderSource):
 
     @classmethod
     def detect(cls, root: Path) -> str | None:
-        for path in files_in(root, (".h5",))[:1] if root.is_dir() else []:
+        def look(path: Path) -> str | None:
             with open_h5(path) as file:
                 if {"features", "coords"} <= set(dataset_names(file)) and file["features"].shape[-1:] == (_WIDTH,):
                     return f"*.h5 hold 'features' of width {_WIDTH} and 'coords' without attributes"
-        return None
+            return None
+
+        return first_sound(files_in(root, (".h5",)) if root.is_dir() else [], look)
 
     def files(self) -> Files:
         found = by_name(files_in(Path(self.root), (".h5", ".pt")))

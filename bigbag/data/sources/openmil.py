@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from bigbag.bags import Bag
 from bigbag.data.lattice import settled_stride
 from bigbag.data.sources.arrays import FILE_TYPES, read_file
-from bigbag.data.sources.folder import Files, FolderSource, by_name, files_in, need_files
+from bigbag.data.sources.folder import Files, FolderSource, by_name, files_in, first_sound, need_files
 from bigbag.data.sources.labels import Annotation, Annotations, number_labels
 from bigbag.data.sources.table import is_missing, read_table
 
@@ -182,11 +182,13 @@ class PtFiles(FolderSource):
 
     @classmethod
     def detect(cls, root: Path) -> str | None:
-        for path in files_in(root, (".pt", ".pth"))[:1] if root.is_dir() else []:
+        def look(path: Path) -> str | None:
             contents = read_file(path)
             if contents.find(("feats", "features")) and contents.find(("coords",)):
                 return f"*{path.suffix} hold dicts of {', '.join(contents.arrays)}"
-        return None
+            return None
+
+        return first_sound(files_in(root, (".pt", ".pth")) if root.is_dir() else [], look)
 
     def files(self) -> Files:
         found = by_name(files_in(Path(self.root), _TYPES))

@@ -15,7 +15,7 @@ import numpy as np
 from bigbag.bags import Bag
 from bigbag.data.names import bare_name
 from bigbag.data.sources.arrays import read_file
-from bigbag.data.sources.folder import Files, FolderSource, by_name, files_in, need_files
+from bigbag.data.sources.folder import Files, FolderSource, by_name, files_in, first_sound, need_files
 
 _ROWS = 64
 
@@ -28,18 +28,17 @@ class Owkin(FolderSource):
 
     @classmethod
     def detect(cls, root: Path) -> str | None:
-        for path in files_in(root, (".npy",), deep=True)[:1] if root.is_dir() else []:
+        def look(path: Path) -> str | None:
             values = read_file(path).arrays[""]
-            if values.ndim == 2 and values.shape[1] > 3 and len(values) and values.dtype.kind == "f":
-                head = np.asarray(values[:_ROWS, :3])
-                if (
-                    np.array_equal(head, np.rint(head))
-                    and head.min() >= 0
-                    and np.ptp(head[:, 0]) == 0
-                    and head[0, 0] > 0
-                ):
-                    return f"{path.relative_to(root)} starts with three columns of integers: tile level, x, y"
-        return None
+            if values.ndim != 2 or values.shape[1] <= 3 or not len(values) or values.dtype.kind != "f":
+                return None
+            head = np.asarray(values[:_ROWS, :3])
+            whole = np.array_equal(head, np.rint(head)) and head.min() >= 0
+            if not whole or np.ptp(head[:, 0]) != 0 or head[0, 0] <= 0:
+                return None
+            return f"{path.relative_to(root)} starts with three columns of integers: tile level, x, y"
+
+        return first_sound(files_in(root, (".npy",), deep=True) if root.is_dir() else [], look)
 
     def name_of(self, text: str) -> str:
         path = Path(text)

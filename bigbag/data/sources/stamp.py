@@ -16,7 +16,7 @@ import numpy as np
 from bigbag.bags import Bag
 from bigbag.data.names import bare_name
 from bigbag.data.sources.arrays import coords_of, rows_of
-from bigbag.data.sources.folder import Files, FolderSource, files_in, need_files
+from bigbag.data.sources.folder import Files, FolderSource, files_in, first_sound, need_files
 from bigbag.data.sources.h5 import attributes_of, dataset_names, find_dataset, need_dataset, open_h5, read_dataset
 
 _FEATURES = ("feats", "patch_embeddings")
@@ -41,12 +41,12 @@ class Stamp(FolderSource):
 
     @classmethod
     def detect(cls, root: Path) -> str | None:
-        for path in files_in(root, (".h5",), deep=True)[:1] if root.is_dir() else []:
+        def look(path: Path) -> str | None:
             with open_h5(path) as file:
                 found = [name for name in _FEATURES if name in dataset_names(file)]
-                if found:
-                    return f"{path.relative_to(root)} holds {found[0]!r}"
-        return None
+            return f"{path.relative_to(root)} holds {found[0]!r}" if found else None
+
+        return first_sound(files_in(root, (".h5",), deep=True) if root.is_dir() else [], look)
 
     def files(self) -> Files:
         found = {self.name_of(str(path)): (path,) for path in files_in(Path(self.root), (".h5",), deep=True)}

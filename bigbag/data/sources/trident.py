@@ -16,7 +16,7 @@ import numpy as np
 from bigbag.bags import Bag
 from bigbag.data.lattice import settled_stride
 from bigbag.data.sources.arrays import COORDS, FEATURES, coords_of, read_file, rows_of
-from bigbag.data.sources.folder import Files, FolderSource, by_name, files_in, need_files
+from bigbag.data.sources.folder import Files, FolderSource, by_name, files_in, first_sound, need_files
 from bigbag.data.sources.h5 import attributes_of, dataset_names, find_dataset, need_dataset, open_h5, read_dataset
 
 _KEPT = ("patch_size", "patch_size_level0", "level0_magnification", "target_magnification", "overlap", "level0_width",
@@ -42,14 +42,16 @@ class Trident(FolderSource):
 
     @classmethod
     def detect(cls, root: Path) -> str | None:
-        for folder in _feature_folders(root):
-            for path in files_in(folder, (".h5",))[:1]:
-                with open_h5(path) as file:
-                    coords = find_dataset(file, ("coords",))
-                    if "features" in dataset_names(file) and coords is not None and "patch_size_level0" in coords.attrs:
-                        place = path.relative_to(root).parent / "*.h5"
-                        return f"{place} hold 'features', and 'coords' with the attribute patch_size_level0"
-        return None
+        def look(path: Path) -> str | None:
+            with open_h5(path) as file:
+                coords = find_dataset(file, ("coords",))
+                if "features" in dataset_names(file) and coords is not None and "patch_size_level0" in coords.attrs:
+                    place = path.relative_to(root).parent / "*.h5"
+                    return f"{place} hold 'features', and 'coords' with the attribute patch_size_level0"
+            return None
+
+        found = (first_sound(files_in(folder, (".h5",)), look) for folder in _feature_folders(root))
+        return next(filter(None, found), None)
 
     def files(self) -> Files:
         folder = self._folder()
