@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from bigbag.evaluation.curves import Band
+    from bigbag.evaluation.survival import Survival
 
 NEGATIVE, POSITIVE, INK, MUTED = "#3b6ea8", "#b5332e", "#1d2733", "#8a95a3"
 CLASS_COLOURS = ("#3b6ea8", "#b5332e", "#2f8f5b", "#8a5ab0", "#c98a1b", "#3aa3a8", "#7a5b45", "#d0609a")
@@ -126,6 +127,22 @@ def _draw_bands(axes: Axes, bands: Sequence[Band], colours: Sequence[str]) -> No
         axes.fill_between(band.x, band.low, band.high, color=colour, alpha=0.15, linewidth=0, label=label)
 
 
+def survival_chart(curves: Sequence[tuple[str, Survival]]) -> str:
+    """Kaplan-Meier estimates as steps that go on to the last time of each, with their bands."""
+
+    def draw(axes: Axes) -> None:
+        for (name, curve), colour in zip(curves, CLASS_COLOURS):
+            time = np.r_[curve.time, max(curve.last, curve.time[-1])]
+            share, low, high = (np.r_[values, values[-1]] for values in (curve.share, curve.low, curve.high))
+            axes.step(time, share, where="post", color=colour, label=name)
+            axes.fill_between(time, low, high, step="post", color=colour, alpha=0.15, linewidth=0)
+        axes.set(xlabel="time", ylabel="share without event", ylim=(-0.02, 1.03))
+        axes.set_xlim(left=0)
+        axes.legend(loc="lower left")
+
+    return _svg(draw)
+
+
 def calibration_chart(probability: np.ndarray, observed: np.ndarray, count: np.ndarray, what: str) -> str:
     """Observed share over mean predicted probability of each bin, with its 95 % interval of Wilson.
 
@@ -220,6 +237,18 @@ def agreement_chart(labels: np.ndarray, predictions: np.ndarray) -> str:
         axes.plot([low, high], [low, high], color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), label="exact")
         axes.scatter(labels, predictions, s=20, color=NEGATIVE, alpha=0.75, linewidth=0)
         axes.set(xlabel="label", ylabel="predicted")
+        _legend_above(axes)
+
+    return _svg(draw)
+
+
+def residual_chart(predictions: np.ndarray, errors: np.ndarray) -> str:
+    """Errors over predicted values, with the line of none."""
+
+    def draw(axes: Axes) -> None:
+        axes.axhline(0, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), label="exact")
+        axes.scatter(predictions, errors, s=20, color=NEGATIVE, alpha=0.75, linewidth=0)
+        axes.set(xlabel="predicted", ylabel="predicted - label")
         _legend_above(axes)
 
     return _svg(draw)

@@ -15,6 +15,7 @@ from bigbag.evaluation.curves import Band, ranking_bands
 from bigbag.visualize import charts
 from bigbag.visualize.html import absent, chart, details, esc, note
 from bigbag.visualize.run_folder import PredictionTable, RunFolder
+from bigbag.visualize.survival import survival_figure
 
 NAMES = {
     "auroc": "AUROC",
@@ -131,7 +132,9 @@ def performance_section(run: RunFolder, split: str, bags: PredictionTable) -> st
     figures: list[str] = []
     if run.task == "regression":
         figures += _agreement(bags)
-    elif not run.task.startswith("survival"):
+    elif run.task.startswith("survival"):
+        figures.append(survival_figure(run, split, bags))
+    else:
         figures += _ranking(run.task, bags)
         if run.task != "multilabel":
             figures.append(_confusion(run.task, bags))
@@ -265,5 +268,6 @@ def _agreement(bags: PredictionTable) -> list[str]:
     error = charts.histogram_chart([("bags", values - labels)], "predicted - label")
     return [
         chart(svg, "Predicted and true values", "Predicted values over labels."),
+        chart(charts.residual_chart(values, values - labels), "Residuals", "Errors over predicted values."),
         chart(error, "Errors", f"Histogram of the errors; mean {np.mean(values - labels):.3g}."),
     ]

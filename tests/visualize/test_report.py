@@ -14,11 +14,12 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 import yaml
-from scipy import ndimage
+from scipy import ndimage, stats
 from sklearn.datasets import load_digits
 
 from bigbag.data.manifest import make_keys
 from bigbag.engine.metrics import bag_metrics, instance_metrics, probabilities
+from bigbag.evaluation.predictions import read_predictions
 from bigbag.visualize import write_report
 from bigbag.visualize.charts import wilson_interval
 from bigbag.visualize.run_folder import read_run
@@ -304,6 +305,46 @@ def test_other_tasks(tmp_path: Path, task: str) -> None:
         (folder / "config.yaml").write_text(config.replace("type: multiclass", "type: binary"))
         with pytest.raises(ValueError, match="task binary does not go with"):
             read_run(folder)
+
+
+@pytest.mark.parametrize("task", ["survival", "survival_discrete"])
+def test_survival_by_risk_split_at_the_median_of_validation(tmp_path: Path, task: str) -> None:
+    folder = small_run(tmp_path)
+    rng = np.random.default_rng(3)
+    columns = [""] if task == "survival" else ["_0", "_1", "_2"]
+    lines = ["key,split,label," + ",".join(f"logit{c}" for c in columns) + ",num_instances,patient"]
+    truth: dict[str, list[tuple[float, float, float]]] = {"val": [], "test": []}
+    for split, count, shift in (("val", 31, -0.8), ("test", 40, 0.0)):
+        for i in range(count):
+            logits = (rng.normal() + shift) * np.ones(len(columns)) + 0.3 * np.arange(len(columns))
+            time, event = np.ceil(rng.exponential(20 * np.exp(-logits[0]))), int(rng.random() < 0.7)
+            lines.append(f'{split}-{i},{split},"[{time}, {event}]",{",".join(map(str, logits))},5,')
+            risk = logits[0] if task == "survival" else -np.cumprod(1 / (1 + np.exp(logits))).sum()
+            truth[split].append((time, event, risk))
+    (folder / "predictions.csv").write_text("\n".join(lines) + "\n")
+    (folder / "config.yaml").write_text(f"task: {{type: {task}, num_outputs: {len(columns)}}}\n")
+    results = {"test": bag_metrics(np.array(truth["test"])[:, :2], read_run_logits(folder, "test"), task)}
+    (folder / "results.json").write_text(json.dumps(results))
+    page = section(write_report(folder).read_text(), "performance")
+    median = float(np.median([risk for _, _, risk in truth["val"]]))
+    time, event, risk = np.array(truth["test"]).T
+    low, high = (event[own] for own in (risk <= median, risk > median))
+    assert len(low) != len(high), "the median of the test bags would give the same groups"
+    assert f"low risk ({len(low)} bags, {int(low.sum())} events) and high risk ({len(high)} bags" in page
+    expected = stats.CensoredData(
+        uncensored=time[(event == 1) & (risk <= median)], right=time[(event == 0) & (risk <= median)]
+    )
+    other = stats.CensoredData(
+        uncensored=time[(event == 1) & (risk > median)], right=time[(event == 0) & (risk > median)]
+    )
+    p_value = stats.logrank(expected, other).pvalue
+    assert f"Logrank test: p = {p_value:.3f}." in page or f"Logrank test: p = {p_value:.1e}." in page
+    assert f"Split at {median:.3g}, the median risk of the validation split" in page
+    assert f"Concordance index {results['test']['c_index']:.3f}." in page
+
+
+def read_run_logits(folder: Path, split: str) -> np.ndarray:
+    return read_predictions(folder / "predictions.csv").labelled(split).logits
 
 
 def test_without_the_optional_parts(tmp_path: Path) -> None:
