@@ -28,7 +28,8 @@ class Bootstrap:
         level: probability of covering the true value.
         method: "percentile": the quantiles of the resampled values. "bca": those quantiles shifted for bias and for how
             the spread changes with the value (Efron, JASA 1987), at the cost of one more evaluation per patient; it
-            covers at the nominal rate from fewer patients on.
+            covers at the nominal rate from fewer patients on. Average precision has :func:`logit_interval` instead,
+            since neither covers it with few positive patients.
         stratified: draw the patients of each label on their own, as many as there are: for sets whose share of
             positives was fixed when they were made. A patient with several labels counts by the largest.
         seed: seed of the draws.
@@ -92,7 +93,11 @@ def resample(
 
 
 def intervals(
-    statistic: Statistic, groups: np.ndarray, strata: np.ndarray | None = None, options: Bootstrap | None = None
+    statistic: Statistic,
+    groups: np.ndarray,
+    strata: np.ndarray | None = None,
+    options: Bootstrap | None = None,
+    positives: Mapping[str, int] | None = None,
 ) -> dict[str, tuple[float, float]]:
     """Confidence interval of every value of a statistic.
 
@@ -103,6 +108,7 @@ def intervals(
         groups: ``(B,)`` the group (patient) of each bag, from 0.
         strata: ``(G,)`` of each group; used where ``options.stratified``.
         options: level, method, number of resamples.
+        positives: name -> number of positive groups, of the values that have a :func:`logit_interval` under "bca".
 
     Returns:
         name -> (low, high); NaN where the bags, or all resamples, do not define the value.
@@ -114,13 +120,45 @@ def intervals(
     if options.method == "bca":
         left_out = _without_each_group(statistic, groups)
         tails = {name: _bca_tails(values[name], point[name][0], left_out[name], options.level) for name in point}
-    result = {}
+    positives, result = positives or {}, {}
     for name, sample in values.items():
         known = sample[~np.isnan(sample)]
         usable = len(known) > 0 and not np.isnan(point[name][0])
         low, high = np.quantile(known, tails[name]) if usable else (np.nan, np.nan)
+        if usable and options.method == "bca" and name in positives:
+            low, high = logit_interval(float(point[name][0]), left_out[name], positives[name], options.level)
         result[name] = (float(low), float(high))
     return result
+
+
+def logit_interval(value: float, left_out: np.ndarray, num_positive: int, level: float = 0.95) -> tuple[float, float]:
+    """Interval of an average precision: Student's on the scale of its log-odds, with the jackknife's standard error.
+
+    ``logit(v) -+ t s / (v (1 - v))``, ``s^2 = (G - 1) / G sum_g (v_g - mean)^2`` over the values without each of the G
+    groups, t of ``num_positive - 1`` degrees of freedom, for it is the positive groups that average precision is a mean
+    over. The log-odds keep it within 0 and 1 (Boyd, Eng & Page, ECML 2013). A value of 1 or 0 that no single group
+    changes has no width.
+
+    Args:
+        value: v, of all groups.
+        left_out: ``(G,)`` v_g; NaN where it is undefined.
+        num_positive: groups with a positive bag.
+        level: probability of covering the true value.
+
+    Returns:
+        low and high; NaN with fewer than two positive groups.
+    """
+    from scipy.special import expit, logit
+    from scipy.stats import t
+
+    if num_positive < 2:
+        return np.nan, np.nan
+    known = left_out[~np.isnan(left_out)]
+    variance = (len(known) - 1) * known.var()
+    if variance == 0 or not 0 < value < 1:
+        return value, value
+    half = t.ppf((1 + level) / 2, num_positive - 1) * np.sqrt(variance) / (value * (1 - value))
+    return float(expit(logit(value) - half)), float(expit(logit(value) + half))
 
 
 def _without_each_group(statistic: Statistic, groups: np.ndarray) -> dict[str, np.ndarray]:

@@ -213,6 +213,19 @@ def _statistic(bags: PredictionTable, task: str) -> tuple[Statistic, np.ndarray,
     return (lambda weights: weighted_metrics(labels, logits, task, weights, per_class=True)), labels, logits
 
 
+def _positive_groups(labels: np.ndarray, groups: np.ndarray, task: str) -> dict[str, int]:
+    """Groups with a positive bag, for each average precision; of the rarest class or label for a mean over them."""
+    if task not in ("binary", "multiclass", "multilabel"):
+        return {}
+    positive = labels[:, None] == np.unique(labels) if task == "multiclass" else labels.reshape(len(labels), -1) == 1
+    counts = [len(np.unique(groups[column])) for column in positive.T]
+    classes = np.unique(labels).astype(int).tolist() if task == "multiclass" else range(len(counts))
+    name = "average_precision"
+    each = {f"{name}_{k}": count for k, count in zip(classes, counts)}
+    any_label = len(np.unique(groups[positive.any(1)]))
+    return each | {name: min(counts), f"{name}_weighted": min(counts), f"{name}_micro": any_label}
+
+
 def _strata_labels(bags: PredictionTable, task: str) -> np.ndarray:
     """What strata are made of: labels that are classes, the event; measurements are one stratum."""
     if task == "regression":
@@ -223,7 +236,8 @@ def _strata_labels(bags: PredictionTable, task: str) -> np.ndarray:
 def _bag_rows(split: str, unit: str, bags: PredictionTable, task: str, options: Bootstrap) -> Iterator[Row]:
     statistic, labels, logits = _statistic(bags, task)
     groups = groups_of(bags.patients)
-    ends = intervals(statistic, groups, strata_of(_strata_labels(bags, task), groups), options)
+    strata = strata_of(_strata_labels(bags, task), groups)
+    ends = intervals(statistic, groups, strata, options, _positive_groups(labels, groups, task))
     for name, (value,) in statistic(np.ones((1, len(labels)))).items():
         reason = why_undefined(name, labels, logits, task) if np.isnan(value) else ""
         low, high = (math.nan, math.nan) if name in _NO_INTERVAL else ends[name]

@@ -7,11 +7,14 @@ import time
 import numpy as np
 import pytest
 from scipy import stats
+from scipy.special import softmax
 from sklearn import metrics as sk
 
 from bigbag.engine.metrics import weighted_metrics
-from bigbag.evaluation.bootstrap import Bootstrap, Statistic, groups_of, intervals, resample, strata_of
+from bigbag.engine.metrics.ranking import ranking
+from bigbag.evaluation.bootstrap import Bootstrap, Statistic, groups_of, intervals, logit_interval, resample, strata_of
 from bigbag.evaluation.significance import delong_test, paired_bootstrap
+from bigbag.evaluation.summary import _positive_groups
 
 
 def binary(labels: np.ndarray, logits: np.ndarray) -> Statistic:
@@ -91,9 +94,81 @@ def test_intervals_cover_at_the_nominal_rate(method: str) -> None:
     assert all(0.917 <= np.mean(hits) <= 0.983 for hits in covered.values()), covered
 
 
-def _auroc_and_accuracy(labels: np.ndarray, logits: np.ndarray) -> Statistic:
-    from bigbag.engine.metrics.ranking import ranking
+def _true_average_precision(prevalence: float, distance: float) -> float:
+    """Of normal scores whose means are ``distance`` apart: the mean precision at the positives."""
+    s = np.linspace(-8, 11, 20_001)
+    true, false = prevalence * stats.norm.sf(s - distance), (1 - prevalence) * stats.norm.sf(s)
+    return float(np.trapezoid(stats.norm.pdf(s - distance) * true / (true + false), s))
 
+
+def _covered(rng: np.random.Generator, num: int, prevalence: float, distance: float, alike: int = 1) -> bool:
+    """Whether the interval of ``num`` patients, each of ``alike`` bags with nearly one score, holds the truth."""
+    labels, groups = np.repeat(rng.random(num) < prevalence, alike), np.repeat(np.arange(num), alike)
+    patient, own = np.repeat(rng.normal(size=num), alike), rng.normal(size=num * alike)
+    scores = distance * labels + (patient if alike == 1 else np.sqrt(0.8) * patient + np.sqrt(0.2) * own)
+    of_all, left_out = (
+        ranking(labels, scores, weights)[1]
+        for weights in (np.ones((1, len(labels))), groups != np.arange(num)[:, None])
+    )
+    low, high = logit_interval(float(of_all[0]), left_out, int(labels[::alike].sum()))
+    return low <= _true_average_precision(prevalence, distance) <= high
+
+
+def test_interval_of_average_precision_covers() -> None:
+    rng = np.random.default_rng(11)
+    hits = np.mean([_covered(rng, 100, 0.2, 1.2) for _ in range(400)])
+    assert 0.917 <= hits <= 0.983, hits  # 0.95 within three standard errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("num", "prevalence", "distance", "alike"),
+    [
+        (50, 0.3, 1.2, 1),
+        (100, 0.1, 1.2, 1),
+        (100, 0.4, 0.3, 1),
+        (100, 0.4, 2.5, 1),
+        (300, 0.1, 1.2, 1),
+        (80, 0.4, 1.2, 3),
+    ],
+)
+def test_interval_of_average_precision_covers_everywhere(
+    num: int, prevalence: float, distance: float, alike: int
+) -> None:
+    rng = np.random.default_rng(12)
+    hits = np.mean([_covered(rng, num, prevalence, distance, alike) for _ in range(2000)])
+    assert 0.93 <= hits <= 0.97, hits
+
+
+def test_summaries_have_this_interval_of_average_precision() -> None:
+    rng = np.random.default_rng(13)
+    labels, groups = rng.integers(0, 3, 40), np.arange(40) // 2
+    scores = rng.normal(size=(40, 3)) + np.eye(3)[labels]
+    counts = _positive_groups(labels, groups, "multiclass")
+    expected = {f"average_precision_{k}": len(set(groups[labels == k])) for k in range(3)}
+    assert {name: counts[name] for name in expected} == expected
+    assert counts["average_precision"] == min(expected.values()) and counts["average_precision_micro"] == 20
+    many = rng.integers(0, 2, (40, 2))
+    assert _positive_groups(many, groups, "multilabel")["average_precision_1"] == len(set(groups[many[:, 1] == 1]))
+
+    def statistic(weights: np.ndarray) -> dict[str, np.ndarray]:
+        return weighted_metrics(labels, scores, "multiclass", weights, per_class=True)
+
+    found = intervals(statistic, groups, options=Bootstrap(50), positives=counts)
+    plain = intervals(statistic, groups, options=Bootstrap(50))
+    left_out = np.array(
+        [sk.average_precision_score(labels[groups != g] == 1, softmax(scores, 1)[groups != g, 1]) for g in range(20)]
+    )
+    error = np.sqrt(19 / 20 * ((left_out - left_out.mean()) ** 2).sum())
+    value = sk.average_precision_score(labels == 1, softmax(scores, 1)[:, 1])
+    half = stats.t.ppf(0.975, expected["average_precision_1"] - 1) * error / (value * (1 - value))
+    ends = np.log(value / (1 - value)) + np.array([-half, half])
+    assert found["average_precision_1"] == pytest.approx(tuple(1 / (1 + np.exp(-ends))), abs=1e-9)
+    assert found["auroc"] == plain["auroc"] and found["average_precision"] != plain["average_precision"]
+    assert np.isnan(logit_interval(0.5, np.array([0.4, 0.6]), 1)).all() and logit_interval(1.0, np.ones(9), 4) == (1, 1)
+
+
+def _auroc_and_accuracy(labels: np.ndarray, logits: np.ndarray) -> Statistic:
     right = (logits >= 0) == labels
     return lambda w: {"auroc": ranking(labels == 1, logits, w)[0], "accuracy": w @ right / w.sum(1)}
 
