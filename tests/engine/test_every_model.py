@@ -74,3 +74,24 @@ def test_trains_from_a_config(name, task, packed, tmp_path):
             alone, scores = predictor.predict(predictor.pack(new[info.name].read()[0]))
             assert alone.item() == pytest.approx(logits[info.name], abs=1e-4)
             assert scores.shape == (info.num_instances,)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_twenty_steps_lower_the_loss(name, packed, tmp_path):
+    config = build_config(
+        {
+            "name": name,
+            "out": str(tmp_path),
+            "data": {"shards": packed["binary"], "budget_instances": 200, "num_workers": 0},
+            "model": small_settings(name),
+            "task": {"type": "binary"},
+            "optim": {"lr": 0.005, "warmup_epochs": 0, "schedule": "constant"},
+            "train": {"epochs": 20, "batch_bags": 4, "monitor": "loss"},
+        }
+    )
+    train(config, world=World())
+    lines = map(json.loads, (config.run_dir / "metrics.jsonl").read_text().splitlines())
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 20  # one step an epoch, of all four bags
+    # Where a model draws random numbers, losses go up and down: the mean of the last five.
+    assert sum(losses[-5:]) / 5 < losses[0]
