@@ -219,7 +219,8 @@ class ReportConfig(Section):
     """What is drawn for ``report.html``."""
 
     num_slides: int = 4
-    """Positive test bags whose attention maps are saved and drawn."""
+    """Positive test bags whose attention maps are saved and drawn, and validation bags whose attention TensorBoard
+    shows after each epoch."""
     instance_scores: bool = False
     """Save the score of every instance of the evaluated bags with instance labels (13 bytes each) in ``instances.npz``:
     what FROC is computed from."""

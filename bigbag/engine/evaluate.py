@@ -50,6 +50,7 @@ def predict_bags(
     config: Config,
     world: World,
     with_instances: bool = False,
+    all_instances: bool = False,
 ) -> Predictions:
     """Run ``forward`` over ``bags``, shared out over the ranks; the result is the same on every rank.
 
@@ -60,6 +61,7 @@ def predict_bags(
         config: the run's settings.
         world: the ranks.
         with_instances: also collect the scores of instances whose label is known.
+        all_instances: collect scores and coordinates of all instances instead; a label of -1 is unknown.
 
     Raises:
         Preempted: a rank was asked to leave.
@@ -76,6 +78,7 @@ def predict_bags(
         shuffle=False,
     )
     mine: list[_OfBag] = []
+    with_instances |= all_instances
     want = "logits and scores" if with_instances else "logits"
     with torch.no_grad():
         for number, (_, _, pack, host_bags) in enumerate(feed(store, plan, config, world)):
@@ -90,8 +93,10 @@ def predict_bags(
             starts = host_bags.segments.starts
             for i, bag in enumerate(pack.bags):
                 inside = slice(starts[i], starts[i + 1])
-                mine.append(_of_bag(bag, rows[i], scores[inside] if with_instances else None, host_bags, inside))
-                if not config.report.instance_scores:
+                mine.append(
+                    _of_bag(bag, rows[i], scores[inside] if with_instances else None, host_bags, inside, all_instances)
+                )
+                if not (config.report.instance_scores or all_instances):
                     mine[-1] = mine[-1]._replace(coords=None)
     gathered = sorted((item for part in world.gather(mine) for item in part), key=lambda item: item.bag)
     # Ranks that share a bag all have its logits, and each its own instances, which stand in order of rank.
@@ -120,11 +125,15 @@ class _OfBag(NamedTuple):
     coords: np.ndarray | None
 
 
-def _of_bag(bag: int, logits: np.ndarray, scores: torch.Tensor | None, host_bags: PackedBags, inside: slice) -> _OfBag:
-    if scores is None or host_bags.y_inst is None or not (host_bags.y_inst[inside] >= 0).any():
+def _of_bag(
+    bag: int, logits: np.ndarray, scores: torch.Tensor | None, host_bags: PackedBags, inside: slice, unlabelled: bool
+) -> _OfBag:
+    known = host_bags.y_inst is not None and bool((host_bags.y_inst[inside] >= 0).any())
+    if scores is None or not (known or unlabelled):
         return _OfBag(bag, logits, np.empty(0, np.int64), np.empty(0, np.float32), None)
     coords = None if host_bags.coords is None else host_bags.coords[inside].numpy().copy()
-    return _OfBag(bag, logits, host_bags.y_inst[inside].numpy().copy(), scores.float().cpu().numpy(), coords)
+    y_inst = np.full(len(scores), -1) if host_bags.y_inst is None else host_bags.y_inst[inside].numpy().copy()
+    return _OfBag(bag, logits, y_inst, scores.float().cpu().numpy(), coords)
 
 
 def score(

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bigbag.engine.world import World
 
 
@@ -46,6 +48,16 @@ class RunLog:
             file.write(json.dumps({"kind": kind, **values}) + "\n")
         for name, value in _scalars(values):
             self._events.add_scalar(f"{kind}/{name}", value, global_step)
+
+    def write_curve(self, name: str, positive: np.ndarray, probability: np.ndarray, global_step: int) -> None:
+        """A precision-recall curve of bags, ``(B,)`` each, for TensorBoard alone."""
+        if self._events is not None:
+            self._events.add_pr_curve(name, positive, probability, global_step)
+
+    def write_picture(self, name: str, picture: np.ndarray, global_step: int) -> None:
+        """A grey uint8 ``(H, W)`` picture, for TensorBoard alone."""
+        if self._events is not None:
+            self._events.add_image(name, picture, global_step, dataformats="HW")
 
     def close(self) -> None:
         if self._events is not None:

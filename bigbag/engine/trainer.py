@@ -25,6 +25,7 @@ from bigbag.engine.bag_settings import bag_settings
 from bigbag.engine.checkpoint import Progress, load_checkpoint, save_checkpoint
 from bigbag.engine.evaluate import predict_bags, score
 from bigbag.engine.feed import TrainingFeed
+from bigbag.engine.live import write_attention, write_curves
 from bigbag.engine.log import RunLog, progress
 from bigbag.engine.metrics import headline
 from bigbag.engine.optim import learning_rate
@@ -175,6 +176,9 @@ class Trainer:
             predictions = predict_bags(self.backend, self.store, self.splits["val"], self.config, self.world)
             values["val"] = score(predictions, self.store, self.model, self.config)
             better = self._is_better(values["val"], done)
+            step = self._global_step(done)
+            write_curves(self.log, predictions, self.store, self.config, step)
+            write_attention(self.log, self.backend, self.store, self.splits["val"], self.config, self.world, step)
         self.log.write("epoch", self._global_step(done), values)
         done.stale_epochs += 1
         if better:
