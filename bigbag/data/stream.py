@@ -22,6 +22,7 @@ from bigbag.bags import Bag, PackedBags
 from bigbag.data.augment import Augmentation
 from bigbag.data.buffers import Buffers
 from bigbag.data.cap import cap_instances, take_rows
+from bigbag.data.patients import PatientStore
 from bigbag.data.plan import EpochPlan, PackPlan
 from bigbag.data.stores import BagStore
 from bigbag.parts import Parts
@@ -138,9 +139,10 @@ def _read(
         )
     rank, num_ranks = part
     mine = bags if num_ranks == 1 else [bag.part(rank, num_ranks) for bag in bags]
-    if budget_bytes is not None and sum(bag.x.nbytes for bag in mine) > budget_bytes:
+    if budget_bytes is not None and sum(_bytes_of(bag, memory["dtype"]) for bag in mine) > budget_bytes:
         capped = max_instances is not None and any(store.sizes[index] > max_instances for index in plan.bags)
-        _check_in_place(mine, capped, augment, budget_bytes)
+        joined = isinstance(store, PatientStore) and any(len(store.slides[index]) > 1 for index in plan.bags)
+        _check_in_place(mine, capped, joined, augment, budget_bytes)
         memory["share_x"] = True
     pack = PackedBags.from_bags(mine, **memory)
     if num_ranks > 1:
@@ -150,13 +152,22 @@ def _read(
     return pack
 
 
-def _check_in_place(bags: list[Bag], capped: bool, augment: Augmentation | None, budget_bytes: int) -> None:
+def _bytes_of(bag: Bag, dtype: torch.dtype | None) -> int:
+    """Bytes of the features, where they are stored or in a pack of ``dtype``, whichever is more."""
+    return bag.x.size * max(bag.x.itemsize, 0 if dtype is None else dtype.itemsize)
+
+
+def _check_in_place(
+    bags: list[Bag], capped: bool, joined: bool, augment: Augmentation | None, budget_bytes: int
+) -> None:
     """Refuse a pack over the budget whose features can't stay where they are."""
     reason = None
     if len(bags) > 1:
         reason = "several bags in a pack are copied: plan with fewer budget_instances"
     elif capped:
         reason = "data.max_instances copies a part of them: set a lower one"
+    elif joined:
+        reason = "data.bag: patient joins its slides in a copy: take every slide as a bag"
     elif augment is not None and (augment.feature_noise or augment.instance_dropout or augment.mixup):
         reason = "data.augment changes them in a copy: switch it off"
     if reason is not None:

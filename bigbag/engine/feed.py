@@ -82,8 +82,10 @@ def budget_instances(config: Config, store: BagStore) -> int:
     data = config.data
     if data.budget_bytes is None:
         return data.budget_instances
-    dtype = np.dtype(store.feature_dtype) if data.dtype is None else getattr(torch, data.dtype)
-    row_bytes = math.prod(store.feature_shape) * dtype.itemsize
+    stored = np.dtype(store.feature_dtype).itemsize
+    row_bytes = math.prod(store.feature_shape) * (
+        stored if data.dtype is None else max(stored, getattr(torch, data.dtype).itemsize)
+    )
     return max(1, min(data.budget_instances, data.budget_bytes // max(1, row_bytes)))
 
 

@@ -87,7 +87,9 @@ class Predictor:
                 raise BagError("graph", f"bag {bag.key!r}: {name} needs {need}, and {reason}")
         dtype = None if self.settings.dtype is None else getattr(torch, self.settings.dtype)
         bare = Bag(x=bag.x, key=bag.key, coords=bag.coords, adj=bag.adj if "adj" in self.model.needs else None)
-        return PackedBags.from_bags([bare], dtype=dtype)
+        # A bag in the precision of the run stays where it is: in its mapped shard, which may be larger than memory.
+        in_place = self.settings.dtype in (None, bag.x.dtype.name)
+        return PackedBags.from_bags([bare], dtype=dtype, share_x=in_place)
 
     def predict(self, pack: PackedBags) -> tuple[np.ndarray, np.ndarray]:
         """``(K,)`` float32 logits and ``(N,)`` float32 instance scores of a pack of one bag.

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from bigbag.data import (
 from bigbag.data.augment import Augmentation
 from bigbag.data.buffers import Buffers
 from bigbag.data.cap import cap_instances, take_rows
+from bigbag.data.patients import PatientStore
 from bigbag.data.sources import MemorySource
 
 
@@ -166,6 +168,22 @@ def test_a_bag_over_the_budget_stays_in_its_shard(store: ShardStore) -> None:
     assert large == sum(size > 30 for size in sizes) > 3
     halves = [next(iter(stream(store, plan, rank=0, budget_bytes=0, part=(r, 2))))[-1] for r in range(2)]
     torch.testing.assert_close(torch.cat([half.x for half in halves]).sum(0), usual[0][-1].x.sum(0))
+
+
+def test_the_budget_counts_the_wider_of_both_precisions(store: ShardStore) -> None:
+    """A bag of 16-bit features that would be over the budget in the 32 bits of a pack stays where it is, in 16."""
+    size = max(store.sizes)
+    plan = plan_epoch(store.sizes, range(12), seed=1, epoch=0, world_size=1, budget_instances=1, batch_bags=5)
+    for *_, found in stream(store, plan, rank=0, dtype=torch.float32, budget_bytes=size * 6 * 4 - 1):
+        assert found.x.dtype == (torch.float16 if found.num_instances == size else torch.float32)
+
+
+def test_joined_slides_over_the_budget_are_refused(store: ShardStore) -> None:
+    bags = [replace(store.read(i), y=0) for i in range(3)]
+    joined = PatientStore(MemoryStore(bags, patients=["p", "p", None]))
+    plan = plan_epoch(joined.sizes, range(2), seed=1, epoch=0, world_size=1, budget_instances=1, batch_bags=5)
+    with pytest.raises(ValueError, match="bag 'p': .* over data.budget_bytes = 10, and data.bag: patient joins"):
+        list(stream(joined, plan, rank=0, budget_bytes=10))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from bigbag.config import ModelConfig, TaskConfig, build_config
 from bigbag.data import open_store, pack
 from bigbag.data.sources import MemorySource
 from bigbag.engine import predict as engine_predict
+from bigbag.engine.new_bags import bags_of_store
 from bigbag.engine.run import train
 from bigbag.models import build_model, load_model, save_model
 from bigbag.testing import free_port
@@ -90,6 +92,16 @@ def test_predictions_are_those_of_the_run(run, shards, tmp_path):
     logit, attention = model.predict(torch.from_numpy(np.array(bag.x, np.float32))[None])
     assert np.allclose(scores.scores, attention[0].detach(), atol=1e-5) and np.array_equal(scores.coords, bag.coords)
     assert scores.logits[0] == pytest.approx(logit.item(), abs=1e-5) and scores.key == bag.key
+
+
+def test_a_packed_bag_stays_in_its_shard(run, shards):
+    """So that a model trained out of core predicts out of core; another precision is a copy."""
+    predictor, store = engine_predict.Predictor(run.run_dir), open_store(shards)
+    (bag, _), stored = bags_of_store(store, predictor.settings, ())[2].read(), store.read(2)
+    assert np.shares_memory(predictor.pack(bag).x.numpy(), stored.x)
+    assert predictor.pack(replace(bag, x=np.asarray(bag.x, np.float64))).x.dtype == torch.float64
+    predictor.settings = replace(predictor.settings, dtype="float32")
+    assert predictor.pack(bag).x.dtype == torch.float32
 
 
 def test_labels_and_one_file(run, shards, tmp_path):

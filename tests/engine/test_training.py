@@ -18,6 +18,9 @@ from safetensors.torch import load_file
 
 from bigbag import load_model
 from bigbag.config import build_config
+from bigbag.data import open_store, pack
+from bigbag.data.sources import MemorySource
+from bigbag.engine.feed import budget_instances
 from bigbag.engine.run import evaluate, train
 from bigbag.engine.world import World, start_world
 from bigbag.testing import free_port, run_ranks
@@ -114,7 +117,6 @@ def test_results_hold_what_they_promise(run_settings):
 
 def test_saved_model_gives_the_predictions_of_the_run(run_settings, shards):
     from bigbag import PackedBags
-    from bigbag.data import open_store
 
     run_dir = train_alone(run_settings)
     model, store = load_model(str(run_dir)), open_store(shards)
@@ -326,13 +328,20 @@ def test_worker_processes_change_nothing(run_settings):
 
 @pytest.mark.parametrize("setting, expected", [("auto", True), (True, True), (False, False)])
 def test_large_packs_recompute_their_activations(run_settings, shards, monkeypatch, setting, expected):
-    from bigbag.data import open_store
     from bigbag.engine import environment
 
     monkeypatch.setattr(environment, "_CHECKPOINT_BYTES", 119 * 6 * 4)
     config = build_config(with_changes(run_settings, train={"activation_checkpointing": setting}))
     store = open_store(shards)
     assert environment.wants_checkpointing(config, store, range(len(store.sizes))) is expected
+
+
+@pytest.mark.parametrize("stored, packed", [("float32", "float16"), ("float16", "float32")])
+def test_packs_keep_the_budget_in_both_precisions(run_settings, tmp_path, stored, packed):
+    store = open_store(run_settings["data"]["shards"])
+    pack(MemorySource([store.read(i) for i in range(len(store))]), tmp_path / "set", dtype=stored, progress=False)
+    changed = with_changes(run_settings, data={"dtype": packed, "budget_bytes": 60 * 6 * 4})
+    assert budget_instances(build_config(changed), open_store(tmp_path / "set")) == 60
 
 
 def test_a_budget_of_bytes_changes_no_result(run_settings):
