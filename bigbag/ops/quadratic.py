@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from bigbag.ops.spmm import (
     Graph,
     _permuted,
     accumulation_dtype,
-    edge_dots,
     graph_of,
     kernels,
     needs_grad,
@@ -32,7 +32,8 @@ def quadratic_form(adj: Adjacency, x: Tensor, segments: Segments | None = None, 
     """``sum_ij A_ij <x_i, x_j>`` = trace(x^T A x), in total or per bag: the numerator of a min-cut loss.
 
     Gradients flow to x and to ``adj.weight``. Cost: 2 E D FLOP forward, twice that backward. Bytes: x once forward,
-    three times backward; it holds O(E) floats.
+    three times backward; it holds O(E) floats beyond
+    the gradient.
 
     Args:
         adj: (T, T) adjacency.
@@ -53,7 +54,7 @@ def quadratic_form(adj: Adjacency, x: Tensor, segments: Segments | None = None, 
         dots = reference_edge_dots(adj, rows, rows, 1)
     else:
         rows, graph = _graph(adj, rows, chosen)
-        dots = edge_dots(graph, rows, rows, 1, chosen)
+        dots = _OPS["own_dots", chosen](rows, *graph)
     return _sum_edges("quadratic_form", adj, dots[:, 0], segments, chosen)
 
 
@@ -100,25 +101,36 @@ def _sum_own_edges(name: str, adj: Adjacency, values: Tensor, segments: Segments
     return _segments._OPS["sum", impl](values[:, None], offsets)[:, 0]
 
 
-def _register(impl: str) -> None:
-    """Custom operators ``bigbag::edge_distances_{impl}`` and ``..._backward``."""
+def _dots_backward(impl: str, grad: Tensor, x: Tensor, crow: Tensor, col: Tensor, *transposed: Any) -> Tensor:
+    """With G the matrix of gradients: G x + G^T x, the second product added to the first where it stands."""
+    multiply, (crow_t, col_t, perm) = kernels(impl).spmm, transposed
+    half = multiply(crow, col, grad, x)
+    return multiply(crow_t, col_t, _permuted(grad, perm), x, None, None, half, grad.new_ones(1), half)
+
+
+def _distances_backward(impl: str, grad: Tensor, x: Tensor, crow: Tensor, col: Tensor, *transposed: Any) -> Tensor:
+    """With G the matrix of gradients: 2 (rows of G + columns of G) x - 2 G x - 2 G^T x."""
+    multiply, minus_two, (crow_t, col_t, perm) = kernels(impl).spmm, grad.new_full((1,), -2), transposed
+    grad_t = _permuted(grad, perm)
+    ones = grad.new_ones(x.shape[0], 1)
+    sums = multiply(crow, col, grad, ones) + multiply(crow_t, col_t, grad_t, ones)
+    # The two halves may cancel: the first is kept in the accumulation dtype.
+    half = torch.empty(x.shape, dtype=grad.dtype, device=x.device)
+    multiply(crow, col, grad, x, minus_two, 2 * sums[:, 0], out=half)
+    return multiply(crow_t, col_t, grad_t, x, minus_two, None, half, grad.new_ones(1))
+
+
+def _register(impl: str, kind: str, along_edges: Callable[..., Tensor], gradient: Callable[..., Tensor]) -> None:
+    """Custom operators ``bigbag::edge_{kind}_{impl}`` and ``..._backward`` of one x at both ends of an edge."""
 
     def run(x: Tensor, crow: Tensor, col: Tensor, crow_t: Any, col_t: Any, perm: Any) -> Tensor:
-        return kernels(impl).edge_distances(crow, col, x)
+        return along_edges(impl, crow, col, x)
 
     def run_backward(grad: Tensor, x: Tensor, crow: Tensor, col: Tensor, crow_t: Any, col_t: Any, perm: Any) -> Tensor:
-        # With G the matrix of gradients: 2 (rows of G + columns of G) x - 2 G x - 2 G^T x.
-        multiply, minus_two = kernels(impl).spmm, grad.new_full((1,), -2)
-        grad_t = _permuted(grad, perm)
-        ones = grad.new_ones(x.shape[0], 1)
-        sums = multiply(crow, col, grad, ones) + multiply(crow_t, col_t, grad_t, ones)
-        # The two halves may cancel: the first is kept in the accumulation dtype.
-        half = torch.empty(x.shape, dtype=grad.dtype, device=x.device)
-        multiply(crow, col, grad, x, minus_two, 2 * sums[:, 0], out=half)
-        return multiply(crow_t, col_t, grad_t, x, minus_two, None, half, grad.new_ones(1))
+        return gradient(impl, grad, x, crow, col, crow_t, col_t, perm)
 
     graph = "Tensor crow, Tensor col, Tensor crow_t, Tensor col_t, Tensor? perm"
-    name = f"bigbag::edge_distances_{impl}"
+    name = f"bigbag::edge_{kind}_{impl}"
     forward = torch.library.custom_op(name, run, mutates_args=(), schema=f"(Tensor x, {graph}) -> Tensor")
     backward = torch.library.custom_op(
         name + "_backward", run_backward, mutates_args=(), schema=f"(Tensor grad, Tensor x, {graph}) -> Tensor"
@@ -133,12 +145,15 @@ def _register(impl: str) -> None:
         return backward(grad.contiguous(), *ctx.saved_tensors), *[None] * 5
 
     forward.register_autograd(differentiate, setup_context=setup)
-    _OPS["distances", impl] = forward
+    _OPS[kind, impl] = forward
 
 
 _OPS: dict[tuple[str, str], Any] = {}
-_register("cpu")
-_register("triton")
+for _impl in ("cpu", "triton"):
+    _register(_impl, "own_dots", lambda impl, crow, col, x: kernels(impl).edge_dots(crow, col, x, x, 1), _dots_backward)
+    _register(
+        _impl, "distances", lambda impl, crow, col, x: kernels(impl).edge_distances(crow, col, x), _distances_backward
+    )
 
 OPERATORS = (
     Operator("quadratic_form", quadratic_form, DTYPES),
