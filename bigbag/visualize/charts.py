@@ -138,7 +138,7 @@ def survival_chart(curves: Sequence[tuple[str, Survival]]) -> str:
             axes.fill_between(time, low, high, step="post", color=colour, alpha=0.15, linewidth=0)
         axes.set(xlabel="time", ylabel="share without event", ylim=(-0.02, 1.03))
         axes.set_xlim(left=0)
-        axes.legend(loc="lower left")
+        axes.legend(loc="upper right")
 
     return _svg(draw)
 
