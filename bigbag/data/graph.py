@@ -36,7 +36,10 @@ def with_graph(bag: Bag, settings: Mapping[str, Any], where: str) -> tuple[Bag, 
     if bag.adj is not None:
         raise ValueError(f"{where}: the source brings a graph of its own; leave data.graph out")
     if bag.coords is None:
-        raise ValueError(f"{where}: has no coords, from which data.graph is built; leave data.graph out")
+        raise ValueError(
+            f"{where}: has no coords, from which data.graph is built: give them, or leave data.graph out for a model "
+            "that needs no graph"
+        )
     try:
         adj = build_adjacency(
             bag.coords,

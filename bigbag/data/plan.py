@@ -63,12 +63,6 @@ class EpochPlan:
         """Packs that each rank computes."""
         return sum(len(step.micro_steps) for step in self.steps)
 
-    @property
-    def largest_pack(self) -> int:
-        """Instances of the largest pack of any rank."""
-        packs = (pack for step in self.steps for micro in step.micro_steps for pack in micro)
-        return max((pack.num_instances for pack in packs), default=0)
-
     def of_rank(self, rank: int, start_step: int = 0) -> Iterator[tuple[int, int, PackPlan]]:
         """``(step, micro_step, pack)`` of one rank, in order."""
         for step in range(start_step, len(self.steps)):
