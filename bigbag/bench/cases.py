@@ -18,6 +18,7 @@ from bigbag.graphs import build_adjacency
 ATTENTION_DIM = 128
 BRANCHES = ([1024, 4096], [1, 2])  # segment lengths and dilations
 HEADS, LANDMARKS, STEPS, TERMS, TOPK, DRAWS = 8, 256, 10, 4, 8, 16
+NODES = 41 * 64  # of the sums of expected_attention
 
 
 @dataclass(frozen=True)
@@ -215,6 +216,19 @@ def _sampled_attention(op: str, rows: int, width: int, device: str) -> Case:
     return Case(leaves, {"": run}, ("draws kept", kept), (size, 2 * size), (flops, 2 * flops), rows * width <= 1 << 28)
 
 
+def _expected_attention(op: str, rows: int, width: int, device: str) -> Case:
+    """The exact mean of one bag's attention; ``width`` has no part in it."""
+    segments = Segments.from_sizes((rows,), device)
+    leaves = {"mu": _randn(rows).to(device), "log_var": _randn(rows, seed=1).to(device)}
+
+    def run(t: Mapping[str, Tensor], impl: str) -> Tensor:
+        return ops.expected_attention(t["mu"], t["log_var"], segments)
+
+    baseline = ("integrals kept", lambda t: baselines.expected_attention(**t))
+    size, flops = 4.0 * rows, 2.0 * rows * NODES
+    return Case(leaves, {"": run}, baseline, (3 * size, 5 * size), (flops, 2 * flops), rows <= 1 << 16)
+
+
 def _attention(op: str, rows: int, width: int, device: str) -> Case:
     shape, segments = (rows, HEADS, max(1, width // HEADS)), Segments.from_sizes((rows,), device)
     q, k, v = (_randn(*shape, seed=seed).to(device) for seed in range(3))
@@ -272,6 +286,7 @@ _MAKERS: dict[str, tuple[Callable[[str, int, int, str], Case], int, int]] = {
     "chebyshev_conv": (_chebyshev_conv, 512, 1 << 62),
     "smooth_exact_directed": (_smooth_exact_directed, 512, 1 << 62),
     "sampled_attention": (_sampled_attention, 1000, 1 << 62),
+    "expected_attention": (_expected_attention, 1, 1 << 62),
 }
 """Function -> maker of its case, its usual width, and the largest bag that is measured on a CPU."""
 MEASURED = tuple(_MAKERS)
