@@ -9,7 +9,6 @@ precision under test, plus rounding: so the budget follows from the definition, 
 
 from __future__ import annotations
 
-import gc
 import importlib
 import os
 import pkgutil
@@ -303,33 +302,3 @@ def _collect(processes: Sequence[Any], folder: str, timeout_s: float) -> list[An
                 raise RuntimeError(f"rank {rank} of {len(processes)} failed:\n{value}")
             results[rank] = value
     return [results[rank] for rank in range(len(processes))]
-
-
-def peak_bytes(step: Callable[[], object], device: str = "cpu") -> int:
-    """Most bytes of tensors alive at once during ``step``, beyond those alive before it.
-
-    ``step`` runs once before that, so that what is made once and kept does not count.
-    """
-    step()
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    # The profiler sees the allocations of the thread that started it alone.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            step()
-    finally:
-        torch.set_num_threads(threads)
-    live = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak

@@ -11,13 +11,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # Each package may import from the sets named here only (and from itself).
-BASE = {"adjacency", "bags", "config", "files", "graphs", "parts", "segments"}
+BASE = {"adjacency", "bags", "config", "files", "graphs", "memory", "parts", "segments"}
 OPS = BASE | {"kernels", "ops"}
 DATA = BASE | {"data", "datasets"}
 ENGINE = OPS | DATA | {"nn", "models", "engine"}
 ALLOWED = {
     "kernels": set(),
     "files": set(),
+    "memory": set(),
     "config": {"files"},
     "parts": set(),
     "adjacency": {"parts"},

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from bigbag.bench.cases import MEASURED, Case, make_case, too_large, usual_width
 from bigbag.bench.measure import copy_bandwidth, gemm_rate, machine, seconds
+from bigbag.memory import peak_bytes
 from bigbag.ops import _OPERATORS
 from bigbag.ops.registry import why_not
 from bigbag.ops.spmm import DTYPES
-from bigbag.testing import check, peak_bytes, samples
+from bigbag.testing import check, samples
 
 # What is made of operators and has no row in their table takes what they take.
 _DTYPES = dict.fromkeys(MEASURED, DTYPES) | {row.name: row.dtypes for row in _OPERATORS}

@@ -20,9 +20,10 @@ import numpy as np
 import torch
 
 from bigbag.bags import Bag
-from bigbag.bench.measure import machine, resident_bytes, seconds
+from bigbag.bench.measure import machine, seconds
 from bigbag.data import ShardStore, open_store, pack, plan_epoch, stream
 from bigbag.data.sources import MemorySource
+from bigbag.memory import resident_bytes
 
 COPY, WEBDATASET = "np.load copies", "webdataset decode"
 

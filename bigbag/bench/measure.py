@@ -37,13 +37,6 @@ def gemm_rate(device: str, dtype: torch.dtype) -> float:
     return 2 * left.numel() * right.shape[1] / best / 1e9
 
 
-def resident_bytes() -> int:
-    """Private and shared memory of this process; maps of files, which the kernel drops at will, not counted."""
-    with open("/proc/self/status") as file:
-        fields = dict(line.split(":", 1) for line in file)
-    return 1024 * sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem"))
-
-
 def machine(device: str) -> str:
     """The name of the device, on CPU with the number of threads."""
     if device == "cuda":

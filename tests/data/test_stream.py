@@ -16,7 +16,6 @@ import torch
 
 from bigbag import Bag, PackedBags
 from bigbag.bench.loader import COPY, WEBDATASET, contenders, make_set, measure
-from bigbag.bench.measure import resident_bytes
 from bigbag.data import (
     BagStore,
     EpochPlan,
@@ -34,6 +33,7 @@ from bigbag.data.buffers import Buffers
 from bigbag.data.cap import cap_instances, take_rows
 from bigbag.data.patients import PatientStore
 from bigbag.data.sources import MemorySource
+from bigbag.memory import resident_bytes
 
 
 @pytest.fixture

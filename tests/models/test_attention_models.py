@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bigbag import models
-from bigbag.testing import peak_bytes
+from bigbag.memory import peak_bytes
 
 WIDTH = 6
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bigbag.testing import peak_bytes
+from bigbag.memory import peak_bytes
 
 WIDTH = 5
 

@@ -5,9 +5,9 @@ import torch
 
 from bigbag import Bag, PackedBags
 from bigbag.graphs import build_adjacency
+from bigbag.memory import peak_bytes
 from bigbag.models import GTP, gtp
 from bigbag.nn.relprop import TransformerEncoder
-from bigbag.testing import peak_bytes
 
 WIDTH = 12
 VARIANTS = [

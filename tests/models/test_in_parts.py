@@ -12,11 +12,12 @@ import torch.distributed as dist
 from bigbag import Bag, PackedBags
 from bigbag.config import ModelConfig, TaskConfig
 from bigbag.graphs import build_adjacency
+from bigbag.memory import peak_bytes
 from bigbag.models import MODELS, build_model
 from bigbag.nn import VariationalAutoEncoder
 from bigbag.ops.join import join_parts
 from bigbag.parts import Parts
-from bigbag.testing import peak_bytes, run_ranks
+from bigbag.testing import run_ranks
 from tests.models.test_models import SMALL, build, make_bag
 
 ENCODER = {"name": "MLP", "linear_sizes": [7], "activations": ["relu"]}

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from bigbag import PackedBags, Segments
+from bigbag.memory import peak_bytes
 from bigbag.models import LongNetMIL
 from bigbag.nn.dilated import hilbert_order, relative_coords, sinusoidal_position, unsorted
-from bigbag.testing import peak_bytes
 
 
 def pack(coords: torch.Tensor, sizes: tuple[int, ...], width: int = 8) -> PackedBags:

@@ -6,9 +6,9 @@ import torch
 
 from bigbag import PackedBags
 from bigbag.graphs import build_adjacency
+from bigbag.memory import peak_bytes
 from bigbag.models import MODELS, ProbSmoothABMIL, SmABMIL, SmoothABMIL
 from bigbag.nn.survival import CoxLoss, cox_loss
-from bigbag.testing import peak_bytes
 
 WIDTH = 6
 

@@ -7,10 +7,10 @@ from bigbag import ops
 from bigbag.adjacency import Adjacency
 from bigbag.bench.models import lattice
 from bigbag.graphs import build_adjacency
+from bigbag.memory import peak_bytes
 from bigbag.nn import DeepGCNLayer, GCNConv, GNNIdentity
 from bigbag.nn.graph_stack import graph_stack
 from bigbag.samples.graphs import pattern
-from bigbag.testing import peak_bytes
 
 
 def directed_graph(sizes=(5, 1, 0, 9), dtype=torch.float64) -> Adjacency:

@@ -88,7 +88,7 @@ def test_bags_without_edges_or_instances_are_finite():
 
 
 def test_memory_is_linear():
-    from bigbag.testing import peak_bytes
+    from bigbag.memory import peak_bytes
 
     def peak(size: int) -> int:
         side = int(size**0.5)

@@ -5,7 +5,7 @@ import torch
 from torch.distributions import Independent, Normal, kl_divergence
 
 from bigbag import nn
-from bigbag.testing import peak_bytes
+from bigbag.memory import peak_bytes
 
 X = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
 MASK = torch.tensor([[1] * 5, [1, 1, 0, 0, 0]])

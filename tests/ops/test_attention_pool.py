@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.library import opcheck
 
 from bigbag import Segments, ops
-from bigbag.testing import check, peak_bytes, run, samples
+from bigbag.memory import peak_bytes
+from bigbag.testing import check, run, samples
 
 NAMED = {str(sample): sample for sample in samples("attention_pool")}
 

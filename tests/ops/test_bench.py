@@ -10,8 +10,8 @@ import torch
 
 from bigbag import bench, ops
 from bigbag.bench.cases import make_case
+from bigbag.memory import peak_bytes
 from bigbag.ops import segments
-from bigbag.testing import peak_bytes
 
 
 def test_writes_a_row_for_every_contender(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from bigbag import Segments
+from bigbag.memory import peak_bytes
 from bigbag.ops import attention_draws, expected_attention, gaussian_attention, sampled_attention
-from bigbag.testing import peak_bytes
 
 SIZES = (4, 0, 1, 9)
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from bigbag.adjacency import Adjacency
+from bigbag.memory import peak_bytes
 from bigbag.ops.chebyshev import chebyshev
 from bigbag.ops.smooth import smooth
 from bigbag.ops.smooth_exact import smooth_exact
 from bigbag.ops.spmm import spmm
 from bigbag.samples.graphs import pattern
-from bigbag.testing import peak_bytes
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from bigbag import Segments
+from bigbag.memory import peak_bytes
 from bigbag.ops import pseudo_inverse
 from bigbag.ops.nystrom import nystrom_attention, nystrom_class_token_attention
 from bigbag.samples.nystrom import SAMPLES
-from bigbag.testing import peak_bytes
 
 NAMED = {sample.name: sample for sample in SAMPLES}
 
