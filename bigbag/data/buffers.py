@@ -6,6 +6,7 @@ buffer is therefore leased to a pack and comes back by itself when the last tens
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import deque
 
@@ -15,34 +16,65 @@ from torch import Tensor
 
 
 class Buffers:
-    """Buffers for packs, for any number of threads; each is as large as the largest pack so far when it was made.
+    """Buffers for packs, for any number of threads.
+
+    A pack gets the smallest free buffer that holds it and is at most twice its size, else a new one, for which the
+    smallest free one goes where there are enough. So one large pack among small ones makes one buffer large, not all.
 
     Args:
-        num_idle: buffers that are kept while they are not in use.
+        count: buffers that there are, while no more are leased at once.
     """
 
-    def __init__(self, num_idle: int = 3) -> None:
-        self._idle: deque[np.ndarray] = deque(maxlen=num_idle)
-        self._largest = 0
+    def __init__(self, count: int = 3) -> None:
+        self._count = count
+        self._leased = 0
+        self._free: list[np.ndarray] = []
+        # A buffer may come back at any moment, also by the garbage collector while its thread is in here.
+        self._returned: deque[np.ndarray] = deque()
+        self._lock = threading.Lock()
 
-    def keep(self, num_idle: int) -> None:
-        """Change the number of idle buffers that are kept."""
-        if num_idle != self._idle.maxlen:
-            self._idle = deque(self._idle, maxlen=num_idle)
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def keep(self, count: int) -> None:
+        """Change the number of buffers."""
+        with self._lock:
+            self._count = count
+            self._settle()
 
     def lease(self, num_bytes: int) -> Tensor:
         """``num_bytes`` bytes, of a buffer that comes back once nothing refers to them."""
-        self._largest = max(self._largest, num_bytes)
-        try:
-            buffer = self._idle.pop()  # the one used last, which the cache may still hold
-        except IndexError:
-            buffer = None
-        if buffer is None or buffer.size < num_bytes:
-            buffer = np.empty(self._largest, dtype=np.uint8)  # numpy asks for huge pages, torch does not
+        with self._lock:
+            self._settle()
+            fitting = [i for i, buffer in enumerate(self._free) if num_bytes <= buffer.size <= 2 * num_bytes]
+            # Of equal ones that used last, which the cache may still hold.
+            best = min(reversed(fitting), key=lambda i: self._free[i].size, default=None)
+            buffer = None if best is None else self._free.pop(best)
+            self._leased += 1
+            if buffer is None:
+                self._let_go()
+        if buffer is None:
+            buffer = np.empty(num_bytes, dtype=np.uint8)  # numpy asks for huge pages, torch does not
         # A tensor keeps the very array it was made from alive, so the end of this view is the end of all its tensors.
         view = buffer[:num_bytes]
         weakref.finalize(view, self._come_back, buffer).atexit = False
         return torch.from_numpy(view)
 
     def _come_back(self, buffer: np.ndarray) -> None:
-        self._idle.append(buffer)
+        self._returned.append(buffer)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._settle()
+            finally:
+                self._lock.release()
+
+    def _settle(self) -> None:
+        while self._returned:
+            self._free.append(self._returned.popleft())
+            self._leased -= 1
+        self._let_go()
+
+    def _let_go(self) -> None:
+        while self._free and len(self._free) + self._leased > self._count:
+            del self._free[min(range(len(self._free)), key=lambda i: self._free[i].size)]

@@ -280,19 +280,31 @@ def test_buffers_are_used_again_only_when_free() -> None:
     address = first.data_ptr()
     view = first[10:20].view(torch.int16)
     del first
-    assert buffers.lease(500).data_ptr() not in (address, second.data_ptr())  # a view still holds it
+    assert buffers.lease(900).data_ptr() not in (address, second.data_ptr())  # a view still holds it
     view.fill_(7)
     del view
-    assert buffers.lease(1000).data_ptr() == address  # the one used last comes first
+    assert buffers.lease(1000).data_ptr() == address
 
 
 def test_buffers_keep_as_many_as_they_are_told() -> None:
     buffers = Buffers(2)
     leases = [buffers.lease(1000) for _ in range(5)]
     del leases
-    assert len(buffers._idle) == 2
+    assert buffers.num_free == 2
     buffers.keep(1)
-    assert len(buffers._idle) == 1
+    assert buffers.num_free == 1
+
+
+def test_one_large_pack_leaves_one_large_buffer() -> None:
+    """Small packs take none of its memory, so that the next large one finds it again."""
+    buffers = Buffers(3)
+    large = buffers.lease(1000)
+    address = large.data_ptr()
+    del large
+    for size in (40, 60, 50, 1000, 70, 30, 990, 20, 50, 600):
+        held = buffers.lease(size)
+        assert (held.data_ptr() == address) == (size >= 500)
+        del held
 
 
 def test_cap_instances() -> None:
