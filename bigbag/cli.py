@@ -1,4 +1,4 @@
-"""The command line: ``bigbag pack | train | evaluate | predict | report | compare | cap-curve | bench``.
+"""The command line: ``bigbag pack | plan | train | evaluate | predict | report | compare | cap-curve | bench``.
 
 ``launch/*.py`` call the same functions. Whatever a user can cause ends in one line on standard error and exit status
 2; a run that SIGTERM or SIGUSR1 asked to leave ends with status 85, its checkpoint written.
@@ -87,6 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--overwrite", action="store_true", help="replace a finished set of other bags")
     train = add("train", _train, "Train, evaluate and report; resume where the run's folder holds a checkpoint.")
     train.add_argument("--restart", action="store_true", help="delete the run's folder and start again")
+    text = "Tell what a run will take of a device's memory, and the settings that make it fit; status 1: it won't."
+    plan = add("plan", _plan, text)
+    plan.add_argument("--ranks", type=int, default=1, help="processes of the run, on this machine")
     text = "Evaluate the best model of a run again and report; or only what is saved, with --predictions."
     evaluate = add("evaluate", _evaluate, text, needs_config=False)
     add_evaluation_options(evaluate)
@@ -167,6 +170,15 @@ def _train(options: argparse.Namespace) -> int:
         preemption.leave()
     _conclude(config, results, world.is_main)
     return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from bigbag.engine.environment import memory_lines
+    from bigbag.engine.run import plan
+
+    memory = plan(_config(options), options.ranks)
+    print("\n".join(memory_lines(memory.to_json())))
+    return 0 if memory.fits else 1
 
 
 def _evaluate(options: argparse.Namespace) -> None:

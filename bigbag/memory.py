@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import threading
@@ -19,11 +20,12 @@ def peak_bytes(step: Callable[[], object], device: str = "cpu", warm_up: bool = 
     Args:
         step: the work.
         device: "cpu" or "cuda".
-        warm_up: run ``step`` once before, so that what is made once and kept does not count.
+        warm_up: run ``step`` once before and collect garbage, so that neither what is made once and kept counts, nor
+            what goes; False: the caller has.
     """
     if warm_up:
         step()
-    gc.collect()
+        gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -31,6 +33,7 @@ def peak_bytes(step: Callable[[], object], device: str = "cpu", warm_up: bool = 
         step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # below it, newer versions say on every start that they started
     # The profiler sees the allocations of the thread that started it alone.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -47,14 +50,32 @@ def peak_bytes(step: Callable[[], object], device: str = "cpu", warm_up: bool = 
     return peak
 
 
-def resident_bytes() -> int:
+def resident_bytes() -> int | None:
     """Private and shared memory of this process; maps of files, which the kernel drops at will, not counted.
 
-    Raises:
-        OSError: a system without ``/proc``.
+    None where the system does not say.
     """
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    try:
+        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    except OSError:
+        return None
     return 1024 * sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem"))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be had: torch's on a GPU and on CPU, or Python's."""
+    of_torch_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or of_torch_cpu
+
+
+def return_freed() -> None:
+    """Give memory that was freed, and that the allocator keeps for later, back to the system, where it knows how."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def available_bytes(device: torch.device) -> int | None:
@@ -104,7 +125,7 @@ class PeakMemory:
     def __enter__(self) -> PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        elif os.path.exists("/proc/self/status"):
+        elif resident_bytes() is not None:
             self._thread = threading.Thread(target=self._watch, name="bigbag-peak-memory", daemon=True)
             self._thread.start()
         return self
@@ -118,6 +139,6 @@ class PeakMemory:
 
     def _watch(self) -> None:
         while True:
-            self.num_bytes = max(self.num_bytes or 0, resident_bytes())
+            self.num_bytes = max(self.num_bytes or 0, resident_bytes() or 0)
             if self._stopped.wait(_SECONDS_BETWEEN_LOOKS):
                 return

@@ -77,7 +77,7 @@ def measure(runs: dict[str, Callable[[], None]], rounds: int) -> tuple[dict[str,
             elapsed = seconds(run, "cpu")
             if turn:
                 times[name].append(elapsed)
-                resident[name].append(resident_bytes())
+                resident[name].append(resident_bytes() or 0)
     return times, resident
 
 

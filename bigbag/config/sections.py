@@ -30,7 +30,7 @@ _DATA_KEYS_WITHOUT_EFFECT = (
     "splits",  # their outcome is part of the identity of a run
 )
 _TRAIN_KEYS_WITHOUT_EFFECT = ("checkpoint_every_steps", "log_every_steps")
-_ENGINE_KEYS_WITHOUT_EFFECT = ("threads",)
+_ENGINE_KEYS_WITHOUT_EFFECT = ("threads", "memory_bytes")
 
 
 class ModelConfig(Named):
@@ -159,11 +159,15 @@ class TrainConfig(Section):
     """Precision of matrix products; weights and optimiser states stay in fp32."""
     activation_checkpointing: bool | Literal["auto"] = "auto"
     """Recompute activations in the backward pass instead of storing them; auto: where the largest pack takes more than
-    256 MiB in fp32, or ``chunk_instances`` is set."""
+    256 MiB in fp32, ``chunk_instances`` is set, or memory would not suffice."""
+    nonfinite_loss: Literal["stop", "skip"] = "stop"
+    """What happens where the loss of a pack is NaN or infinite: the run stops and names the bags, or goes on as if that
+    pack were not there, in this step, on all ranks; the bags and how often are logged and in ``results.json``. Looking
+    costs one wait for the device for each pack."""
     chunk_instances: PositiveInt | None = None
     """Instances that go through ``feat_ext`` together where activations are recomputed: their number, not the size of a
     bag, sets the memory of a trained feature extractor. None: as many as 2048 (GPU: 16,384) rows of 1024 numbers
-    hold."""
+    hold, or as fit into memory."""
     monitor: str | None = None
     """Validation metric that picks the best epoch ("loss", "auroc", "accuracy", ...); ties go to the lower loss. None:
     "c_index" for survival tasks, "loss" for regression, "auroc" otherwise."""
@@ -203,6 +207,10 @@ class EngineConfig(Section):
     """CPU threads of each rank; None: cores divided by the ranks of this node when there is no GPU."""
     timeout_s: PositiveInt = 1800
     """Seconds for which a rank waits for the others before it gives up, saying where: one of them is stuck or gone."""
+    memory_bytes: PositiveInt | None = None
+    """Bytes that each rank may take on its device; None: what is free (on CPU, shared out over the ranks of a machine).
+    Where a run would take more, what ``train.activation_checkpointing`` and ``train.chunk_instances`` leave open is
+    chosen so that it fits; ``bigbag plan`` tells."""
     impl: dict[str, str] = Field(default_factory=dict)
     """Operator implementations to force, e.g. ``{attention_pool: reference}``; empty: the best for the device."""
 

@@ -27,7 +27,7 @@ class Buffers:
 
     def __init__(self, count: int = 3) -> None:
         self._count = count
-        self._leased = 0
+        self._leased: list[int] = []
         self._free: list[np.ndarray] = []
         # A buffer may come back at any moment, also by the garbage collector while its thread is in here.
         self._returned: deque[np.ndarray] = deque()
@@ -36,6 +36,13 @@ class Buffers:
     @property
     def num_free(self) -> int:
         return len(self._free)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all buffers, free and leased."""
+        with self._lock:
+            self._settle()
+            return sum(self._leased) + sum(buffer.size for buffer in self._free)
 
     def keep(self, count: int) -> None:
         """Change the number of buffers."""
@@ -51,7 +58,7 @@ class Buffers:
             # Of equal ones that used last, which the cache may still hold.
             best = min(reversed(fitting), key=lambda i: self._free[i].size, default=None)
             buffer = None if best is None else self._free.pop(best)
-            self._leased += 1
+            self._leased.append(num_bytes if buffer is None else buffer.size)
             if buffer is None:
                 self._let_go()
         if buffer is None:
@@ -72,9 +79,9 @@ class Buffers:
     def _settle(self) -> None:
         while self._returned:
             self._free.append(self._returned.popleft())
-            self._leased -= 1
+            self._leased.remove(self._free[-1].size)
         self._let_go()
 
     def _let_go(self) -> None:
-        while self._free and len(self._free) + self._leased > self._count:
+        while self._free and len(self._free) + len(self._leased) > self._count:
             del self._free[min(range(len(self._free)), key=lambda i: self._free[i].size)]

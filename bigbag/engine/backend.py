@@ -22,6 +22,8 @@ from bigbag.engine.optim import build_optimizer
 from bigbag.engine.world import World, launched
 from bigbag.models import MILModel
 
+_BUCKET = 500_000_000
+
 
 class StepModule(torch.nn.Module):
     """A model as the backends see it: packs in; logits, losses and instance scores out, in the run's precision."""
@@ -52,6 +54,12 @@ class Backend(Protocol):
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradient of one pack; ``last`` marks the last pack of the global step."""
+
+    def discard_gradient(self) -> bool:
+        """Forget the gradient of a step that failed before its last pack was done, on this rank alone.
+
+        False where that is not possible: where ranks have parts of the gradient, or of a bag, in each other's memory.
+        """
 
     def step(self, lr: float) -> None:
         """Clip, update the weights with learning rate ``lr``, clear the gradient."""
@@ -89,6 +97,10 @@ class TorchBackend:
             total = self.world.sum(torch.cat([p.grad.flatten() for p in trained]))  # type: ignore[union-attr]
             for p, part in zip(trained, total.split([p.numel() for p in trained])):
                 p.grad.copy_(part.view_as(p))  # type: ignore[union-attr]
+
+    def discard_gradient(self) -> bool:
+        self.optimizer.zero_grad(set_to_none=True)
+        return self.world.bag_ranks == 1
 
     def step(self, lr: float) -> None:
         if self.clip_norm is not None:
@@ -148,7 +160,7 @@ class DeepSpeedBackend:
             model=module,
             model_parameters=module.parameters(),
             optimizer=optimizer,
-            config=deepspeed_config(config),
+            config=deepspeed_config(config, sum(p.numel() for p in module.parameters() if p.requires_grad)),
             dist_init_required=False,
         )
 
@@ -162,6 +174,10 @@ class DeepSpeedBackend:
         self.engine.set_gradient_accumulation_boundary(last)
         # DeepSpeed averages gradients over the ranks; the loss is a share of a sum over them.
         self.engine.backward(loss * self.world.size)
+
+    def discard_gradient(self) -> bool:
+        self.engine.module.zero_grad(set_to_none=True)
+        return self.world.bag_ranks == 1 and self.zero_stage == 0
 
     def step(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
@@ -225,17 +241,19 @@ class DeepSpeedBackend:
             return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
-def deepspeed_config(config: Config) -> dict[str, Any]:
+def deepspeed_config(config: Config, num_weights: int) -> dict[str, Any]:
     """DeepSpeed's settings, derived from ours; ``engine.deepspeed`` is merged over them.
 
     Accumulation and loss scaling stay with the training loop, which knows from the plan how many packs a step has;
     precision stays with :class:`StepModule`, so that one process with plain torch computes the same.
     """
+    bucket = max(1, min(_BUCKET, num_weights))
     derived: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.optim.clip_norm or 0.0,
-        "zero_optimization": {"stage": config.engine.zero_stage},
+        # DeepSpeed allocates whole buckets, by default of 500 million numbers, however few weights there are.
+        "zero_optimization": {"stage": config.engine.zero_stage, "reduce_bucket_size": bucket},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,

@@ -13,7 +13,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from bigbag.engine.backend import Backend
@@ -42,6 +42,7 @@ class Progress:
         stale_epochs: epochs since then.
         log_position: bytes of ``metrics.jsonl``.
         finished: True once training is over.
+        skipped: name of a bag to the number of times that it was skipped, for a loss that is not finite.
     """
 
     epoch: int = 0
@@ -54,6 +55,7 @@ class Progress:
     stale_epochs: int = 0
     log_position: int = 0
     finished: bool = False
+    skipped: dict[str, int] = field(default_factory=dict)
 
 
 def save_checkpoint(folder: Path, backend: Backend, progress: Progress, world: World) -> None:

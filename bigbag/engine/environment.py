@@ -12,11 +12,10 @@ import torch
 
 from bigbag import ops
 from bigbag.config import Config
-from bigbag.data import BagStore, capped_sizes
-from bigbag.engine.feed import budget_instances
+from bigbag.data import BagStore
+from bigbag.engine.memory_plan import MemoryPlan
 from bigbag.engine.world import World
 
-_CHECKPOINT_BYTES = 256 * 2**20
 _PACKAGES = ("bigbag", "torch", "deepspeed", "webdataset", "xformers", "triton", "numba", "numpy", "scikit-learn")
 
 
@@ -24,7 +23,7 @@ def describe_environment(
     config: Config,
     store: BagStore,
     splits: Mapping[str, Sequence[int]],
-    model: torch.nn.Module,
+    memory: MemoryPlan,
     backend: str,
     world: World,
 ) -> dict[str, Any]:
@@ -40,7 +39,7 @@ def describe_environment(
             "precision": config.train.precision,
         },
         "operators": ops.chosen(world.device),
-        "memory": _memory(config, store, splits, model),
+        "memory": memory.to_json(),
         "data": {
             "shards": config.data.shards,
             "bags": {name: len(bags) for name, bags in splits.items()},
@@ -65,48 +64,34 @@ def banner(environment: dict[str, Any], name: str) -> str:
             f"{devices['backend']}, {devices['precision']}",
             f"  data       {bags}; features {tuple(data['feature_shape'])} {data['feature_dtype']}",
             f"  operators  {operators}",
-            f"  memory     largest pack {memory['largest_pack_instances']:,} instances = "
-            f"{memory['largest_pack_bytes'] / 2**20:.0f} MiB, {memory['packs_in_flight']} in flight per rank, "
-            f"activations {'recomputed' if memory['activation_checkpointing'] else 'kept'}; "
-            f"weights, gradients and AdamW states {memory['model_bytes'] / 2**20:.1f} MiB",
+            *memory_lines(memory),
         ]
     )
 
 
-def largest_pack_instances(config: Config, store: BagStore, bags: Sequence[int]) -> int:
-    """The most instances that one pack of ``bags`` can have."""
-    sizes = capped_sizes([store.sizes[bag] for bag in bags], config.data.max_instances)
-    return max(max(sizes, default=0), min(budget_instances(config, store), sum(sizes)))
+def memory_lines(memory: Mapping[str, Any]) -> list[str]:
+    """What a :class:`~bigbag.engine.memory_plan.MemoryPlan` (its JSON) says, as lines of the banner."""
+    way = memory["recomputation"]
+    chunks = f" in chunks of {way['chunk_instances']:,} instances" if way["chunk_instances"] else ""
+    parts = ", ".join(
+        f"{what} {_mib(memory[f'{name}_bytes'])}"
+        for name, what in (("process", "process"), ("states", "optimiser"), ("packs", "packs"), ("step", "step"))
+    )
+    limit = "" if memory["limit_bytes"] is None else f" of {_mib(memory['limit_bytes'])}"
+    lines = [
+        f"  memory     peak {_mib(memory['peak_bytes'])}{limit} expected on each device: {parts}",
+        f"             largest pack {memory['largest_pack_instances']:,} instances, "
+        f"{_mib(memory['largest_pack_bytes'])}{' and its features in their file' * memory['largest_pack_in_place']}; "
+        f"activations {'recomputed' if way['active'] else 'kept'}{chunks}",
+    ]
+    if not memory["fits"]:
+        lines.append("             that does not fit; what lowers it:")
+        lines += [f"               {setting}: {_mib(peak)}" for setting, peak in memory["remedies"].items()]
+    return lines
 
 
-def wants_checkpointing(config: Config, store: BagStore, bags: Sequence[int]) -> bool:
-    """Whether activations are recomputed: as set or, for "auto", with a chunk size, or a pack that is large in fp32 or
-    over ``data.budget_bytes``."""
-    setting = config.train.activation_checkpointing
-    if setting != "auto":
-        return setting
-    if config.train.chunk_instances is not None:
-        return True
-    width, largest = int(np.prod(store.feature_shape)), largest_pack_instances(config, store, bags)
-    budget, stored = config.data.budget_bytes, np.dtype(store.feature_dtype).itemsize
-    if budget is not None and largest * width * stored > budget * config.parallel.bag:
-        return True
-    return largest * width * 4 > _CHECKPOINT_BYTES * config.parallel.bag
-
-
-def _memory(
-    config: Config, store: BagStore, splits: Mapping[str, Sequence[int]], model: torch.nn.Module
-) -> dict[str, int | bool]:
-    largest = largest_pack_instances(config, store, [bag for bags in splits.values() for bag in bags])
-    row_bytes = int(np.prod(store.feature_shape)) * np.dtype(store.feature_dtype).itemsize
-    parameters = sum(p.numel() for p in model.parameters())
-    return {
-        "activation_checkpointing": wants_checkpointing(config, store, splits["train"]),
-        "largest_pack_instances": largest,
-        "largest_pack_bytes": largest * row_bytes,
-        "packs_in_flight": 2 + config.data.num_workers * config.data.prefetch_packs,
-        "model_bytes": parameters * 4 * 4,
-    }
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.0f} MiB"
 
 
 def _version(package: str) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from bigbag.bags import PackedBags
 from bigbag.config import Config
-from bigbag.data import BagStore, capped_sizes, plan_epoch
+from bigbag.data import BagStore, EpochPlan, capped_sizes, plan_epoch
 from bigbag.engine.feed import budget_instances, feed
 from bigbag.engine.metrics import bag_metrics, instance_metrics
 from bigbag.engine.preemption import Preempted, asked_to_leave
@@ -43,6 +43,20 @@ class Predictions:
     coords: np.ndarray | None = None
 
 
+def plan_evaluation(store: BagStore, bags: Sequence[int], config: Config, world: World) -> EpochPlan:
+    """The plan of one pass over ``bags``, all of them one step."""
+    return plan_epoch(
+        capped_sizes(store.sizes, config.data.max_instances),
+        bags,
+        seed=config.seed,
+        epoch=0,
+        world_size=world.data_size,
+        budget_instances=budget_instances(config, store),
+        batch_bags=max(1, len(bags)),
+        shuffle=False,
+    )
+
+
 def predict_bags(
     forward: Callable[[PackedBags, str], Any],
     store: BagStore,
@@ -66,17 +80,7 @@ def predict_bags(
     Raises:
         Preempted: a rank was asked to leave.
     """
-    data = config.data
-    plan = plan_epoch(
-        capped_sizes(store.sizes, data.max_instances),
-        bags,
-        seed=config.seed,
-        epoch=0,
-        world_size=world.data_size,
-        budget_instances=budget_instances(config, store),
-        batch_bags=max(1, len(bags)),
-        shuffle=False,
-    )
+    plan = plan_evaluation(store, bags, config, world)
     mine: list[_OfBag] = []
     with_instances |= all_instances
     want = "logits and scores" if with_instances else "logits"

@@ -15,15 +15,17 @@ from bigbag.data.split_tables import splits_table
 from bigbag.data.splits import splits_digest
 from bigbag.engine.attention_maps import save_attention_maps
 from bigbag.engine.backend import StepModule, build_backend, choose_backend
-from bigbag.engine.environment import banner, describe_environment, wants_checkpointing
+from bigbag.engine.environment import banner, describe_environment
 from bigbag.engine.evaluate import Predictions, predict_bags, score
 from bigbag.engine.feed import configured_augmentation
 from bigbag.engine.labels import check_labels
+from bigbag.engine.memory_plan import MemoryPlan, plan_memory, strictest
 from bigbag.engine.predictions import write_predictions
 from bigbag.engine.trainer import Trainer
-from bigbag.engine.world import World, start_world
+from bigbag.engine.world import World, import_deepspeed, start_world
 from bigbag.files import write_atomically, write_json
-from bigbag.models import MODELS, build_model, load_model
+from bigbag.memory import PeakMemory
+from bigbag.models import MODELS, MILModel, build_model, load_model
 from bigbag.models.criteria import fit_task
 
 _EVALUATED = ("val", "test")
@@ -54,20 +56,60 @@ def train(config: Config, store: BagStore | None = None, world: World | None = N
     splits = split_bags(store, config.data.splits)
     _check_run(config, store, splits)
     _claim_run_dir(config, store, splits, world)
+    config, model, memory = _prepare(config, store, splits, world)
+    memory = strictest(world.gather(memory))
+    memory.recomputation.apply(model)
+    environment = describe_environment(config, store, splits, memory, backend_name, world)
+    if world.is_main:
+        write_json(config.run_dir / "environment.json", environment)
+        print(banner(environment, config.name), flush=True)
+    with PeakMemory(world.device) as peak:
+        trainer = Trainer(config, store, splits, model, build_backend(backend_name, model, config, world), world)
+        progress = trainer.fit()
+        world.barrier()
+        results = evaluate(config, store, world, splits, progress.best_epoch, model.chunk_instances)
+        if progress.skipped and world.is_main:
+            results["skipped_nonfinite"] = progress.skipped
+            write_json(config.run_dir / "results.json", results)
+    measured = max((of_rank for of_rank in world.gather(peak.num_bytes) if of_rank is not None), default=None)
+    if world.is_main:
+        environment["memory"]["measured_peak_bytes"] = measured
+        write_json(config.run_dir / "environment.json", environment)
+    return results
+
+
+def plan(config: Config, num_ranks: int = 1) -> MemoryPlan:
+    """What :func:`train` would take of each device's memory, and the settings it would choose; nothing is written.
+
+    Args:
+        config: the settings.
+        num_ranks: processes of the run, all on this machine.
+
+    Raises:
+        ValueError: as :func:`train`.
+    """
+    if num_ranks < 1 or num_ranks % config.parallel.bag:
+        raise ConfigError(f"plan: ranks is {num_ranks}, expected a multiple of parallel.bag = {config.parallel.bag}")
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    if choose_backend(config.engine.backend) == "deepspeed" or (num_ranks > 1 and config.engine.backend == "auto"):
+        import_deepspeed(device)  # a part of what each process takes
+    world = World(size=num_ranks, local_size=num_ranks, bag_ranks=config.parallel.bag, device=device)
+    ops.use_impl(config.engine.impl)
+    store = open_configured_store(config)
+    splits = split_bags(store, config.data.splits)
+    _check_run(config, store, splits)
+    return _prepare(config, store, splits, world)[-1]
+
+
+def _prepare(
+    config: Config, store: BagStore, splits: Mapping[str, Sequence[int]], world: World
+) -> tuple[Config, MILModel, MemoryPlan]:
+    """The settings with the task fitted to the training labels, the model as it starts, and its memory plan."""
     task = fit_task(config.task, [store.infos[bag].label for bag in splits["train"]])
     config = config.model_copy(update={"task": task})
     torch.manual_seed(config.seed)
     model = build_model(config.model, store.feature_shape, config.task)
-    model.chunk_instances = config.train.chunk_instances
-    model.activation_checkpointing = wants_checkpointing(config, store, splits["train"])
-    environment = describe_environment(config, store, splits, model, backend_name, world)
-    if world.is_main:
-        write_json(config.run_dir / "environment.json", environment)
-        print(banner(environment, config.name), flush=True)
-    trainer = Trainer(config, store, splits, model, build_backend(backend_name, model, config, world), world)
-    progress = trainer.fit()
-    world.barrier()
-    return evaluate(config, store, world, splits, best_epoch=progress.best_epoch)
+    return config, model, plan_memory(config, store, splits, model, world)
 
 
 def evaluate(
@@ -76,6 +118,7 @@ def evaluate(
     world: World | None = None,
     splits: Mapping[str, Sequence[int]] | None = None,
     best_epoch: int | None = None,
+    chunk_instances: int | None = None,
 ) -> dict[str, Any]:
     """Evaluate the best model of a run on its validation and test bags and write results and predictions.
 
@@ -85,6 +128,7 @@ def evaluate(
         world: the ranks; None joins those of the launcher's environment.
         splits: split name to bag numbers; None takes those of the run (its ``splits.csv``).
         best_epoch: epoch of the best model, from 0; None reads it from the run's earlier results.
+        chunk_instances: instances that go through a feature extractor together; None: ``train.chunk_instances``.
 
     Returns:
         the content of ``results.json``.
@@ -94,7 +138,7 @@ def evaluate(
     store = store or open_configured_store(config)
     splits = splits or split_bags(store, table=str(config.run_dir / SPLITS_NAME))
     model = load_model(config.run_dir).to(world.device)
-    model.chunk_instances = config.train.chunk_instances
+    model.chunk_instances = chunk_instances or config.train.chunk_instances
     forward = StepModule(model, config.train.precision).eval()
     if best_epoch is None:
         best_epoch = _read_results(config)["best_epoch"] - 1
@@ -130,6 +174,7 @@ def open_configured_store(config: Config) -> BagStore:
 def _check_run(config: Config, store: BagStore, splits: Mapping[str, Sequence[int]]) -> None:
     check_labels(store, splits, config.task)
     _check_fields(config, store)
+    _check_loss(config)
     val = [store.infos[bag].label for bag in splits.get("val", ())]
     defined, lacking = True, ""
     if config.monitor == "auroc" and config.task.type == "binary":
@@ -139,6 +184,14 @@ def _check_run(config: Config, store: BagStore, splits: Mapping[str, Sequence[in
     if val and not defined:
         raise ConfigError(
             f"train.monitor is {config.monitor}, but {lacking}; set train.monitor=loss or use a larger validation split"
+        )
+
+
+def _check_loss(config: Config) -> None:
+    if config.train.nonfinite_loss == "skip" and config.task.type == "survival":
+        raise ConfigError(
+            "train.nonfinite_loss is skip, but Cox's loss compares all bags of a step, so that none can be left out: "
+            "set it to stop, or choose task.type=survival_discrete"
         )
 
 

@@ -37,11 +37,13 @@ class StepSums:
         losses: name of a loss to its share of the step's mean, before its coefficient.
         instances: number of instances.
         packs: bag names and total loss of each pack, to name the culprit of a loss that is not finite.
+        skipped: names of bags whose pack was left out, since its loss is not finite.
     """
 
     losses: dict[str, Tensor] = field(default_factory=dict)
     instances: int = 0
     packs: list[tuple[tuple[str, ...], Tensor]] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
 
     def add(self, pack: PackPlan, bags: PackedBags, losses: Mapping[str, Tensor], share: float) -> None:
         for name, value in losses.items():
@@ -52,7 +54,13 @@ class StepSums:
 
 
 def accumulate(
-    packs: Packs, plan: StepPlan, model: MILModel, backend: Backend, world: World, coefficients: Mapping[str, float]
+    packs: Packs,
+    plan: StepPlan,
+    model: MILModel,
+    backend: Backend,
+    world: World,
+    coefficients: Mapping[str, float],
+    skip_nonfinite: bool = False,
 ) -> tuple[dict[str, float], int, StepSums]:
     """Run the packs of a global step forward and backward; the gradient is left in the weights.
 
@@ -63,6 +71,7 @@ def accumulate(
         backend: what carries the step.
         world: the ranks.
         coefficients: name of a loss to its coefficient; 1 where there is none.
+        skip_nonfinite: leave packs out whose loss is not finite; not with a criterion that spans the step.
 
     Returns:
         Each loss by name, the mean over the bags of the step, before its coefficient; the number of instances; both
@@ -75,7 +84,7 @@ def accumulate(
     if getattr(model.criterion, "spans_step", False) and not world_is_a_pack:
         sums = _accumulate_jointly(list(packs), plan, model.criterion, backend, world, coefficients)
     else:
-        sums = _accumulate(packs, plan, backend, world, coefficients)
+        sums = _accumulate(packs, plan, backend, world, coefficients, without=model if skip_nonfinite else None)
     names = sorted(sums.losses)
     numbers = torch.stack(
         [*(sums.losses[name] for name in names), torch.tensor(float(sums.instances)).to(world.device)]
@@ -91,8 +100,12 @@ def _accumulate(
     world: World,
     coefficients: Mapping[str, float],
     prepare: Callable[[int, float], None] | None = None,
+    without: MILModel | None = None,
 ) -> StepSums:
-    """Pack by pack forward and backward; ``prepare(micro, share)`` is called before each."""
+    """Pack by pack forward and backward; ``prepare(micro, share)`` is called before each.
+
+    Packs whose loss is not finite give the weights of ``without`` a gradient of zero, so that ranks stay in step.
+    """
     sums = StepSums()
     for _, micro, pack, host_bags in packs:
         share = 0.0 if pack.is_filler else len(pack.bags) / plan.num_bags
@@ -101,8 +114,14 @@ def _accumulate(
         # Each of the ranks that share a bag has all of its loss, and the gradients of all ranks are added up.
         share /= world.bag_ranks
         bags, losses = _forward(pack, host_bags, backend, world)
-        backend.backward(total_loss(losses, coefficients) * share, last=micro == len(plan.micro_steps) - 1)
+        loss = total_loss(losses, coefficients)
+        if without is not None and not loss.isfinite().item():
+            sums.skipped += [] if pack.is_filler else bags.keys
+            loss = torch.stack([p.sum() * 0 for p in without.parameters() if p.requires_grad]).sum()
+            losses = {name: torch.zeros_like(value) for name, value in losses.items()}
+        backend.backward(loss * share, last=micro == len(plan.micro_steps) - 1)
         sums.add(pack, bags, losses, share)
+        del bags, losses, loss  # before the next pack comes to the device
     return sums
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from bigbag.config import Config
-from bigbag.data import BagStore, StepPlan, count_draws
+from bigbag.data import BagStore, EpochPlan, StepPlan, count_draws
 from bigbag.engine.annealing import build_schedulers
 from bigbag.engine.backend import Backend
 from bigbag.engine.bag_settings import bag_settings
@@ -27,11 +27,14 @@ from bigbag.engine.evaluate import predict_bags, score
 from bigbag.engine.feed import TrainingFeed
 from bigbag.engine.live import write_attention, write_curves
 from bigbag.engine.log import RunLog, progress
+from bigbag.engine.memory_cost import Recomputation
+from bigbag.engine.memory_plan import cheaper
 from bigbag.engine.metrics import headline
 from bigbag.engine.optim import learning_rate
 from bigbag.engine.preemption import Preempted, asked_to_leave
 from bigbag.engine.step import Packs, StepSums, accumulate
 from bigbag.engine.world import World
+from bigbag.memory import is_out_of_memory, return_freed
 from bigbag.models import MILModel, save_model
 
 logger = logging.getLogger(__name__)
@@ -63,6 +66,7 @@ class Trainer:
         self.feed = TrainingFeed(config, store, splits["train"], world)
         self.checkpoints = config.run_dir / "checkpoints"
         self.steps_per_epoch = self.feed.steps_per_epoch
+        self.skips_nonfinite = config.train.nonfinite_loss == "skip"
 
     @property
     def best_folder(self) -> Path:
@@ -102,35 +106,65 @@ class Trainer:
         return done.epoch * self.steps_per_epoch + done.step
 
     def _train_epoch(self, done: Progress) -> None:
-        train = self.config.train
         plan = self.feed.plan(done.epoch)
         self.backend.train(True)
-        bar = progress(self.steps_per_epoch, done.step, f"epoch {done.epoch + 1}/{train.epochs}", self.world)
+        bar = progress(
+            self.steps_per_epoch, done.step, f"epoch {done.epoch + 1}/{self.config.train.epochs}", self.world
+        )
+        while done.step < self.steps_per_epoch:
+            self._train_steps(done, plan, bar)
+        bar.close()
+
+    def _train_steps(self, done: Progress, plan: EpochPlan, bar: Any) -> None:
+        """The steps of an epoch that are left; or those up to one for which memory did not suffice, that are to be
+        tried again, taking less."""
+        every = self.config.train.checkpoint_every_steps
         packs = self.feed.packs(plan, done.epoch, start_step=done.step)
         for step, group in groupby(packs, key=lambda item: item[0]):
             num_bags = plan.steps[step].num_bags
             loss = self._step(done, group, plan.steps[step])
+            if loss is None:
+                return
             done.step = step + 1
             done.loss_sum += loss * num_bags
             done.num_bags += num_bags
             bar.update()
             bar.set_postfix(loss=f"{loss:.4f}")
-            every = train.checkpoint_every_steps
             leaving = asked_to_leave(self.world)
             if leaving or (every and done.step % every == 0 and done.step < self.steps_per_epoch):
                 self._save(done)
             if leaving:
                 raise Preempted
-        bar.close()
 
-    def _step(self, done: Progress, packs: Packs, plan: StepPlan) -> float:
-        """One optimiser step; returns the mean loss of its bags, over all ranks."""
+    def _step(self, done: Progress, packs: Packs, plan: StepPlan) -> float | None:
+        """One optimiser step.
+
+        Returns:
+            The mean loss of its bags, over all ranks; None where this rank ran out of memory: then nothing has changed
+            but how much it will take.
+        """
         started = time.perf_counter()
         coefficients = {name: scheduler() for name, scheduler in self.annealing.items()}
-        losses, instances, own = accumulate(packs, plan, self.model, self.backend, self.world, coefficients)
+        try:
+            losses, instances, own = accumulate(
+                packs, plan, self.model, self.backend, self.world, coefficients, self.skips_nonfinite
+            )
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            remedy: str | None = self._take_less(error)
+            message = f"rank {self.world.rank}: {str(error).splitlines()[0]}"
+        else:
+            remedy = None
+        if remedy is not None:  # and the error, with all tensors that its frames held, is gone
+            return_freed()
+            logger.warning("%s; epoch %d, step %d again with %s", message, done.epoch + 1, done.step + 1, remedy)
+            return None
         loss = sum(value * coefficients.get(name, 1.0) for name, value in losses.items())
         if not math.isfinite(loss):
             self._refuse_loss(own, done)
+        if self.skips_nonfinite:
+            self._count_skipped(own, done)
         global_step = self._global_step(done)
         lr = learning_rate(self.config.optim, global_step, self.steps_per_epoch, self.config.train.epochs)
         self.backend.step(lr)
@@ -151,13 +185,42 @@ class Trainer:
             self.log.write("train", global_step, values)
         return loss
 
+    def _take_less(self, error: BaseException) -> str:
+        """Recompute more, in smaller chunks, and forget the gradient so far; returns what was changed.
+
+        Raises:
+            MemoryError: there is no way that takes less, or this rank alone can't repeat a step.
+        """
+        model, shape = self.model, self.store.feature_shape
+        now = Recomputation(model.activation_checkpointing, model.chunk_instances)
+        way = cheaper(now, model, shape, self.world.device) if self.backend.discard_gradient() else None
+        if way is None:
+            raise MemoryError(
+                f"rank {self.world.rank} is out of memory: {error}\nSet a smaller train.chunk_instances (now "
+                f"{now.chunk_instances}), train.activation_checkpointing=true (now {now.active}), "
+                "train.precision=bf16, or more ranks for each bag (parallel.bag); bigbag plan tells what each takes"
+            ) from None
+        way.apply(model)
+        if way.chunk_instances is None:
+            return "activations recomputed"
+        return f"activations recomputed in chunks of {way.chunk_instances} instances"
+
+    def _count_skipped(self, own: StepSums, done: Progress) -> None:
+        everywhere = [name for part in self.world.gather(own.skipped)[:: self.world.bag_ranks] for name in part]
+        for name in everywhere:
+            done.skipped[name] = done.skipped.get(name, 0) + 1
+        if everywhere and self.world.is_main:
+            where = f"epoch {done.epoch + 1}, step {done.step + 1}"
+            logger.warning("%s: left out, for a loss that is not finite: %s", where, ", ".join(sorted(everywhere)))
+
     def _refuse_loss(self, own: StepSums, done: Progress) -> None:
         """Stop all ranks, naming the packs whose loss is not finite."""
         bad = [name for keys, loss in own.packs if not math.isfinite(loss.item()) for name in keys]
         everywhere = sorted({name for part in self.world.gather(bad) for name in part})
         raise ValueError(
             f"the training loss is not finite in epoch {done.epoch}, step {done.step}, with the bags {everywhere}: "
-            "look for NaN or very large features in them, or lower optim.lr; the last checkpoint is untouched"
+            "look for NaN or very large features in them, lower optim.lr, or set train.nonfinite_loss=skip; the last "
+            "checkpoint is untouched"
         )
 
     def _finish_epoch(self, done: Progress) -> None:
@@ -170,6 +233,8 @@ class Trainer:
         }
         if self.config.data.sampling is not None:
             values["sampling"] = count_draws(self.feed.bags_of(done.epoch))
+        if done.skipped:
+            values["skipped"] = dict(done.skipped)
         better = True
         if self.splits.get("val"):
             self.backend.train(False)

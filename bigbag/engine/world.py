@@ -172,7 +172,8 @@ def _set_threads(threads: int | None) -> None:
     os.environ["NUMBA_NUM_THREADS"] = str(threads)
 
 
-def _start_deepspeed(device: torch.device, timeout: timedelta) -> None:
+def import_deepspeed(device: torch.device) -> None:
+    """Import DeepSpeed for a device, without what it would say or compile for others."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # DeepSpeed calls names that torch 2.13 deprecates, hundreds of times a run; nothing that a user could act on.
@@ -184,6 +185,12 @@ def _start_deepspeed(device: torch.device, timeout: timedelta) -> None:
         # DeepSpeed would otherwise compile its shared-memory collectives first (most of a minute), and hang for ever
         # on the lock of a compilation that was killed. Gloo carries the collectives of a CPU run anyway.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _start_deepspeed(device: torch.device, timeout: timedelta) -> None:
+    import_deepspeed(device)
+    import deepspeed
+
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     backend = "nccl" if device.type == "cuda" else "gloo"

@@ -36,8 +36,8 @@ def test_weight_decay_spares_vectors():
 def test_deepspeed_settings_are_derived_and_merged():
     settings = {"name": "x", "data": {"shards": "y"}, "model": {"name": "ABMIL"}, "optim": {"clip_norm": None}}
     extra = {"zero_optimization": {"overlap_comm": True}, "comms_logger": {"enabled": True}}
-    derived = deepspeed_config(build_config({**settings, "engine": {"zero_stage": 2, "deepspeed": extra}}))
-    assert derived["zero_optimization"] == {"stage": 2, "overlap_comm": True}
+    derived = deepspeed_config(build_config({**settings, "engine": {"zero_stage": 2, "deepspeed": extra}}), 70)
+    assert derived["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 70, "overlap_comm": True}
     assert derived["gradient_clipping"] == 0.0 and derived["comms_logger"] == {"enabled": True}
 
 

@@ -328,12 +328,12 @@ def test_worker_processes_change_nothing(run_settings):
 
 @pytest.mark.parametrize("setting, expected", [("auto", True), (True, True), (False, False)])
 def test_large_packs_recompute_their_activations(run_settings, shards, monkeypatch, setting, expected):
-    from bigbag.engine import environment
+    from bigbag.engine import memory_plan
 
-    monkeypatch.setattr(environment, "_CHECKPOINT_BYTES", 119 * 6 * 4)
+    monkeypatch.setattr(memory_plan, "_CHECKPOINT_BYTES", 119 * 6 * 4)
     config = build_config(with_changes(run_settings, train={"activation_checkpointing": setting}))
     store = open_store(shards)
-    assert environment.wants_checkpointing(config, store, range(len(store.sizes))) is expected
+    assert memory_plan.wants_recomputation(config, store, range(len(store.sizes))) is expected
 
 
 @pytest.mark.parametrize("stored, packed", [("float32", "float16"), ("float16", "float32")])
