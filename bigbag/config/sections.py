@@ -160,10 +160,6 @@ class TrainConfig(Section):
     activation_checkpointing: bool | Literal["auto"] = "auto"
     """Recompute activations in the backward pass instead of storing them; auto: where the largest pack takes more than
     256 MiB in fp32, ``chunk_instances`` is set, or memory would not suffice."""
-    nonfinite_loss: Literal["stop", "skip"] = "stop"
-    """What happens where the loss of a pack is NaN or infinite: the run stops and names the bags, or goes on as if that
-    pack were not there, in this step, on all ranks; the bags and how often are logged and in ``results.json``. Looking
-    costs one wait for the device for each pack."""
     chunk_instances: PositiveInt | None = None
     """Instances that go through ``feat_ext`` together where activations are recomputed: their number, not the size of a
     bag, sets the memory of a trained feature extractor. None: as many as 2048 (GPU: 16,384) rows of 1024 numbers
@@ -180,6 +176,10 @@ class TrainConfig(Section):
     """Stop after so many epochs without a better ``monitor``; None: never."""
     checkpoint_every_steps: int | None = None
     """Also write a checkpoint to resume from every so many steps within an epoch; None: at the end of each epoch."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """What to do with a training bag whose loss is NaN or infinite: stop, naming it; or go on without it, and count it
+    in ``results.json`` (``skipped_bags``). To skip costs a forward pass with the others, where there is such a bag, and
+    waits for each pack's loss."""
     log_every_steps: int = 1
     """Steps between two lines of ``metrics.jsonl``."""
 

@@ -42,7 +42,7 @@ class Progress:
         stale_epochs: epochs since then.
         log_position: bytes of ``metrics.jsonl``.
         finished: True once training is over.
-        skipped: name of a bag to the number of times that it was skipped, for a loss that is not finite.
+        skipped: key of a bag that steps went without, its loss not being finite, to the number of these steps.
     """
 
     epoch: int = 0

@@ -67,10 +67,7 @@ def train(config: Config, store: BagStore | None = None, world: World | None = N
         trainer = Trainer(config, store, splits, model, build_backend(backend_name, model, config, world), world)
         progress = trainer.fit()
         world.barrier()
-        results = evaluate(config, store, world, splits, progress.best_epoch, model.chunk_instances)
-        if progress.skipped and world.is_main:
-            results["skipped_nonfinite"] = progress.skipped
-            write_json(config.run_dir / "results.json", results)
+        results = evaluate(config, store, world, splits, progress.best_epoch, progress.skipped, model.chunk_instances)
     measured = max((of_rank for of_rank in world.gather(peak.num_bytes) if of_rank is not None), default=None)
     if world.is_main:
         environment["memory"]["measured_peak_bytes"] = measured
@@ -118,6 +115,7 @@ def evaluate(
     world: World | None = None,
     splits: Mapping[str, Sequence[int]] | None = None,
     best_epoch: int | None = None,
+    skipped: Mapping[str, int] | None = None,
     chunk_instances: int | None = None,
 ) -> dict[str, Any]:
     """Evaluate the best model of a run on its validation and test bags and write results and predictions.
@@ -128,6 +126,7 @@ def evaluate(
         world: the ranks; None joins those of the launcher's environment.
         splits: split name to bag numbers; None takes those of the run (its ``splits.csv``).
         best_epoch: epoch of the best model, from 0; None reads it from the run's earlier results.
+        skipped: key of a bag that training went without to the number of steps; None: as ``best_epoch``.
         chunk_instances: instances that go through a feature extractor together; None: ``train.chunk_instances``.
 
     Returns:
@@ -150,6 +149,9 @@ def evaluate(
         results[split] = score(predictions[split], store, model, config, threshold)
     results |= {"best_epoch": best_epoch + 1, "left_out": list(store.left_out), **_capped(config, store, splits)}
     results |= _changed(config, store, splits.get("train", ()))
+    if config.train.nonfinite == "skip":
+        skipped = _read_results(config)["skipped_bags"] if skipped is None else skipped
+        results["skipped_bags"] = dict(sorted(skipped.items()))
     if world.is_main:
         write_predictions(config, store, predictions)
         save_attention_maps(config, store, forward, predictions.get("test"), world.device)
@@ -174,7 +176,6 @@ def open_configured_store(config: Config) -> BagStore:
 def _check_run(config: Config, store: BagStore, splits: Mapping[str, Sequence[int]]) -> None:
     check_labels(store, splits, config.task)
     _check_fields(config, store)
-    _check_loss(config)
     val = [store.infos[bag].label for bag in splits.get("val", ())]
     defined, lacking = True, ""
     if config.monitor == "auroc" and config.task.type == "binary":
@@ -184,14 +185,6 @@ def _check_run(config: Config, store: BagStore, splits: Mapping[str, Sequence[in
     if val and not defined:
         raise ConfigError(
             f"train.monitor is {config.monitor}, but {lacking}; set train.monitor=loss or use a larger validation split"
-        )
-
-
-def _check_loss(config: Config) -> None:
-    if config.train.nonfinite_loss == "skip" and config.task.type == "survival":
-        raise ConfigError(
-            "train.nonfinite_loss is skip, but Cox's loss compares all bags of a step, so that none can be left out: "
-            "set it to stop, or choose task.type=survival_discrete"
         )
 
 

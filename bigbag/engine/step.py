@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from bigbag.bags import PackedBags
 from bigbag.config import ConfigError
 from bigbag.data import PackPlan, StepPlan
 from bigbag.engine.backend import Backend
+from bigbag.engine.nonfinite import Skipping
 from bigbag.engine.world import World
 from bigbag.models import MILModel
 from bigbag.ops.join import join_parts
@@ -37,7 +39,7 @@ class StepSums:
         losses: name of a loss to its share of the step's mean, before its coefficient.
         instances: number of instances.
         packs: bag names and total loss of each pack, to name the culprit of a loss that is not finite.
-        skipped: names of bags whose pack was left out, since its loss is not finite.
+        skipped: keys of the bags left out because their loss was not finite; after :func:`accumulate` of all ranks.
     """
 
     losses: dict[str, Tensor] = field(default_factory=dict)
@@ -60,7 +62,7 @@ def accumulate(
     backend: Backend,
     world: World,
     coefficients: Mapping[str, float],
-    skip_nonfinite: bool = False,
+    skipping: Skipping | None = None,
 ) -> tuple[dict[str, float], int, StepSums]:
     """Run the packs of a global step forward and backward; the gradient is left in the weights.
 
@@ -71,11 +73,11 @@ def accumulate(
         backend: what carries the step.
         world: the ranks.
         coefficients: name of a loss to its coefficient; 1 where there is none.
-        skip_nonfinite: leave packs out whose loss is not finite; not with a criterion that spans the step.
+        skipping: leaves out bags whose loss is not finite; None: their gradient is not finite either.
 
     Returns:
-        Each loss by name, the mean over the bags of the step, before its coefficient; the number of instances; both
-        over all ranks. And this rank's own sums.
+        Each loss by name, the mean over the bags of the step that were not skipped, before its coefficient; the number
+        of instances; both over all ranks. And this rank's own sums.
 
     Raises:
         ConfigError: a coefficient for a loss that the model does not have.
@@ -84,12 +86,16 @@ def accumulate(
     if getattr(model.criterion, "spans_step", False) and not world_is_a_pack:
         sums = _accumulate_jointly(list(packs), plan, model.criterion, backend, world, coefficients)
     else:
-        sums = _accumulate(packs, plan, backend, world, coefficients, without=model if skip_nonfinite else None)
+        sums = _accumulate(packs, plan, backend, world, coefficients, skipping=skipping)
     names = sorted(sums.losses)
     numbers = torch.stack(
         [*(sums.losses[name] for name in names), torch.tensor(float(sums.instances)).to(world.device)]
     )
     *values, instances = world.sum(numbers.double()).tolist()
+    if skipping is not None:
+        sums.skipped = [key for keys in world.gather(sums.skipped)[:: world.bag_ranks] for key in keys]
+        scale = plan.num_bags / max(1, plan.num_bags - len(sums.skipped))
+        values = [value * scale for value in values]
     return dict(zip(names, values)), int(instances), sums
 
 
@@ -100,29 +106,30 @@ def _accumulate(
     world: World,
     coefficients: Mapping[str, float],
     prepare: Callable[[int, float], None] | None = None,
-    without: MILModel | None = None,
+    skipping: Skipping | None = None,
 ) -> StepSums:
-    """Pack by pack forward and backward; ``prepare(micro, share)`` is called before each.
-
-    Packs whose loss is not finite give the weights of ``without`` a gradient of zero, so that ranks stay in step.
-    """
+    """Pack by pack forward and backward; ``prepare(micro, share)`` is called before each."""
     sums = StepSums()
     for _, micro, pack, host_bags in packs:
-        share = 0.0 if pack.is_filler else len(pack.bags) / plan.num_bags
         if prepare is not None:
-            prepare(micro, share)
+            prepare(micro, _share(pack, plan))
+        if skipping is None:
+            bags, losses = _forward(pack, host_bags, backend, world)
+        else:
+            forward = partial(_forward, backend=backend, world=world)
+            (pack, bags, losses), left_out = skipping.forward(forward, plan.micro_steps[micro], host_bags)
+            sums.skipped += left_out
         # Each of the ranks that share a bag has all of its loss, and the gradients of all ranks are added up.
-        share /= world.bag_ranks
-        bags, losses = _forward(pack, host_bags, backend, world)
-        loss = total_loss(losses, coefficients)
-        if without is not None and not loss.isfinite().item():
-            sums.skipped += [] if pack.is_filler else bags.keys
-            loss = torch.stack([p.sum() * 0 for p in without.parameters() if p.requires_grad]).sum()
-            losses = {name: torch.zeros_like(value) for name, value in losses.items()}
-        backend.backward(loss * share, last=micro == len(plan.micro_steps) - 1)
+        share = _share(pack, plan) / world.bag_ranks
+        backend.backward(total_loss(losses, coefficients) * share, last=micro == len(plan.micro_steps) - 1)
         sums.add(pack, bags, losses, share)
-        del bags, losses, loss  # before the next pack comes to the device
+        del bags, losses  # before the next pack comes to the device
     return sums
+
+
+def _share(pack: PackPlan, plan: StepPlan) -> float:
+    """Share of a pack's mean loss in that of its step."""
+    return 0.0 if pack.is_filler else len(pack.bags) / plan.num_bags
 
 
 def _accumulate_jointly(

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from bigbag.config import Config
+from bigbag.config import Config, ConfigError
 from bigbag.data import BagStore, EpochPlan, StepPlan, count_draws
 from bigbag.engine.annealing import build_schedulers
 from bigbag.engine.backend import Backend
@@ -30,6 +30,7 @@ from bigbag.engine.log import RunLog, progress
 from bigbag.engine.memory_cost import Recomputation
 from bigbag.engine.memory_plan import cheaper
 from bigbag.engine.metrics import headline
+from bigbag.engine.nonfinite import Skipping
 from bigbag.engine.optim import learning_rate
 from bigbag.engine.preemption import Preempted, asked_to_leave
 from bigbag.engine.step import Packs, StepSums, accumulate
@@ -66,7 +67,12 @@ class Trainer:
         self.feed = TrainingFeed(config, store, splits["train"], world)
         self.checkpoints = config.run_dir / "checkpoints"
         self.steps_per_epoch = self.feed.steps_per_epoch
-        self.skips_nonfinite = config.train.nonfinite_loss == "skip"
+        self.skips_nonfinite = config.train.nonfinite == "skip"
+        if self.skips_nonfinite and getattr(model.criterion, "spans_step", False):
+            raise ConfigError(
+                f"train.nonfinite is skip, but {type(model.criterion).__name__} compares all bags of a step with each "
+                "other, so that none has a loss of its own: set it to stop, or choose task.type=survival_discrete"
+            )
 
     @property
     def best_folder(self) -> Path:
@@ -147,7 +153,7 @@ class Trainer:
         coefficients = {name: scheduler() for name, scheduler in self.annealing.items()}
         try:
             losses, instances, own = accumulate(
-                packs, plan, self.model, self.backend, self.world, coefficients, self.skips_nonfinite
+                packs, plan, self.model, self.backend, self.world, coefficients, self._skipping(done)
             )
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -163,8 +169,8 @@ class Trainer:
         loss = sum(value * coefficients.get(name, 1.0) for name, value in losses.items())
         if not math.isfinite(loss):
             self._refuse_loss(own, done)
-        if self.skips_nonfinite:
-            self._count_skipped(own, done)
+        if own.skipped:
+            self._note_skipped(own.skipped, loss, done)
         global_step = self._global_step(done)
         lr = learning_rate(self.config.optim, global_step, self.steps_per_epoch, self.config.train.epochs)
         self.backend.step(lr)
@@ -193,7 +199,10 @@ class Trainer:
         """
         model, shape = self.model, self.store.feature_shape
         now = Recomputation(model.activation_checkpointing, model.chunk_instances)
-        way = cheaper(now, model, shape, self.world.device) if self.backend.discard_gradient() else None
+        # Ranks that skip bags ask each other after every pack, so that none can go back by itself.
+        by_itself = self.world.size == 1 or not self.skips_nonfinite
+        can_repeat = self.backend.discard_gradient() and by_itself
+        way = cheaper(now, model, shape, self.world.device) if can_repeat else None
         if way is None:
             raise MemoryError(
                 f"rank {self.world.rank} is out of memory: {error}\nSet a smaller train.chunk_instances (now "
@@ -205,13 +214,20 @@ class Trainer:
             return "activations recomputed"
         return f"activations recomputed in chunks of {way.chunk_instances} instances"
 
-    def _count_skipped(self, own: StepSums, done: Progress) -> None:
-        everywhere = [name for part in self.world.gather(own.skipped)[:: self.world.bag_ranks] for name in part]
-        for name in everywhere:
-            done.skipped[name] = done.skipped.get(name, 0) + 1
-        if everywhere and self.world.is_main:
-            where = f"epoch {done.epoch + 1}, step {done.step + 1}"
-            logger.warning("%s: left out, for a loss that is not finite: %s", where, ", ".join(sorted(everywhere)))
+    def _skipping(self, done: Progress) -> Skipping | None:
+        return Skipping(self.feed, done.epoch, self.model, self.world) if self.skips_nonfinite else None
+
+    def _note_skipped(self, keys: Sequence[str], loss: float, done: Progress) -> None:
+        """Count, log and say which bags a step went without; ``loss`` is the mean over the others."""
+        for key in keys:
+            done.skipped[key] = done.skipped.get(key, 0) + 1
+        done.loss_sum -= loss * len(keys)  # of a step's bags, which _train_steps adds up
+        done.num_bags -= len(keys)
+        step = self._global_step(done)
+        self.log.write("skipped", step, {"epoch": done.epoch, "step": step, "bags": list(keys)})
+        if self.world.is_main:
+            names = ", ".join(keys)
+            logger.warning("epoch %d, step %d without %s: no finite loss", done.epoch + 1, done.step + 1, names)
 
     def _refuse_loss(self, own: StepSums, done: Progress) -> None:
         """Stop all ranks, naming the packs whose loss is not finite."""
@@ -219,13 +235,15 @@ class Trainer:
         everywhere = sorted({name for part in self.world.gather(bad) for name in part})
         raise ValueError(
             f"the training loss is not finite in epoch {done.epoch}, step {done.step}, with the bags {everywhere}: "
-            "look for NaN or very large features in them, lower optim.lr, or set train.nonfinite_loss=skip; the last "
-            "checkpoint is untouched"
+            "look for NaN or very large features in them, lower optim.lr, or go without such bags "
+            "(train.nonfinite=skip); the last checkpoint is untouched"
         )
 
     def _finish_epoch(self, done: Progress) -> None:
         """Validate, keep the best model, and decide whether to go on; advances ``done`` to the next epoch."""
         train = self.config.train
+        if done.num_bags == 0:
+            raise ValueError(f"no training bag had a finite loss in epoch {done.epoch}: look at {sorted(done.skipped)}")
         values: dict[str, Any] = {
             "epoch": done.epoch,
             "step": self._global_step(done),
@@ -233,8 +251,6 @@ class Trainer:
         }
         if self.config.data.sampling is not None:
             values["sampling"] = count_draws(self.feed.bags_of(done.epoch))
-        if done.skipped:
-            values["skipped"] = dict(done.skipped)
         better = True
         if self.splits.get("val"):
             self.backend.train(False)

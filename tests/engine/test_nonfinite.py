@@ -1,8 +1,8 @@
-"""A loss that is not finite: the run stops and names the bags, or goes on without them, on any number of ranks."""
+"""``train.nonfinite: skip``: steps go on without the bags whose loss is not finite, the same on any number of ranks."""
 
-import copy
 import json
-import logging
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,98 +10,121 @@ import torch
 
 from bigbag import Bag
 from bigbag.config import ConfigError, build_config
-from bigbag.data import MemoryStore, split_bags
-from bigbag.engine.backend import build_backend
+from bigbag.data import ShardStore
+from bigbag.engine.backend import StepModule, TorchBackend
 from bigbag.engine.feed import TrainingFeed
-from bigbag.engine.run import train
+from bigbag.engine.nonfinite import Skipping
+from bigbag.engine.run import evaluate, open_configured_store, train
 from bigbag.engine.step import accumulate
 from bigbag.engine.world import World, start_world
 from bigbag.models import build_model
 from bigbag.testing import run_ranks
 
-SIZES = {"train": [30, 12, 25, 7, 18, 40], "val": [9, 14, 11, 8]}
-BAD = ("train.1", "train.4")
+from .test_training import lines, losses, with_changes
+
+BAD = ("train.2", "train.3")
 
 
-def make_store() -> MemoryStore:
-    bags, splits = [], []
-    for split, sizes in SIZES.items():
-        for i, size in enumerate(sizes):
-            rng = np.random.default_rng(len(bags))
-            x = rng.normal(size=(size, 6)).astype(np.float32) + i % 2
-            if f"{split}.{i}" in BAD:
-                x[size // 2, 3] = np.nan
-            bags.append(Bag(x, i % 2, f"{split}.{i}"))
-            splits.append(split)
-    return MemoryStore(bags, splits)
+def damage() -> None:
+    """From now on two training bags are read as NaN, the smallest, which serves as filler, among them."""
+    read = ShardStore.read
+
+    def damaged(self: ShardStore, index: int) -> Bag:
+        bag = read(self, index)
+        return replace(bag, x=np.full_like(bag.x, np.nan)) if bag.key in BAD else bag
+
+    ShardStore.read = damaged  # type: ignore[method-assign]
 
 
 @pytest.fixture
-def settings(run_settings) -> dict:
-    """Packs of one bag each."""
-    changed = copy.deepcopy(run_settings)
-    changed["model"]["feat_ext"]["dropout"] = 0.0
-    changed["data"].update({"budget_instances": 1, "num_workers": 0})
-    changed["train"].update({"epochs": 2, "batch_bags": 3, "nonfinite_loss": "skip"})
-    return changed
+def settings(run_settings, monkeypatch) -> dict:
+    monkeypatch.setattr(ShardStore, "read", ShardStore.read)  # put back after the test
+    damage()
+    return with_changes(run_settings, train={"nonfinite": "skip", "epochs": 2}, model={"feat_ext": None})
 
 
-def test_stopping_names_the_bag(settings):
-    settings["train"]["nonfinite_loss"] = "stop"
-    with pytest.raises(ValueError, match=r"bags \['train.[14]'.*set train.nonfinite_loss=skip"):
-        train(build_config(settings), make_store(), World())
+def train_on_two_ranks(settings: dict) -> None:
+    damage()
+    world = start_world("deepspeed")
+    for stage in (0, 3):
+        changed = with_changes(settings, name=f"stage{stage}", engine={"backend": "deepspeed", "zero_stage": stage})
+        train(build_config(changed), world=world)
+
+
+@pytest.fixture
+def alone(settings) -> Path:
+    config = build_config(settings)
+    train(config, world=World())
+    return config.run_dir
+
+
+def test_they_are_counted_named_and_logged(settings, alone):
+    results = json.loads((alone / "results.json").read_text())
+    assert results["skipped_bags"] == {"train.2": 2, "train.3": 2}
+    logged = lines(alone, "skipped")
+    assert sorted(key for line in logged for key in line["bags"]) == sorted(2 * BAD)
+    assert losses(alone) and all(0 < loss < 10 for loss in losses(alone))
+    curve = [line["train_loss"] for line in lines(alone, "epoch")]
+    assert 0.1 < curve[1] < curve[0] < 1
+    assert evaluate(build_config(settings))["skipped_bags"] == results["skipped_bags"]
+
+
+def test_two_ranks_leave_out_the_same_bags(settings, alone):
+    run_ranks(train_on_two_ranks, 2, settings)
+    for stage in (0, 3):
+        run_dir = alone.parent / f"stage{stage}"
+        assert losses(run_dir) == pytest.approx(losses(alone), rel=2e-4, abs=1e-5)
+        skipped = [json.loads((folder / "results.json").read_text())["skipped_bags"] for folder in (run_dir, alone)]
+        assert skipped[0] == skipped[1]
 
 
 def test_the_gradient_is_that_of_the_other_bags(settings):
-    config, store, world = build_config(settings), make_store(), World()
+    """By hand, one good bag after the other: the sum of their gradients, divided by the number of all bags."""
+    config = build_config(with_changes(settings, train={"batch_bags": 7}))
+    store = open_configured_store(config)
     model = build_model(config.model, store.feature_shape, config.task)
-    bags = split_bags(store, config.data.splits)["train"]
-    settings["train"]["batch_bags"] = 6
-    feed = TrainingFeed(build_config(settings), store, bags, world)
+    backend = TorchBackend(StepModule(model), config, World())
+    feed = TrainingFeed(config, store, range(7), World())
     plan = feed.plan(0)
-    backend = build_backend("torch", model, config, world)
-    losses, _, sums = accumulate(feed.packs(plan, 0, 0), plan.steps[0], model, backend, world, {}, skip_nonfinite=True)
-    assert sorted(sums.skipped) == list(BAD)
-    found = [p.grad.clone() for p in model.parameters()]
+    skipping = Skipping(feed, 0, model, World())
+    found, _, own = accumulate(feed.packs(plan, 0, 0), plan.steps[0], model, backend, World(), {}, skipping)
+    assert sorted(own.skipped) == sorted(BAD)
+    gradients = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    total = torch.zeros(())
-    for bag in (store.read(number) for number in bags):
-        if bag.key not in BAD:
-            y = torch.tensor([float(bag.y)])
-            total = total + model.compute_loss(y, torch.from_numpy(bag.x)[None])[1]["BCEWithLogitsLoss"] / 6
-    total.backward()
-    assert sum(losses.values()) == pytest.approx(total.item(), rel=1e-5)
-    for gradient, p in zip(found, model.parameters()):
-        torch.testing.assert_close(gradient, p.grad, rtol=1e-4, atol=1e-7)
+    good = [bag for bag in map(store.read, range(7)) if bag.key not in BAD]
+    by_hand = []
+    for bag in good:
+        _, named = model.compute_loss(torch.tensor([bag.y]), torch.tensor(bag.x)[None])
+        by_hand.append(sum(named.values()))
+    (sum(by_hand) / 7).backward()
+    for gradient, p in zip(gradients, model.parameters()):
+        torch.testing.assert_close(gradient, p.grad, rtol=1e-4, atol=1e-6)
+    assert sum(found.values()) == pytest.approx(float(sum(by_hand).detach()) / 5, rel=1e-5)
 
 
-def train_and_listen(settings: dict, backend: str, ranks: bool) -> tuple[dict, list[str]]:
-    said: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("bigbag.engine.trainer").addHandler(handler)
-    world = start_world(backend) if ranks else World()
-    results = train(build_config({**settings, "engine": {"backend": backend}}), make_store(), world)
-    return results, said
+def test_broken_weights_stop_the_run(settings, monkeypatch):
+    def breaking_step(self, lr):
+        with torch.no_grad():
+            next(self.module.parameters()).fill_(float("nan"))
+
+    monkeypatch.setattr(TorchBackend, "step", breaking_step)
+    with pytest.raises(ValueError, match="the weights are to blame"):
+        train(build_config(settings), world=World())
 
 
-def test_a_run_goes_on_without_them_and_counts(settings):
-    results, said = train_and_listen({**settings, "name": "alone"}, "torch", ranks=False)
-    assert results["skipped_nonfinite"] == dict.fromkeys(BAD, 2)
-    named = [name for line in said for name in line.split("left out, for a loss that is not finite: ")[1].split(", ")]
-    assert sorted(named) == sorted(2 * BAD)
-    folder = build_config({**settings, "name": "alone"}).run_dir
-    saved = json.loads((folder / "results.json").read_text())
-    assert saved["skipped_nonfinite"] == results["skipped_nonfinite"] and np.isfinite(saved["val"]["loss"])
-    for backend in ("torch", "deepspeed"):
-        (of_first, _), (_, nothing) = run_ranks(train_and_listen, 2, {**settings, "name": backend}, backend, True)
-        assert of_first["skipped_nonfinite"] == results["skipped_nonfinite"] and nothing == []
-        assert of_first["val"]["loss"] == pytest.approx(results["val"]["loss"], rel=1e-4)
+def test_by_default_the_run_stops_with_their_keys(settings):
+    config = build_config(with_changes(settings, train={"nonfinite": "stop"}))
+    with pytest.raises(ValueError, match=r"not finite in epoch 0.*train\.[23]"):
+        train(config, world=World())
 
 
-def test_what_cannot_be_left_out(settings):
-    settings["task"] = {"type": "survival"}
-    store = make_store()
-    bags = [Bag(store.read(i).x, (float(i + 1), 1), f"bag{i}") for i in range(len(store))]
-    with pytest.raises(ConfigError, match="Cox's loss compares all bags of a step"):
-        train(build_config(settings), MemoryStore(bags, [info.split for info in store.infos]), World())
+def test_a_loss_over_all_bags_can_not_skip_one(settings):
+    from bigbag.engine.trainer import Trainer
+    from bigbag.nn.survival import CoxLoss
+
+    config = build_config(settings)
+    store = open_configured_store(config)
+    model = build_model(config.model, store.feature_shape, config.task)
+    model.criterion = CoxLoss()
+    with pytest.raises(ConfigError, match="train.nonfinite is skip, but CoxLoss"):
+        Trainer(config, store, {"train": range(7)}, model, TorchBackend(StepModule(model), config, World()), World())
