@@ -93,24 +93,25 @@ def test_grid_coordinates_come_from_the_stride(packed):
 
 
 @pytest.mark.slow
-def test_deepspeed_launcher_on_two_ranks(packed, tmp_path):
-    """The main command itself; its launcher, its ranks, its exit status."""
-    run = [
-        "deepspeed",
-        "--master_port",
-        str(free_port()),
-        "--num_gpus",
-        "2",
-        str(ROOT / "launch/train.py"),
-        *arguments(packed[1], tmp_path, "engine.zero_stage=2"),
-    ]
+def test_both_launchers_start_the_same_job_on_two_ranks(packed, tmp_path):
+    """The main command itself, under the launchers of DeepSpeed and of torch: ranks, exit status, results."""
+    launchers = {
+        "deepspeed": ["--num_gpus", "2", "--master_port", str(free_port())],
+        "torchrun": ["--nproc-per-node", "2", "--master-port", str(free_port())],
+    }
     environment = {**os.environ, "PATH": f"{Path(os.sys.executable).parent}:{os.environ['PATH']}"}
-    done = subprocess.run(run, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    results = json.loads((tmp_path / "camelyon16/results.json").read_text())
-    assert results["test"]["auroc"] > 0.9 and results["test"]["num_bags"] == 8
-    environment_file = json.loads((tmp_path / "camelyon16/environment.json").read_text())
-    assert environment_file["devices"]["ranks"] == 2 and "ZeRO 2" in environment_file["devices"]["backend"]
+    results = []
+    for launcher, options in launchers.items():
+        out = tmp_path / launcher
+        job = [str(ROOT / "launch/train.py"), *arguments(packed[1], out, "engine.zero_stage=2")]
+        command = [launcher, *options, *job]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        results.append(json.loads((out / "camelyon16/results.json").read_text()))
+        devices = json.loads((out / "camelyon16/environment.json").read_text())["devices"]
+        assert devices["ranks"] == 2 and "ZeRO 2" in devices["backend"]
+    assert results[0]["test"]["auroc"] > 0.9 and results[0]["test"]["num_bags"] == 8
+    assert results[1]["test"] == pytest.approx(results[0]["test"], rel=1e-6)
 
 
 def test_unknown_key(packed, tmp_path, capsys):

@@ -7,7 +7,7 @@ import gc
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,12 @@ class StepCost:
 
     def __call__(self, num_instances: int, num_bags: int) -> float:
         return self.fixed + self.per_instance * num_instances + self.per_bag * num_bags
+
+
+def first_rows(bag: Bag, count: int) -> Bag:
+    """The bag of the first ``count`` instances, its features where they are."""
+    others = take_rows(replace(bag, x=np.empty((bag.num_instances, 0))), np.arange(count))
+    return replace(others, x=bag.x[:count])
 
 
 def num_probed(in_shape: Sequence[int], device: torch.device) -> int:
@@ -131,8 +137,9 @@ class StepProbe:
 
     def _peak(self, module: StepModule, num_instances: int, num_bags: int) -> int:
         cuts = np.linspace(0, num_instances, self._bags(num_instances, num_bags) + 1).astype(int)
-        bags = [take_rows(self.sample, np.arange(size)) for size in np.diff(cuts)]
-        pack = PackedBags.from_bags(bags, dtype=self.dtype).to(self.device)
+        bags = [first_rows(self.sample, size) for size in np.diff(cuts)]
+        in_place = len(bags) == 1 and self.dtype is None
+        pack = PackedBags.from_bags(bags, dtype=self.dtype, share_x=in_place).to(self.device)
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             return peak_bytes(lambda: _step(module, pack), self.device.type, warm_up=False)
 

@@ -20,10 +20,9 @@ import torch
 from bigbag.bags import PackedBags
 from bigbag.config import Config
 from bigbag.data import BagStore, EpochPlan, PackPlan, capped_sizes
-from bigbag.data.cap import take_rows
 from bigbag.engine.evaluate import plan_evaluation
 from bigbag.engine.feed import TrainingFeed, budget_instances
-from bigbag.engine.memory_cost import Recomputation, StepProbe, most_held, num_probed
+from bigbag.engine.memory_cost import Recomputation, StepProbe, first_rows, most_held, num_probed
 from bigbag.engine.world import World
 from bigbag.memory import available_bytes, resident_bytes, return_freed
 from bigbag.models import MILModel
@@ -219,7 +218,7 @@ class _Run:
             return
         bag = store.read(max(splits["train"], key=lambda bag: store.sizes[bag]))
         enough = num_probed(store.feature_shape, world.device)
-        sample = take_rows(bag, np.arange(min(bag.num_instances, enough)))
+        sample = first_rows(bag, min(bag.num_instances, enough))
         self.probe = StepProbe(model, sample, world.device, self.dtype)
 
     def plan(self, recomputation: Recomputation) -> MemoryPlan:
@@ -259,8 +258,7 @@ class _Run:
         if device.type == "cuda":
             return torch.cuda.memory_allocated(device) + weights, free if limit is None else limit
         return_freed()  # of the measurement, which the run will take again
-        resident = resident_bytes()
-        process = weights if resident is None else resident - self.probe.sample.x.nbytes
+        process = resident_bytes() or weights
         if limit is None and free is not None:
             limit = process + free // self.world.local_size
         return process, limit
@@ -296,7 +294,7 @@ class _Run:
     @cached_property
     def _bytes_per_instance(self) -> tuple[float, float]:
         """Of features, and of all else, in a pack."""
-        sample = take_rows(self.probe.sample, np.arange(min(1024, self.probe.sample.num_instances)))
+        sample = first_rows(self.probe.sample, min(1024, self.probe.sample.num_instances))
         pack = PackedBags.from_bags([sample], dtype=self.dtype)
         num_bytes = pack.x.untyped_storage().nbytes() / sample.num_instances  # all tensors of a pack are in one buffer
         x_bytes = pack.x[:1].nbytes
