@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _quiet_known_noise()
     try:
         return options.command(options) or 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         if options.traceback:
             raise
         rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""

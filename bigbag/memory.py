@@ -50,16 +50,25 @@ def peak_bytes(step: Callable[[], object], device: str = "cpu", warm_up: bool = 
     return peak
 
 
-def resident_bytes() -> int | None:
-    """Private and shared memory of this process; maps of files, which the kernel drops at will, not counted.
+def resident_bytes(*fields: str) -> int | None:
+    """Memory of this process; None where the system does not say.
 
-    None where the system does not say.
+    Args:
+        fields: lines of ``/proc/self/status`` to add up, such as VmHWM; none: private and shared memory, without maps
+            of files, which the kernel drops at will.
     """
+    names = fields or ("RssAnon", "RssShmem")
     try:
-        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        status = _fields("/proc/self/status")
     except OSError:
         return None
-    return 1024 * sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem"))
+    return sum(status[name] for name in names)
+
+
+def _fields(path: str) -> dict[str, int]:
+    """The lines of a file of ``/proc`` that count KiB, in bytes."""
+    lines = (line.split() for line in Path(path).read_text().splitlines())
+    return {line[0].rstrip(":"): int(line[1]) * 1024 for line in lines if line[-1] == "kB"}
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -86,10 +95,9 @@ def available_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
-        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        available = _fields("/proc/meminfo")["MemAvailable"]
     except OSError:
         return None
-    available = int(fields["MemAvailable"].split()[0]) * 1024
     return min([available, *_left_of_control_group()])
 
 

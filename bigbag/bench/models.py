@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bigbag import ops
 from bigbag.bench.measure import copy_bandwidth, gemm_rate
+from bigbag.memory import resident_bytes
 
 _VAE = {"name": "VariationalAutoEncoderMIL", "layer_sizes": [256, 64], "activations": ["relu", "None"]}
 ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -133,12 +134,6 @@ def step_flops(name: str, num_instances: int, width: int) -> float:
     return max(3 * total - 2 * num_instances * first, 2 * total)
 
 
-def memory_bytes(field: str) -> int:
-    """A line of ``/proc/self/status``, such as VmRSS or VmHWM, in bytes."""
-    text = Path("/proc/self/status").read_text()
-    return int(text.split(field + ":")[1].split()[0]) * 1024
-
-
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Run one job in this process: seconds of a step, and the most resident bytes beyond those before it."""
     torch.set_num_threads(job["threads"])
@@ -146,12 +141,12 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     shape = (job["width"], dtype, job["recompute"])
     make_step(job["library"], job["model"], _WARM_UP, *shape)()  # compiles, imports and starts threads
     step = make_step(job["library"], job["model"], job["instances"], *shape)
-    before = memory_bytes("VmRSS")
+    before = resident_bytes("VmRSS") or 0
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     started = time.perf_counter()
     loss = step()
     seconds = [time.perf_counter() - started]
-    peak = memory_bytes("VmHWM") - before
+    peak = (resident_bytes("VmHWM") or 0) - before
     while len(seconds) < job["steps"] and sum(seconds) < job["max_seconds"]:
         started = time.perf_counter()
         step()

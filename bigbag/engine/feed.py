@@ -82,11 +82,19 @@ def budget_instances(config: Config, store: BagStore) -> int:
     data = config.data
     if data.budget_bytes is None:
         return data.budget_instances
-    stored = np.dtype(store.feature_dtype).itemsize
-    row_bytes = math.prod(store.feature_shape) * (
-        stored if data.dtype is None else max(stored, getattr(torch, data.dtype).itemsize)
-    )
-    return max(1, min(data.budget_instances, data.budget_bytes // max(1, row_bytes)))
+    return max(1, min(data.budget_instances, data.budget_bytes // max(1, row_bytes(config, store))))
+
+
+def row_bytes(config: Config, store: BagStore) -> int:
+    """Bytes of an instance's features, where they are stored or in a pack, whichever is more: what a budget counts."""
+    stored, dtype = np.dtype(store.feature_dtype).itemsize, config.data.dtype
+    return math.prod(store.feature_shape) * max(stored, 0 if dtype is None else getattr(torch, dtype).itemsize)
+
+
+def stays_in_place(config: Config, store: BagStore, num_instances: int) -> bool:
+    """Whether the features of so many instances of a bag are over ``data.budget_bytes``, and so stay in their file."""
+    budget = config.data.budget_bytes
+    return budget is not None and num_instances * row_bytes(config, store) > budget
 
 
 def configured_augmentation(config: Config, bags: Sequence[int]) -> Augmentation:

@@ -43,7 +43,7 @@ def write_attention(
     """Pictures of the attention of ``report.num_slides`` validation bags, positive ones first; all ranks call it."""
     of_first = sorted(bags, key=lambda bag: config.task.type != "binary" or store.infos[bag].label != 1)
     shown = sorted(of_first[: config.report.num_slides])
-    if not shown:
+    if not shown or (store.fields is not None and "coords" not in store.fields):
         return
     found = predict_bags(forward, store, shown, config, world, all_instances=True)
     if found.coords is None or found.coords.shape[1] != 2:

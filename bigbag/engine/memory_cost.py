@@ -24,6 +24,7 @@ from bigbag.nn.rows import chunk_rows
 _SECONDS = 2.0
 _SHARE_OF_RUN = 0.02
 _MOST_BAGS = 8
+_PAGE = 64 * 1024
 _PROBED_CHUNKS = (1, 2, 4, 8, 16)
 
 
@@ -156,8 +157,9 @@ def _step(module: StepModule, pack: PackedBags) -> None:
 def most_held(sizes: Sequence[int], count: int) -> int:
     """Most bytes of ``count`` buffers while packs of ``sizes`` bytes pass, each in use while the next ``count - 1`` are
     read."""
+    # A byte stands for a page of 64 KiB: what is asked about may be more than there is.
     buffers, in_use, most = Buffers(count), deque[Any](maxlen=count - 1), 0
     for size in sizes:
-        in_use.append(buffers.lease(size))  # never written to, so that it takes addresses and no memory
+        in_use.append(buffers.lease(-(-size // _PAGE)))
         most = max(most, buffers.num_bytes)
-    return most
+    return most * _PAGE

@@ -14,14 +14,13 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 
 from bigbag.bags import PackedBags
 from bigbag.config import Config
 from bigbag.data import BagStore, EpochPlan, PackPlan, capped_sizes
 from bigbag.engine.evaluate import plan_evaluation
-from bigbag.engine.feed import TrainingFeed, budget_instances
+from bigbag.engine.feed import TrainingFeed, budget_instances, stays_in_place
 from bigbag.engine.memory_cost import Recomputation, StepProbe, first_rows, most_held, num_probed
 from bigbag.engine.world import World
 from bigbag.memory import available_bytes, resident_bytes, return_freed
@@ -127,11 +126,8 @@ def wants_recomputation(config: Config, store: BagStore, bags: Sequence[int]) ->
         return True
     sizes = capped_sizes([store.sizes[bag] for bag in bags], config.data.max_instances)
     largest = max(max(sizes, default=0), min(budget_instances(config, store), sum(sizes)))
-    width, stored = int(np.prod(store.feature_shape)), np.dtype(store.feature_dtype).itemsize
-    budget = config.data.budget_bytes
-    if budget is not None and largest * width * stored > budget * config.parallel.bag:
-        return True
-    return largest * width * 4 > _CHECKPOINT_BYTES * config.parallel.bag
+    of_rank = -(-largest // config.parallel.bag)
+    return stays_in_place(config, store, of_rank) or of_rank * math.prod(store.feature_shape) * 4 > _CHECKPOINT_BYTES
 
 
 def cheaper(now: Recomputation, model: MILModel, in_shape: Sequence[int], device: torch.device) -> Recomputation | None:
@@ -236,7 +232,7 @@ class _Run:
             recomputation=recomputation,
             largest_pack_instances=largest,
             largest_pack_bytes=self._pack_bytes(largest),
-            largest_pack_in_place=self._stays_in_place(largest),
+            largest_pack_in_place=stays_in_place(self.config, self.store, largest),
         )
 
     def _rows(self, pack: PackPlan) -> int:
@@ -254,13 +250,13 @@ class _Run:
     def process_and_limit(self) -> tuple[int, int | None]:
         """What the process takes by itself, libraries that a step loads among it, and what the device has for it."""
         device, limit = self.world.device, self.config.engine.memory_bytes
-        free, weights = available_bytes(device), sum(p.nbytes for p in self.model.parameters())
-        if device.type == "cuda":
-            return torch.cuda.memory_allocated(device) + weights, free if limit is None else limit
         return_freed()  # of the measurement, which the run will take again
-        process = resident_bytes() or weights
+        # The probe's weights are among it: on a GPU those of the model to come, else those of the best one at the end.
+        taken = torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()
+        free, ranks = available_bytes(device), self.world.local_size if device.type == "cpu" else 1
+        process = sum(p.nbytes for p in self.model.parameters()) if taken is None else taken
         if limit is None and free is not None:
-            limit = process + free // self.world.local_size
+            limit = process + free // ranks
         return process, limit
 
     def _states_bytes(self) -> int:
@@ -284,12 +280,8 @@ class _Run:
     def _pack_bytes(self, num_instances: int) -> int:
         """Bytes that a pack takes in memory: without its features, where these stay in their file."""
         row_bytes, other_bytes = self._bytes_per_instance
-        return int(num_instances * (other_bytes + (0 if self._stays_in_place(num_instances) else row_bytes)))
-
-    def _stays_in_place(self, num_instances: int) -> bool:
-        budget, row = self.config.data.budget_bytes, self.probe.sample.x[:1]
-        row_bytes = row.size * max(row.itemsize, 0 if self.dtype is None else self.dtype.itemsize)
-        return budget is not None and num_instances * row_bytes > budget
+        in_place = stays_in_place(self.config, self.store, num_instances)
+        return int(num_instances * (other_bytes + (0 if in_place else row_bytes)))
 
     @cached_property
     def _bytes_per_instance(self) -> tuple[float, float]:

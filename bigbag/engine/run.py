@@ -52,9 +52,7 @@ def train(config: Config, store: BagStore | None = None, world: World | None = N
         config.parallel.bag
     )
     ops.use_impl(config.engine.impl)
-    store = store or open_configured_store(config)
-    splits = split_bags(store, config.data.splits)
-    _check_run(config, store, splits)
+    store, splits = _open(config, store)
     _claim_run_dir(config, store, splits, world)
     config, model, memory = _prepare(config, store, splits, world)
     memory = strictest(world.gather(memory))
@@ -92,10 +90,16 @@ def plan(config: Config, num_ranks: int = 1) -> MemoryPlan:
         import_deepspeed(device)  # a part of what each process takes
     world = World(size=num_ranks, local_size=num_ranks, bag_ranks=config.parallel.bag, device=device)
     ops.use_impl(config.engine.impl)
-    store = open_configured_store(config)
+    store, splits = _open(config)
+    return _prepare(config, store, splits, world)[-1]
+
+
+def _open(config: Config, store: BagStore | None = None) -> tuple[BagStore, dict[str, tuple[int, ...]]]:
+    """The bags and their splits, checked against the settings."""
+    store = store or open_configured_store(config)
     splits = split_bags(store, config.data.splits)
     _check_run(config, store, splits)
-    return _prepare(config, store, splits, world)[-1]
+    return store, splits
 
 
 def _prepare(

@@ -32,8 +32,7 @@ def quadratic_form(adj: Adjacency, x: Tensor, segments: Segments | None = None, 
     """``sum_ij A_ij <x_i, x_j>`` = trace(x^T A x), in total or per bag: the numerator of a min-cut loss.
 
     Gradients flow to x and to ``adj.weight``. Cost: 2 E D FLOP forward, twice that backward. Bytes: x once forward,
-    three times backward; it holds O(E) floats beyond
-    the gradient.
+    three times backward; it holds O(E) floats beyond the gradient. It is differentiable once.
 
     Args:
         adj: (T, T) adjacency.

@@ -27,7 +27,7 @@ from bigbag.models import build_model
 from bigbag.nn import encoded
 from bigbag.testing import run_ranks
 
-ROOT = Path(__file__).parents[2]
+ROOT, PAGE = Path(__file__).parents[2], 64 * 1024
 EXTRACTOR = {"name": "MLP", "linear_sizes": [64, 32], "activations": ["relu", "relu"]}
 CPU = torch.device("cpu")
 
@@ -72,10 +72,11 @@ def _training(probe: StepProbe):
 
 
 def test_buffers_of_packs():
-    assert most_held([100], 4) == 100
-    assert most_held([100, 90, 80, 70, 60], 2) == 190
+    assert most_held([100 * PAGE], 4) == 100 * PAGE
+    assert most_held([size * PAGE for size in (100, 90, 80, 70, 60)], 2) == 190 * PAGE
     # The large one keeps its buffer; the small ones take turns in two others.
-    assert most_held([1000, *[50] * 10, 1000, 50], 3) == 1100
+    assert most_held([size * PAGE for size in (1000, *[50] * 10, 1000, 50)], 3) == 1100 * PAGE
+    assert most_held([2**46, 2**46], 2) == 2**47  # more than there is
 
 
 def test_the_ways_to_take_less():
@@ -209,13 +210,14 @@ def test_out_of_memory_halves_the_chunk_and_goes_on(run_settings, monkeypatch, c
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_memory_that_never_suffices_ends_the_run_with_the_remedies(run_settings, monkeypatch):
+def test_memory_that_never_suffices_ends_the_run_with_the_remedies(run_settings, monkeypatch, tmp_path, capsys):
     refuse_large_chunks(monkeypatch, 1)
-    hopeless = without_dropout(run_settings, "hopeless", chunk_instances=40)
-    with pytest.raises(
-        MemoryError, match=r"(?s)rank 0 is out of memory.*train.chunk_instances \(now 20\).*bigbag plan"
-    ):
-        train(build_config(hopeless), world=World())
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(without_dropout(run_settings, "hopeless", chunk_instances=40)))
+    assert main(["train", "--config", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert "error: rank 0 is out of memory: tried to allocate" in said
+    assert "train.chunk_instances (now 20)" in said and "bigbag plan tells what each takes" in said
 
 
 def train_where_one_rank_has_little(settings: dict, backend: str) -> list[str]:
