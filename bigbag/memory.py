@@ -78,10 +78,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def return_freed() -> None:
-    """Give memory that was freed, and that the allocator keeps for later, back to the system, where it knows how."""
+    """Collect garbage, and give what is free back to the system or the device."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    trim_heap()
+
+
+def trim_heap() -> None:
+    """Give freed memory, which the C library keeps for later, back to the system, where the library knows how."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)

@@ -72,6 +72,11 @@ class MemoryPlan:
     def fits(self) -> bool:
         return self.limit_bytes is None or self.peak_bytes <= self.limit_bytes
 
+    @property
+    def most_between_steps(self) -> int | None:
+        """What may be held between steps, so that the next one fits too; None: any number."""
+        return None if self.limit_bytes is None else self.limit_bytes - self.step_bytes
+
     def to_json(self) -> dict[str, Any]:
         """For ``environment.json``."""
         return {**asdict(self), "remedies": dict(self.remedies), "peak_bytes": self.peak_bytes, "fits": self.fits}

@@ -62,7 +62,8 @@ def train(config: Config, store: BagStore | None = None, world: World | None = N
         write_json(config.run_dir / "environment.json", environment)
         print(banner(environment, config.name), flush=True)
     with PeakMemory(world.device) as peak:
-        trainer = Trainer(config, store, splits, model, build_backend(backend_name, model, config, world), world)
+        backend = build_backend(backend_name, model, config, world)
+        trainer = Trainer(config, store, splits, model, backend, world, memory.most_between_steps)
         progress = trainer.fit()
         world.barrier()
         results = evaluate(config, store, world, splits, progress.best_epoch, progress.skipped, model.chunk_instances)

@@ -35,7 +35,7 @@ from bigbag.engine.optim import learning_rate
 from bigbag.engine.preemption import Preempted, asked_to_leave
 from bigbag.engine.step import Packs, StepSums, accumulate
 from bigbag.engine.world import World
-from bigbag.memory import is_out_of_memory, return_freed
+from bigbag.memory import is_out_of_memory, resident_bytes, return_freed, trim_heap
 from bigbag.models import MILModel, save_model
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,8 @@ class Trainer:
         model: the model, already wrapped by ``backend``.
         backend: what carries the steps.
         world: the ranks.
+        most_bytes: on CPU, what the process may hold between steps: after one that leaves more with it, what is free
+            goes back to the system. None: any number.
     """
 
     def __init__(
@@ -61,7 +63,9 @@ class Trainer:
         model: MILModel,
         backend: Backend,
         world: World,
+        most_bytes: int | None = None,
     ) -> None:
+        self.most_bytes = most_bytes if world.device.type == "cpu" else None
         self.config, self.store, self.splits = config, store, splits
         self.model, self.backend, self.world = model, backend, world
         self.feed = TrainingFeed(config, store, splits["train"], world)
@@ -136,6 +140,9 @@ class Trainer:
             done.num_bags += num_bags
             bar.update()
             bar.set_postfix(loss=f"{loss:.4f}")
+            # Steps of ever other sizes leave holes that none of them fills; returning them costs time.
+            if self.most_bytes is not None and (resident_bytes() or 0) > self.most_bytes:
+                trim_heap()
             leaving = asked_to_leave(self.world)
             if leaving or (every and done.step % every == 0 and done.step < self.steps_per_epoch):
                 self._save(done)

@@ -18,6 +18,7 @@ from bigbag.cli import main
 from bigbag.config import build_config
 from bigbag.config.sections import ModelConfig, TaskConfig
 from bigbag.data import MemoryStore
+from bigbag.engine import trainer
 from bigbag.engine.memory_cost import Recomputation, StepProbe, most_held
 from bigbag.engine.memory_plan import cheaper, plan_memory
 from bigbag.engine.run import train
@@ -164,6 +165,16 @@ def test_the_prediction_is_within_a_fifth_of_the_measured_peak(tmp_path, model, 
     print(done.stdout.splitlines()[-1])
     memory = json.loads((tmp_path / "run" / "environment.json").read_text())["memory"]
     assert memory["peak_bytes"] == pytest.approx(memory["measured_peak_bytes"], rel=0.2)
+
+
+def test_free_memory_goes_back_where_it_is_short(run_settings, monkeypatch):
+    """After each of 3 steps in each of 4 epochs, or never."""
+    trimmed = []
+    monkeypatch.setattr(trainer, "trim_heap", lambda: trimmed.append(1))
+    for name, limit, expected in (("plenty", None, 0), ("short", 1, 12)):
+        changed = copy.deepcopy(run_settings) | {"name": name, "engine": {"memory_bytes": limit}}
+        train(build_config(changed), world=World())
+        assert len(trimmed) == expected
 
 
 def refuse_large_chunks(monkeypatch, limit: int) -> None:
