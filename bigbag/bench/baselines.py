@@ -99,10 +99,10 @@ def sampled_attention(mu: Tensor, log_var: Tensor, noise: Tensor, values: Tensor
 
 def expected_attention(mu: Tensor, log_var: Tensor, levels: int = 64, nodes: int = 41) -> Tensor:
     """The two integrals of one bag as sums over all (T, levels, nodes) at once, differentiated by autograd."""
-    sigma, eps = (log_var / 2).exp(), torch.linspace(-6, 6, nodes, device=mu.device)
+    sigma, eps = (log_var / 2).exp(), torch.linspace(-6, 6, nodes, dtype=mu.dtype, device=mu.device)
     values = (mu[:, None] + sigma[:, None] * eps).clamp(-20, 20)
     low = -16 - (mu + sigma.square() / 2).logsumexp(0).detach()
-    r = torch.linspace(0, 1, levels, device=mu.device) * (3 - values.detach().min() - low) + low
+    r = torch.linspace(0, 1, levels, dtype=mu.dtype, device=mu.device) * (3 - values.detach().min() - low) + low
     exponent = -(r[None, :, None] + values[:, None, :]).exp()
     weight = torch.softmax(-eps.square() / 2, 0)
     phi = (1 + torch.expm1(exponent) @ weight).clamp_min(1e-6)

@@ -43,8 +43,9 @@ def test_folds_part_the_bags_keep_patients_and_do_not_depend_on_the_order(
     for one in folds(folds=num_folds, val_fraction=0.25, seed=seed):
         try:
             splits = make_splits(bags, one)
-        except ValueError as error:  # scikit-learn's rule, or its greedy parting left a part empty
-            assert "no class has so many bags" in str(error) or "one part stays empty" in str(error)
+        except ValueError as error:  # scikit-learn's rule, its greedy parting left a part empty, or one patient is left
+            reasons = ("no class has so many bags", "one part stays empty", "come from 1 patient")
+            assert any(reason in str(error) for reason in reasons)
             return
         parts = {split: names_of(bags, splits, split) for split in ("train", "val", "test")}
         assert sum(map(len, parts.values())) == len(bags) and all(parts.values())

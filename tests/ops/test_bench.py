@@ -72,7 +72,8 @@ def test_every_operator_is_measured() -> None:
 
 
 def test_what_has_no_samples_is_compared_with_its_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert all(bench.proof("chebyshev_conv", "cpu", d, "cpu") is None for d in (torch.float32, torch.bfloat16))
+    for op in ("chebyshev_conv", "sampled_attention", "expected_attention"):
+        assert all(bench.proof(op, "cpu", dtype, "cpu") is None for dtype in (torch.float32, torch.bfloat16))
     right = bench.cases.ops.chebyshev_conv
     monkeypatch.setattr(bench.cases.ops, "chebyshev_conv", lambda *args, **options: right(*args, **options) * 1.01)
     assert "errs by" in str(bench.proof("chebyshev_conv", "cpu", torch.float32, "cpu"))
