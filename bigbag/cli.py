@@ -259,8 +259,7 @@ def _cap_curve(options: argparse.Namespace) -> None:
 
 def _outcome_line(outcome: Outcome, metrics: Mapping[str, Any], names: Sequence[str]) -> str:
     shown = [f"{name} {metrics[name]:.3f}" for name in names if name in metrics]
-    seconds = "resumed" if outcome.seconds is None else f"{outcome.seconds:.0f} s"
-    return "  ".join([*shown, seconds, f"{outcome.peak_rss_bytes / 2**20:.0f} MiB"])
+    return "  ".join([*shown, f"{outcome.seconds:.0f} s", f"{outcome.peak_rss_bytes / 2**20:.0f} MiB"])
 
 
 def _conclude(config: Config, results: dict[str, Any], is_main: bool) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bigbag.config import ConfigError, load_config
+from bigbag.engine.run import open_configured_store
 from bigbag.evaluation.compare import NAMES, Spread, runs_csv, shown_metrics, spread, spread_text
 from bigbag.evaluation.study import Outcome, Planned, Study, fold_settings
 from bigbag.files import write_atomically
@@ -48,7 +49,8 @@ def plan_cap_curve(
     """The runs of caps x seeds x folds of the config's model, and those on whole bags.
 
     Run k with cap n lies in ``out/name/cap<n>-seed<k>``, on whole bags in ``out/name/whole-seed<k>``. A cap changes the
-    instances of training in every epoch, and those of evaluation once (``data.max_instances``).
+    instances of training in every epoch, and those of evaluation once (``data.max_instances``). Caps that leave every
+    bag whole have no run of their own.
 
     Args:
         path: the config file; it must not cap instances itself.
@@ -59,6 +61,7 @@ def plan_cap_curve(
 
     Raises:
         ConfigError: a cap below 1, or one in the config.
+        FileNotFoundError: the set is not packed.
     """
     config = load_config(path, overrides)
     if config.data.max_instances is not None:
@@ -66,8 +69,9 @@ def plan_cap_curve(
     caps = CAPS if caps is None else caps
     if any(cap < 1 for cap in caps):
         raise ConfigError(f"cap-curve: caps are {list(caps)}, expected at least 1 instance each")
+    largest = max(open_configured_store(config).sizes)
     runs = []
-    for cap in [*sorted(set(caps)), None]:
+    for cap in [*sorted({cap for cap in caps if cap < largest}), None]:
         for seed in seeds:
             for labels, settings in fold_settings(config, folds):
                 name = ("whole" if cap is None else f"cap{cap}") + f"-seed{seed}"

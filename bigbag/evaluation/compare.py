@@ -61,7 +61,7 @@ class Line:
     Attributes:
         model: its name.
         metrics: of the test bags, by name.
-        seconds: mean wall time of its uninterrupted runs, or None.
+        seconds: mean wall time of its runs, of all attempts at each; NaN where none finished.
         peak_rss_bytes: largest of its runs.
         num_runs: runs that finished.
         num_failed: runs that failed.
@@ -72,7 +72,7 @@ class Line:
 
     model: str
     metrics: Mapping[str, Spread]
-    seconds: float | None
+    seconds: float
     peak_rss_bytes: int
     num_runs: int
     num_failed: int
@@ -119,7 +119,7 @@ def plan_comparison(
             "compare: --grid gives values to choose from, and --inner the folds that choose: expected both"
         )
     runs: list[Planned] = []
-    for model in models:
+    for model in dict.fromkeys(models):
         for seed in seeds:
             for labels, settings in fold_settings(config, folds):
                 name = f"{model}-seed{seed}" + (f"-fold{labels['fold']}" if labels else "")
@@ -170,11 +170,10 @@ def _line(study: Study, model: str, outcomes: Sequence[Outcome], names: Sequence
     spreads = {name: spread(found, name) for name, found in values.items() if found}
     if len(done) == 1:
         spreads |= _intervals_of_run(study.folder / done[0].planned.name, spreads)
-    seconds = [outcome.seconds for outcome in done if outcome.seconds is not None]
     return Line(
         model,
         spreads,
-        mean(seconds) if seconds else None,
+        mean(outcome.seconds for outcome in done) if done else math.nan,
         max((outcome.peak_rss_bytes for outcome in done), default=0),
         num_runs=len(done),
         num_failed=sum(bool(outcome.error) and not outcome.waiting for outcome in outcomes),
@@ -251,8 +250,7 @@ def write_comparison(study: Study, outcomes: Sequence[Outcome]) -> list[Line]:
         spreads = [line.metrics.get(name, Spread(math.nan)) for name in names]
         spreads.append(line.difference or Spread(math.nan))
         numbers = [_csv(value) for own in spreads for value in (own.mean, own.low, own.high)]
-        seconds = "" if line.seconds is None else f"{line.seconds:.1f}"
-        cost = [seconds, line.peak_rss_bytes, line.num_runs, line.num_failed]
+        cost = [_csv(round(line.seconds, 1)), line.peak_rss_bytes, line.num_runs, line.num_failed]
         writer.writerow([line.model, *numbers, _csv(line.p_value), *cost])
     write_atomically(study.folder / "table.csv", text.getvalue())
     write_atomically(study.folder / "table.md", markdown(lines, names))
@@ -269,9 +267,8 @@ def runs_csv(outcomes: Sequence[Outcome], names: Sequence[str]) -> str:
         test = with_mean(outcome.test)
         cells = [outcome.planned.name, *(outcome.planned.labels.get(key, "") for key in labels)]
         cells += [_csv(test.get(name, math.nan)) for name in names]
-        seconds = "" if outcome.seconds is None else f"{outcome.seconds:.1f}"
-        cost = [outcome.results.get("best_epoch", ""), seconds, outcome.peak_rss_bytes or "", outcome.error]
-        writer.writerow([*cells, *cost])
+        cells += [outcome.results.get("best_epoch", ""), _csv(round(outcome.seconds, 1)), outcome.peak_rss_bytes or ""]
+        writer.writerow([*cells, outcome.error])
     return text.getvalue()
 
 
@@ -287,8 +284,7 @@ def markdown(lines: Sequence[Line], names: Sequence[str]) -> str:
             cells += [spread_text(line.difference, "+"), f"{line.p_value:.3f}"]
         elif compared:
             cells += ["", ""]
-        cells.append("" if line.seconds is None else f"{line.seconds:.0f}")
-        cells.append(f"{line.peak_rss_bytes / 2**20:.0f}" if line.num_runs else "")
+        cells += [f"{line.seconds:.0f}", f"{line.peak_rss_bytes / 2**20:.0f}"] if line.num_runs else ["", ""]
         rows.append([f"{line.model} ({line.num_failed} failed)" if line.num_failed else line.model, *cells])
     table = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
     return "".join(f"| {' | '.join(row)} |\n" for row in table)

@@ -56,21 +56,28 @@ def add_predict_options(parser: argparse.ArgumentParser) -> None:
 
 def add_study_options(parser: argparse.ArgumentParser) -> None:
     """Seeds, folds, and what to do with the runs in place of doing all of them here."""
-    parser.add_argument("--seeds", type=int, default=1, help="runs of each, with the seeds from seed on")
-    parser.add_argument("--folds", type=int, help="cross-validate: folds by patient, each of which tests once")
+    parser.add_argument("--seeds", type=positive, default=1, help="runs of each, with the seeds from seed on")
+    parser.add_argument("--folds", type=positive, help="cross-validate: folds by patient, each of which tests once")
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--list", action="store_true", help="list the runs with their index and state, start none")
     group.add_argument("--index", type=int, help="do the run of this index only")
     group.add_argument("--collect", action="store_true", help="make table and figure of what has finished, start none")
     group.add_argument("--slurm", choices=("write", "submit"), help="write, or write and submit, a job array")
     parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="e.g. --sbatch=--partition=gpu")
-    parser.add_argument("--limit", type=int, help="most tasks of a job array that run at a time")
+    parser.add_argument("--limit", type=positive, help="most tasks of a job array that run at a time")
 
 
 def add_grid_options(parser: argparse.ArgumentParser) -> None:
     """Nested cross-validation."""
-    parser.add_argument("--inner", type=int, help="nested: inner folds that choose the epoch and the values of --grid")
+    parser.add_argument("--inner", type=positive, help="inner folds that choose the epoch and the values of --grid")
     parser.add_argument("--grid", action="append", default=[], metavar="key=value,value", help="values to choose from")
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
+    return int(text)
 
 
 def numbers(text: str) -> list[int]:

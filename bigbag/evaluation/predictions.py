@@ -26,6 +26,7 @@ class PredictionTable:
         probabilities: as ``logits``.
         sizes: int64 ``(B,)``, instances per bag; 0 where the file does not say.
         patients: the patient of each bag, "" where unknown.
+        named: False where the file does not name its bags, and ``keys`` are numbers of rows.
     """
 
     keys: tuple[str, ...]
@@ -35,6 +36,7 @@ class PredictionTable:
     probabilities: np.ndarray
     sizes: np.ndarray
     patients: tuple[str, ...]
+    named: bool = True
 
     def take(self, index: np.ndarray) -> PredictionTable:
         """The rows ``index`` (integers)."""
@@ -44,7 +46,7 @@ class PredictionTable:
         labels, logits, chances, sizes = (
             values[chosen] for values in (self.labels, self.logits, self.probabilities, self.sizes)
         )
-        return PredictionTable(keys, splits, labels, logits, chances, sizes, patients)
+        return PredictionTable(keys, splits, labels, logits, chances, sizes, patients, self.named)
 
     def labelled(self, split: str) -> PredictionTable:
         """The bags of ``split`` whose labels are known."""
@@ -115,11 +117,11 @@ def read_predictions(path: str | Path) -> PredictionTable:
     ...); a label may also be a JSON list. Where only probabilities are given, their log-odds, or their logarithms for
     the classes of one label, serve as logits.
 
-    Without a column key, bags are known by their row.
+    Without a column key, bags are known by their row, and no other table can be compared with this one.
 
     Raises:
-        ValueError: a column is missing, a cell is no number, a score is missing or not finite, a bag is there twice;
-            file and line are named.
+        ValueError: a column is missing, a cell is no number, a score is missing or not finite, a bag has no key or is
+            there twice; file and line are named.
     """
     path = Path(path)
     rows, columns = _rows(path)
@@ -132,7 +134,10 @@ def read_predictions(path: str | Path) -> PredictionTable:
             f"{path}: expected a column {expected}, or numbered ones, got {got}; rename the "
             "columns, and separate them by commas"
         )
-    keys = tuple(row.get("key") or str(i) for i, row in enumerate(rows))
+    named_bags = "key" in columns
+    keys = tuple(row["key"] if named_bags else str(i) for i, row in enumerate(rows))
+    empty = np.array([not key for key in keys], dtype=bool)
+    _refuse(path, empty, "key is empty: name the bag, or leave the column out")
     splits = tuple(row.get("split") or "test" for row in rows)
     named = dict[tuple[str, str], int]()
     for number, bag in enumerate(zip(splits, keys), 2):
@@ -163,6 +168,7 @@ def read_predictions(path: str | Path) -> PredictionTable:
         probabilities=probabilities,
         sizes=sizes.astype(np.int64),
         patients=tuple(row.get("patient") or "" for row in rows),
+        named=named_bags,
     )
 
 

@@ -7,7 +7,11 @@ any machine that sees the folder; what is there is collected at any time.
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
 import json
+import logging
+import math
 import os
 import signal
 import subprocess
@@ -15,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +32,11 @@ from bigbag.engine.preemption import EXIT_PREEMPTED, LEAVE_SIGNALS
 from bigbag.engine.run import open_configured_store, run_identity
 from bigbag.files import write_json
 
-_COST, _FAILED = "cost.json", "failed.json"
+logger = logging.getLogger(__name__)
+
+_COST, _FAILED, _ATTEMPTS = "cost.json", "failed.json", "attempts.json"
+_NOTE_EVERY_S = 5.0
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,8 @@ class Outcome:
     Attributes:
         planned: the run.
         results: its ``results.json``; empty where there is none.
-        seconds: wall time of training, evaluation and report; None where the run was interrupted in between.
+        seconds: wall time of training, evaluation and report; of an interrupted run that of all its attempts, what was
+            done twice included. NaN where there are no results.
         peak_rss_bytes: largest resident memory of the process, mapped shards included.
         error: why there are no results, or "".
         waiting: True for a run that has not been tried, or is under way.
@@ -64,7 +74,7 @@ class Outcome:
 
     planned: Planned
     results: Mapping[str, Any] = field(default_factory=dict)
-    seconds: float | None = None
+    seconds: float = math.nan
     peak_rss_bytes: int = 0
     error: str = ""
     waiting: bool = False
@@ -102,25 +112,36 @@ class Study:
         return outcomes
 
     def run_one(self, planned: Planned) -> Outcome:
-        """Do one run, unless it has finished."""
+        """Do one run, unless it has finished, or another process on this machine is at it.
+
+        Raises:
+            ValueError: bags that cannot be parted as the settings ask.
+            FileNotFoundError: missing shards.
+        """
         settings = self.settings_of(planned)
         if isinstance(settings, Outcome):
             return settings
         config = load_config(self.path, settings)
-        if not self._is_finished(config):
-            resumed = (config.run_dir / "identity.json").is_file()
-            (config.run_dir / _FAILED).unlink(missing_ok=True)
-            started = time.perf_counter()
-            status, peak = _train(self.path, settings, config.run_dir / "output.txt")
-            if status == EXIT_PREEMPTED:
-                sys.exit(status)  # the run has saved; the same command goes on with it
-            if status:
-                lines = (config.run_dir / "output.txt").read_text(errors="replace").strip().splitlines()
-                write_json(config.run_dir / _FAILED, {"error": lines[-1] if lines else f"exit status {status}"})
-            else:
-                seconds = None if resumed else time.perf_counter() - started
-                write_json(config.run_dir / _COST, {"seconds": seconds, "peak_rss_bytes": peak})
+        self._identity(config)  # what is wrong with bags or splits is wrong for all runs: say it once
+        with _alone(config.run_dir) as alone:
+            if not alone:
+                return Outcome(planned, error=f"another process is at it, in {config.run_dir}", waiting=True)
+            if not self._results(config):
+                self._attempt(settings, config.run_dir)
         return self.outcome(planned)
+
+    def _attempt(self, settings: Sequence[str], folder: Path) -> None:
+        """Train, from the beginning or from where an earlier attempt got to; write what it cost, or why it failed."""
+        (folder / _FAILED).unlink(missing_ok=True)
+        attempts = _Attempts(folder)
+        status = _train(self.path, settings, folder / "output.txt", attempts)
+        if status == EXIT_PREEMPTED:
+            sys.exit(status)  # the run has saved; the same command goes on with it
+        if status:
+            lines = (folder / "output.txt").read_text(errors="replace").strip().splitlines()
+            write_json(folder / _FAILED, {"error": lines[-1] if lines else f"exit status {status}"})
+        else:
+            write_json(folder / _COST, attempts.cost())
 
     def collect(self) -> list[Outcome]:
         """What came of all runs so far; starts nothing."""
@@ -132,12 +153,11 @@ class Study:
         if isinstance(settings, Outcome):
             return settings
         config = load_config(self.path, settings)
-        if self._is_finished(config):
-            results = json.loads((config.run_dir / "results.json").read_text())
-            return Outcome(planned, results, **json.loads((config.run_dir / _COST).read_text()))
-        if (config.run_dir / _FAILED).is_file():
-            return Outcome(planned, error=json.loads((config.run_dir / _FAILED).read_text())["error"])
-        return Outcome(planned, error="not finished", waiting=True)
+        results = self._results(config)
+        if results:
+            return Outcome(planned, results, **_read(config.run_dir / _COST))
+        error = _read(config.run_dir / _FAILED).get("error")
+        return Outcome(planned, error=error or "not finished", waiting=not error)
 
     def settings_of(self, planned: Planned) -> list[str] | Outcome:
         """All settings of a run; or why it cannot start yet."""
@@ -156,39 +176,95 @@ class Study:
         """The packed set."""
         return open_configured_store(self.config)
 
-    def _is_finished(self, config: Config) -> bool:
-        """Whether the run's folder holds the whole run of these settings on these bags and splits."""
-        identity = config.run_dir / "identity.json"
-        if not (identity.is_file() and (config.run_dir / _COST).is_file()):
-            return False
-        wanted = run_identity(config, self.store, split_bags(self.store, config.data.splits))
-        return json.loads(identity.read_text()) == wanted
+    def _results(self, config: Config) -> dict[str, Any]:
+        """The results in a run's folder, if it holds the whole run of these settings on these bags and splits."""
+        if not _read(config.run_dir / _COST):
+            return {}
+        same = _read(config.run_dir / "identity.json") == self._identity(config)
+        return _read(config.run_dir / "results.json") if same else {}
+
+    def _identity(self, config: Config) -> dict[str, str]:
+        return run_identity(config, self.store, split_bags(self.store, config.data.splits))
 
 
-def _train(path: str | Path, settings: Sequence[str], output: Path) -> tuple[int, int]:
-    """Run ``bigbag train`` in a process of its own; exit status and the most resident bytes it had.
+class _Attempts:
+    """Time and memory of all attempts at a run, kept on disk while it goes on, so that a killed one counts too."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / _ATTEMPTS
+        before = _read(self._path)
+        self._seconds, self._peak = before.get("seconds", 0.0), before.get("peak_rss_bytes", 0)
+        self._started = self._written = time.perf_counter()
+
+    def note(self, peak_rss_bytes: int = 0) -> None:
+        """Called over and over while the run goes on, and at its end."""
+        self._peak = max(self._peak, peak_rss_bytes)
+        if peak_rss_bytes or time.perf_counter() - self._written >= _NOTE_EVERY_S:
+            self._written = time.perf_counter()
+            write_json(self._path, self.cost())
+
+    def cost(self) -> dict[str, float]:
+        seconds = self._seconds + time.perf_counter() - self._started
+        return {"seconds": seconds, "peak_rss_bytes": self._peak}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON file that a run wrote; empty where it is absent or damaged: then it is made again."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[bool]:
+    """Whether no other process on this machine is at the run in ``folder``; keeps others out meanwhile."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:
+            logger.warning("%s: this file system has no locks; start one study at a time", folder)
+        yield True
+    finally:
+        os.close(descriptor)
+
+
+def _train(path: str | Path, settings: Sequence[str], output: Path, attempts: _Attempts) -> int:
+    """Run ``bigbag train`` in a process of its own, which ends when we do; its exit status.
 
     SIGTERM and SIGUSR1 are passed on: the run saves and leaves (:mod:`bigbag.engine.preemption`), and so do we.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "bigbag.cli", "train", "--config", str(path), *settings]
     told: list[int] = []
     main = threading.current_thread() is threading.main_thread()
     before = {number: signal.signal(number, lambda n, _: told.append(n)) for number in LEAVE_SIGNALS if main}
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+    def end_with_us() -> None:  # even if we are killed: what goes on unseen would be started a second time
+        if libc is not None:
+            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
     try:
         with open(output, "wb") as file:
-            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
-        status, usage = _wait(process, told)
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, preexec_fn=end_with_us)
+        status, usage = _wait(process, told, attempts)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    attempts.note(usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
     process.returncode = os.waitstatus_to_exitcode(status)
     if -process.returncode in told:  # it was not listening yet
         process.returncode = EXIT_PREEMPTED
-    return process.returncode, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return process.returncode
 
 
-def _wait(process: subprocess.Popen[bytes], told: Sequence[int]) -> tuple[int, Any]:
+def _wait(process: subprocess.Popen[bytes], told: Sequence[int], attempts: _Attempts) -> tuple[int, Any]:
     """The status and usage of a process when it has ended; what is appended to ``told`` meanwhile is passed on to it.
 
     It looks every 0.1 s: a signal that comes just before a wait without end would not interrupt it.
@@ -202,6 +278,7 @@ def _wait(process: subprocess.Popen[bytes], told: Sequence[int]) -> tuple[int, A
             pid, status, usage = os.wait4(process.pid, os.WNOHANG)
             if pid:
                 return status, usage
+            attempts.note()
             time.sleep(0.1)
     except BaseException:
         process.kill()
@@ -216,6 +293,8 @@ def fold_settings(config: Config, folds: int | None) -> Iterator[tuple[dict[str,
     if folds is None:
         yield {}, ()
         return
+    if folds < 2:
+        raise ConfigError(f"--folds {folds}: expected at least 2, since a fold trains on the others")
     own = config.data.splits
     validate = () if own.val_fraction or own.val_folds else ("data.splits.val_fraction=0.2",)
     for fold in range(folds):

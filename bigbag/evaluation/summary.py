@@ -167,8 +167,13 @@ def compare_models(
     For a binary task ``auroc_delong`` is DeLong's test of the AUROC, which takes bags for independent.
 
     Raises:
-        ValueError: the tables do not have the same bags with the same labels.
+        ValueError: a table does not name its bags, or the two do not have the same bags with the same labels.
     """
+    if not (first.named and second.named):
+        raise ValueError(
+            f"the {'first' if not first.named else 'second'} table of predictions has no column key: expected the name "
+            "of each bag, by which the rows of two models are paired"
+        )
     one, other = first.labelled(split), second.labelled(split)
     place = {key: i for i, key in enumerate(other.keys)}
     if not one.keys:

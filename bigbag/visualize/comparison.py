@@ -44,7 +44,7 @@ def draw_comparison(lines: Sequence[Line], names: Sequence[str], folder: Path) -
         for axes, name, colour in zip(columns, names, CLASS_COLOURS * 2):
             _dots(axes, places, [line.metrics.get(name, Spread(math.nan)) for line in shown], colour)
             axes.set_title(NAMES[name], fontsize=9.5)
-        _bars(columns[-2], places, [line.seconds or math.nan for line in shown], "Seconds a run")
+        _bars(columns[-2], places, [line.seconds for line in shown], "Seconds a run")
         _bars(columns[-1], places, [line.peak_rss_bytes / 2**20 for line in shown], "Peak RSS, MiB")
         columns[0].set_yticks(places, [line.model for line in shown])
         columns[0].set_ylim(len(shown) - 0.4, -0.6)

@@ -8,7 +8,7 @@ from urllib.parse import quote
 import numpy as np
 
 from bigbag.data.manifest import make_keys
-from bigbag.engine.metrics import THRESHOLD
+from bigbag.engine.metrics import THRESHOLD, discordant_pairs, risk_of
 from bigbag.visualize.html import details, esc, table
 from bigbag.visualize.run_folder import PredictionTable, RunFolder
 from bigbag.visualize.slides import anchors
@@ -16,26 +16,16 @@ from bigbag.visualize.slides import anchors
 _SHOWN_MISTAKES = 12
 _LISTED_BAGS = 500
 
+Listed = tuple[list[str], str, list[list[str]]]
+"""Columns of a table, what it is sorted by, its rows."""
+
 
 def mistakes_section(run: RunFolder, bags: PredictionTable) -> str:
     """All bags, the worst predictions first."""
-    task = run.task
     if not len(bags.keys):
         return "<p>No labelled bag.</p>"
-    if task.startswith("survival"):
-        return "<p>A single bag has no right or wrong risk; predictions.csv lists all of them.</p>"
-    error = _error(task, bags)
-    order = np.argsort(-error, kind="stable")
-    columns = ["Bag", "Label", "Value" if task == "regression" else "Probability", "Instances", "Verdict"]
-    links = _links(run)
-    rows = [_row(task, bags, int(i), float(error[i]), links.get(bags.keys[i], [])) for i in order[:_LISTED_BAGS]]
-    wrong = (
-        "" if task == "regression" else f"{sum('wrong' in row[4] for row in rows)} of {len(bags.keys)} bags are wrong. "
-    )
-    if len(bags.keys) > _LISTED_BAGS:
-        wrong = ""
-    page = f"<p>{wrong}Sorted by how far the prediction is from the label.</p>"
-    page += table(columns, rows[:_SHOWN_MISTAKES], css="bags")
+    columns, sorted_by, rows = (_survival if run.task.startswith("survival") else _labelled)(run, bags)
+    page = f"<p>{sorted_by}</p>" + table(columns, rows[:_SHOWN_MISTAKES], css="bags")
     if len(rows) > _SHOWN_MISTAKES:
         page += details(
             f"The other {len(rows) - _SHOWN_MISTAKES} bags", table(columns, rows[_SHOWN_MISTAKES:], css="bags")
@@ -45,6 +35,38 @@ def mistakes_section(run: RunFolder, bags: PredictionTable) -> str:
             f'<p class="muted">{len(bags.keys) - _LISTED_BAGS} better predicted bags are in predictions.csv only.</p>'
         )
     return page
+
+
+def _labelled(run: RunFolder, bags: PredictionTable) -> Listed:
+    """By the distance of the prediction from the label."""
+    task, links = run.task, _links(run)
+    error = _error(task, bags)
+    order = np.argsort(-error, kind="stable")
+    columns = ["Bag", "Label", "Value" if task == "regression" else "Probability", "Instances", "Verdict"]
+    rows = [_row(task, bags, int(i), float(error[i]), links.get(bags.keys[i], [])) for i in order[:_LISTED_BAGS]]
+    num_wrong = sum("wrong" in row[4] for row in rows)
+    counted = task != "regression" and len(bags.keys) <= _LISTED_BAGS
+    wrong = f"{num_wrong} of {len(bags.keys)} bags are wrong. " if counted else ""
+    return columns, f"{wrong}Sorted by how far the prediction is from the label.", rows
+
+
+def _survival(run: RunFolder, bags: PredictionTable) -> Listed:
+    """By the number of discordant pairs: what each bag takes from the concordance index (Harrell et al., JAMA 1982)."""
+    (time, event), risk, links = bags.labels.T, risk_of(bags.logits, run.task), _links(run)
+    discordant, comparable = discordant_pairs(time, event, risk)
+    order = np.argsort(-discordant, kind="stable")
+    rows = []
+    for i in order[:_LISTED_BAGS].tolist():
+        verdict = f"{discordant[i]:g} of {comparable[i]:g}" if comparable[i] else "no pair to compare"
+        became = f"{time[i]:g}, {'event' if event[i] else 'censored'}"
+        cell = " ".join([esc(bags.keys[i]), *links.get(bags.keys[i], [])])
+        rows.append([cell, became, f"{risk[i]:.3f}", f"{bags.sizes[i]:,}", verdict])
+    text = (
+        "A pair of bags is discordant where the one with the earlier event has the lower risk; a tie is half. Sorted "
+        "by the discordant pairs of each bag, out of those in which it is known which event came first: the "
+        "concordance index is the share of such pairs that are not discordant."
+    )
+    return ["Bag", "Time", "Risk", "Instances", "Discordant pairs"], text, rows
 
 
 def _links(run: RunFolder) -> dict[str, list[str]]:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,16 +70,16 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Training replaced by writing what a run writes: numbers that follow from its settings. The runs, as settings."""
     runs: list[list[str]] = []
 
-    def train(path: Path, settings: list[str], output: Path) -> tuple[int, int]:
+    def train(path: Path, settings: list[str], output: Path, attempts: module._Attempts) -> int:
         from bigbag.data import split_bags
         from bigbag.engine.run import open_configured_store, run_identity
 
         runs.append(list(settings))
         config = load_config(path, settings)
-        output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text("starting\nout of luck\n")
+        attempts.note(1 << 20)
         if config.model.name == "MaxMIL":
-            return 1, 0
+            return 1
         store = open_configured_store(config)
         splits = split_bags(store, config.data.splits)
         quality = {"MeanMIL": 0.2, "CLAM_SB": 2.0}.get(config.model.name, 1.0) - abs(config.optim.lr - 1e-3)
@@ -95,7 +96,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         results = {"test": test, "val": {"auroc": quality}, "best_epoch": 3 + config.data.splits.val_fold}
         (config.run_dir / "results.json").write_text(json.dumps(results))
         (config.run_dir / "identity.json").write_text(json.dumps(run_identity(config, store, splits)))
-        return 0, 1 << 20
+        return 0
 
     monkeypatch.setattr(module, "_train", train)
     return runs
@@ -120,11 +121,11 @@ def test_intervals_over_runs_are_students() -> None:
 
 def test_the_table_has_intervals_differences_and_failures() -> None:
     best = Line("B", {"auroc": Spread(0.9)}, 10.0, 1 << 20, num_runs=1, num_failed=0)
-    other = Line("A", {"auroc": Spread(0.6, 0.5, 0.7)}, None, 2 << 20, 2, 1, Spread(-0.3, -0.4, -0.2), 0.0123)
+    other = Line("A", {"auroc": Spread(0.6, 0.5, 0.7)}, 20.4, 2 << 20, 2, 1, Spread(-0.3, -0.4, -0.2), 0.0123)
     lines = markdown([best, other], ["auroc", "f1"]).splitlines()
     assert lines[0] == "| Model | AUROC | AUROC less the best's | p | Seconds | Peak RSS, MiB |"
     assert lines[2] == "| B | 0.900 |  |  | 10 | 1 |"
-    assert lines[3] == "| A (1 failed) | 0.600 [0.500, 0.700] | -0.300 [-0.400, -0.200] | 0.012 |  | 2 |"
+    assert lines[3] == "| A (1 failed) | 0.600 [0.500, 0.700] | -0.300 [-0.400, -0.200] | 0.012 | 20 | 2 |"
 
 
 def test_models_seeds_and_folds(config: Path, trained: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
@@ -208,6 +209,8 @@ def test_cap_curve(config: Path, trained: list[list[str]]) -> None:
     folder = config.parent / "runs" / "caps"
     assert (folder / "figure.png").is_file()
     assert [row["cap"] for row in csv.DictReader((folder / "table.csv").open())] == ["64", "120", "whole"]
+    uncut = plan_cap_curve(config, ["name=caps"], [max(sizes), 10**6, 64], [0])
+    assert [run.name for run in uncut.runs] == ["cap64-seed0", "whole-seed0"]
     with pytest.raises(ConfigError, match="data.max_instances is set"):
         plan_cap_curve(config, ["data.max_instances=5"], [64], [0])
 
@@ -268,8 +271,34 @@ def test_signals_reach_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setattr(module.sys, "executable", str(tmp_path / "python"))
     before = signal.getsignal(signal.SIGUSR1)
-    assert module._train("c.yaml", [], tmp_path / "output.txt")[0] == 85
+    assert module._train("c.yaml", [], tmp_path / "output.txt", module._Attempts(tmp_path)) == 85
     assert signal.getsignal(signal.SIGUSR1) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--seeds", "0"], "argument --seeds: expected a whole number from 1 on, got '0'"),
+        (["--folds", "1"], "--folds 1: expected at least 2"),
+        (["--folds", "17"], "folds asks for 17 parts, but the 16 bags"),
+        (["--inner", "7"], "val_folds asks for 7 parts"),
+        (["--models", "MeanMIL,"], "compare: unknown model ''; known models: ABMIL"),
+        (["--index", "1"], "--index 1: expected 0 to 0"),
+        (["data.shards=nowhere"], "nowhere: no such folder; pack the set first"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_anything_is_trained(
+    config: Path, trained: list[list[str]], capsys: pytest.CaptureFixture[str], options: list[str], expected: str
+) -> None:
+    try:
+        status: Any = main(["compare", "--config", str(config), "--models", "MeanMIL", *options])
+    except SystemExit as leaving:  # argparse's way
+        status = leaving.code
+    assert status == 2 and expected in capsys.readouterr().err and not trained
+
+
+def test_a_model_named_twice_is_one(config: Path) -> None:
+    assert [run.name for run in plan_comparison(config, [], ["ABMIL", "ABMIL"], [0]).runs] == ["ABMIL-seed0"]
 
 
 def test_ranges() -> None:
@@ -304,13 +333,15 @@ def test_from_the_command_line_once_and_again(
         plan_comparison(config, [], ["Nothing"], [0])
 
 
-def test_an_interrupted_run_goes_on_and_has_no_time(config: Path, trained: list[list[str]]) -> None:
+def test_an_interrupted_run_goes_on_and_all_attempts_count(config: Path, trained: list[list[str]]) -> None:
     study: Study = plan_comparison(config, [], ["MeanMIL"], [0])
     train: Callable = module._train
     outcomes: list[Outcome] = []
 
-    def interrupted(*arguments: object) -> tuple[int, int]:
+    def interrupted(*arguments: Any) -> int:
         train(*arguments)
+        arguments[-1]._started -= 100.0
+        arguments[-1].note(3 << 20)
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
@@ -319,7 +350,45 @@ def test_an_interrupted_run_goes_on_and_has_no_time(config: Path, trained: list[
             study.run(outcomes.append)
     assert not outcomes and study.collect()[0].waiting
     (outcome,) = study.run(outcomes.append)
-    assert len(trained) == 2 and not outcome.error and outcome.seconds is None
+    assert len(trained) == 2 and not outcome.error
+    assert 100 < outcome.seconds < 130 and outcome.peak_rss_bytes == 3 << 20
+
+
+def test_damaged_files_of_a_run_are_made_again(config: Path, trained: list[list[str]]) -> None:
+    study = plan_comparison(config, [], ["MeanMIL"], [0])
+    (whole,) = study.run(lambda _: None)
+    for name in ("cost.json", "results.json", "attempts.json"):
+        (study.folder / "MeanMIL-seed0" / name).write_text('{"seconds": 1')
+    assert study.collect()[0].waiting
+    (again,) = study.run(lambda _: None)
+    assert again.results == whole.results and len(trained) == 2
+
+
+def test_a_killed_study_leaves_no_run_behind_and_two_share_the_work(config: Path, tmp_path: Path) -> None:
+    """The run is a stand-in for Python that writes its process id and waits."""
+    (tmp_path / "python").write_text('#!/bin/bash\necho $$ > "$PWD/pid"\nwhile :; do sleep 0.05; done\n')
+    (tmp_path / "python").chmod(0o755)
+    script = f"""
+import sys
+from bigbag.evaluation.compare import plan_comparison
+sys.executable = {str(tmp_path / "python")!r}
+study = plan_comparison({str(config)!r}, [], ["MeanMIL"], [0])
+study.run(print)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    first = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, env=environment)
+    pid = tmp_path / "pid"
+    while not (pid.exists() and pid.read_text()):
+        assert first.poll() is None
+        time.sleep(0.02)
+    (outcome,) = plan_comparison(config, [], ["MeanMIL"], [0]).run(lambda _: None)
+    assert outcome.waiting and "another process is at it" in outcome.error
+    first.kill()
+    first.wait()
+    until = time.monotonic() + 20
+    while Path(f"/proc/{pid.read_text().strip()}").exists():
+        assert time.monotonic() < until
+        time.sleep(0.02)
 
 
 def test_intervals_stay_within_what_a_metric_can_be() -> None:

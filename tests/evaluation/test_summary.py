@@ -93,6 +93,7 @@ def test_probabilities_serve_where_there_are_no_logits(tmp_path: Path) -> None:
     [
         ("key;label;logit\na;0;1\n", "separate them by commas"),
         ("key,label,logit\na,0,1\nb,1,2\na,0,1\n", ":4: bag 'a' of split test is in line 2 already"),
+        ("key,label,logit\na,0,1\n,1,2\n", ":3: key is empty"),
         ("key,label,logit\na,0,1\nb,1,\n", ":3: the score of the bag is missing or not finite"),
         ("key,label,logit\na,0,inf\nb,1,2\n", ":2: the score of the bag is missing or not finite"),
         ("key,label,logit\na,0\nb,1,2\n", ":2: fewer cells than the 3 columns"),
@@ -188,6 +189,10 @@ def test_two_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert 0 < found["auroc"]["low"] < expected < found["auroc"]["high"] and found["auroc"]["p_value"] < 0.05
     with pytest.raises(ValueError, match="not evaluated on the same test bags: .* table only: s.* and 50 more"):
         compare_models(good, bad.take(np.arange(5)), "binary")
+    unnamed = tmp_path / "unnamed.csv"
+    unnamed.write_text("\n".join(line.partition(",")[2] for line in (tmp_path / "bad.csv").read_text().split()))
+    assert main(["evaluate", "--predictions", paths[1], "--against", str(unnamed), "--resamples", "20"]) == 2
+    assert "the second table of predictions has no column key" in capsys.readouterr().err
     with pytest.raises(ValueError, match="no bag of the split 'train' has a label: expected a split of test"):
         compare_models(good, bad, "binary", "train")
 

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+from itertools import product
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -325,7 +326,8 @@ def test_survival_by_risk_split_at_the_median_of_validation(tmp_path: Path, task
     (folder / "config.yaml").write_text(f"task: {{type: {task}, num_outputs: {len(columns)}}}\n")
     results = {"test": bag_metrics(np.array(truth["test"])[:, :2], read_run_logits(folder, "test"), task)}
     (folder / "results.json").write_text(json.dumps(results))
-    page = section(write_report(folder).read_text(), "performance")
+    whole = write_report(folder).read_text()
+    page = section(whole, "performance")
     median = float(np.median([risk for _, _, risk in truth["val"]]))
     time, event, risk = np.array(truth["test"]).T
     low, high = (event[own] for own in (risk <= median, risk > median))
@@ -341,6 +343,19 @@ def test_survival_by_risk_split_at_the_median_of_validation(tmp_path: Path, task
     assert f"Logrank test: p = {p_value:.3f}." in page or f"Logrank test: p = {p_value:.1e}." in page
     assert f"Split at {median:.3g}, the median risk of the validation split" in page
     assert f"Concordance index {results['test']['c_index']:.3f}." in page
+    rows = rows_of(section(whole, "mistakes"))
+    of_bag = {row[0]: [float(n) for n in row[4].split(" of ")] for row in rows if "no pair" not in row[4]}
+    wrong, pairs = np.zeros(40), np.zeros(40)
+    for i, j in product(range(40), repeat=2):
+        if event[i] and (time[j] > time[i] or (time[j] == time[i] and not event[j])):
+            pairs[[i, j]] += 1
+            wrong[[i, j]] += 1.0 if risk[j] > risk[i] else 0.5 * (risk[j] == risk[i])
+    assert of_bag == {f"test-{i}": [wrong[i], pairs[i]] for i in range(40) if pairs[i]}
+    listed = [of_bag[row[0]][0] for row in rows if row[0] in of_bag]
+    assert len(rows) == 40 and listed == sorted(listed, reverse=True) and listed[0] > listed[-1]
+    assert 1 - wrong.sum() / pairs.sum() == pytest.approx(results["test"]["c_index"], abs=1e-12)
+    first = int(rows[0][0].removeprefix("test-"))
+    assert rows[0][1:3] == [f"{time[first]:g}, {'event' if event[first] else 'censored'}", f"{risk[first]:.3f}"]
 
 
 def read_run_logits(folder: Path, split: str) -> np.ndarray:

@@ -9,7 +9,7 @@ A metric that the data do not define (the AUROC of bags of one class, say) is ne
 """
 
 from bigbag.engine.metrics.calibration import reliability_curve
-from bigbag.engine.metrics.concordance import concordance_index
+from bigbag.engine.metrics.concordance import concordance_index, discordant_pairs
 from bigbag.engine.metrics.instances import instance_metrics
 from bigbag.engine.metrics.probabilities import TASKS, THRESHOLD, probabilities, risk_of
 from bigbag.engine.metrics.tasks import bag_metrics, check_bags, headline, metric_range, weighted_metrics, why_undefined
@@ -20,6 +20,7 @@ __all__ = [
     "bag_metrics",
     "check_bags",
     "concordance_index",
+    "discordant_pairs",
     "headline",
     "instance_metrics",
     "metric_range",

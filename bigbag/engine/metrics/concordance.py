@@ -47,12 +47,37 @@ def concordance(
     rows = max(1, _BLOCK_PAIRS // max(len(time), 1))
     for first in range(0, len(events), rows):
         i = events[first : first + rows, None]
-        comparable = (time > time[i]) | ((time == time[i]) & ~observed)
+        comparable = _comparable(time, observed, i)
         order = comparable * ((risk[i] > risk) + 0.5 * (risk[i] == risk))
         of_event = weights[:, i[:, 0]] * (1.0 if pair_weights is None else pair_weights[i[:, 0]])
         concordant += ((weights @ order.T) * of_event).sum(1)
         pairs += ((weights @ comparable.T.astype(np.float64)) * of_event).sum(1)
     return divide(concordant, pairs)
+
+
+def _comparable(time: np.ndarray, observed: np.ndarray, events: np.ndarray) -> np.ndarray:
+    """``(E, B)``: whether a bag is known to have lived longer than the event ``(E, 1)``."""
+    return (time > time[events]) | ((time == time[events]) & ~observed)
+
+
+def discordant_pairs(time: np.ndarray, event: np.ndarray, risk: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each bag's discordant and comparable pairs, ``(B,)`` both: in which of them the risks are the wrong way round.
+
+    Comparable as for :func:`concordance`, equal risks half wrong, so that the sums give Harrell's index,
+    ``c = 1 - sum discordant / sum comparable``. Each pair counts for both its bags.
+    """
+    observed = np.asarray(event) != 0
+    events = np.flatnonzero(observed)
+    discordant, comparable = np.zeros(len(time)), np.zeros(len(time))
+    rows = max(1, _BLOCK_PAIRS // max(len(time), 1))
+    for first in range(0, len(events), rows):
+        i = events[first : first + rows, None]
+        pairs = _comparable(time, observed, i)
+        wrong = pairs * ((risk[i] < risk) + 0.5 * (risk[i] == risk))
+        for total, own in ((discordant, wrong), (comparable, pairs)):
+            total += own.sum(0)
+            total[i[:, 0]] += own.sum(1)
+    return discordant, comparable
 
 
 def inverse_censoring(time: np.ndarray, event: np.ndarray) -> np.ndarray:
