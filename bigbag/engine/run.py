@@ -53,8 +53,9 @@ def train(config: Config, store: BagStore | None = None, world: World | None = N
     )
     ops.use_impl(config.engine.impl)
     store, splits = _open(config, store)
-    _claim_run_dir(config, store, splits, world)
-    config, model, memory = _prepare(config, store, splits, world)
+    fitted, model, memory = _prepare(config, store, splits, world)
+    _claim_run_dir(config, store, splits, world)  # not before: settings that no model takes claim no folder
+    config = fitted
     memory = strictest(world.gather(memory))
     memory.recomputation.apply(model)
     environment = describe_environment(config, store, splits, memory, backend_name, world)

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from bigbag import load_model
-from bigbag.config import build_config
+from bigbag.config import ConfigError, build_config
 from bigbag.data import open_store, pack
 from bigbag.data.sources import MemorySource
 from bigbag.engine.feed import budget_instances
@@ -290,6 +290,13 @@ def test_other_settings_in_the_same_folder_are_refused(run_settings):
     train_alone(run_settings)
     with pytest.raises(ValueError, match=r"optim\.lr: 0\.02 -> 0\.5.*--restart"):
         train_alone(with_changes(run_settings, optim={"lr": 0.5}))
+
+
+def test_settings_that_no_model_takes_claim_no_folder(run_settings):
+    wrong = with_changes(run_settings, model={"no_such_argument": 1})
+    with pytest.raises(ConfigError, match="no_such_argument"):
+        train_alone(wrong)
+    assert not build_config(wrong).run_dir.exists()
 
 
 def test_patience_stops_and_best_epoch_is_kept(run_settings):
