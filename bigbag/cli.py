@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigbag.config import Config, ConfigError, load_config
@@ -25,7 +26,7 @@ from bigbag.evaluation.options import (
 )
 
 if TYPE_CHECKING:
-    from bigbag.evaluation.study import Outcome
+    from bigbag.evaluation.study import Outcome, Study
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -217,6 +218,7 @@ def _compare(options: argparse.Namespace) -> None:
     from bigbag.evaluation.study_command import carry_out
     from bigbag.models import MODELS
     from bigbag.visualize.comparison import draw_comparison
+    from bigbag.visualize.study_report import write_comparison_report
 
     config = _config(options)
     models = list(MODELS) if options.models == "all" else options.models.split(",")
@@ -231,7 +233,7 @@ def _compare(options: argparse.Namespace) -> None:
     def finish(outcomes: Sequence[Outcome]) -> None:
         lines = write_comparison(study, outcomes)
         figure = draw_comparison(lines, names, study.folder)
-        print(f"\n{(study.folder / 'table.md').read_text()}\ntable: {study.folder / 'table.csv'}\nfigure: {figure}")
+        _say_what_was_written(study, figure, write_comparison_report(study, lines, outcomes, names))
 
     carry_out(study, options, options.command_line, show, finish)
 
@@ -241,6 +243,7 @@ def _cap_curve(options: argparse.Namespace) -> None:
     from bigbag.evaluation.compare import shown_metrics
     from bigbag.evaluation.study_command import carry_out
     from bigbag.visualize.comparison import draw_cap_curve
+    from bigbag.visualize.study_report import write_cap_curve_report
 
     config = _config(options)
     seeds = range(config.seed, config.seed + options.seeds)
@@ -251,10 +254,16 @@ def _cap_curve(options: argparse.Namespace) -> None:
         return _outcome_line(outcome, outcome.test, (*names, "instance_auroc"))
 
     def finish(outcomes: Sequence[Outcome]) -> None:
-        figure = draw_cap_curve(write_cap_curve(study, outcomes), names[0], study.folder)
-        print(f"\n{(study.folder / 'table.md').read_text()}\ntable: {study.folder / 'table.csv'}\nfigure: {figure}")
+        points = write_cap_curve(study, outcomes)
+        figure = draw_cap_curve(points, names[0], study.folder)
+        _say_what_was_written(study, figure, write_cap_curve_report(study, points, outcomes, names[0]))
 
     carry_out(study, options, options.command_line, show, finish)
+
+
+def _say_what_was_written(study: Study, figure: Path, report: Path) -> None:
+    table = study.folder / "table.csv"
+    print(f"\n{table.with_suffix('.md').read_text()}\ntable: {table}\nfigure: {figure}\nreport: {report}")
 
 
 def _outcome_line(outcome: Outcome, metrics: Mapping[str, Any], names: Sequence[str]) -> str:

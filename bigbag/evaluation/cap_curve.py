@@ -15,7 +15,7 @@ from pathlib import Path
 
 from bigbag.config import ConfigError, load_config
 from bigbag.engine.run import open_configured_store
-from bigbag.evaluation.compare import NAMES, Spread, runs_csv, shown_metrics, spread, spread_text
+from bigbag.evaluation.compare import NAMES, Spread, markdown, runs_csv, shown_metrics, spread, spread_text
 from bigbag.evaluation.study import Outcome, Planned, Study, fold_settings
 from bigbag.files import write_atomically
 
@@ -111,17 +111,17 @@ def write_cap_curve(study: Study, outcomes: Sequence[Outcome]) -> list[Point]:
         numbers = ["" if math.isnan(v) else f"{v:.9g}" for own in spreads for v in (own.mean, own.low, own.high)]
         writer.writerow([point.cap or "whole", *numbers, f"{point.instances_left_out:.6f}", point.num_runs])
     write_atomically(study.folder / "table.csv", text.getvalue())
-    write_atomically(study.folder / "table.md", markdown(points, names))
+    write_atomically(study.folder / "table.md", markdown(table_cells(points)))
     return points
 
 
-def markdown(points: Sequence[Point], names: Sequence[str]) -> str:
-    """One row per cap: mean and 95 % interval over the runs."""
+def table_cells(points: Sequence[Point]) -> list[list[str]]:
+    """Columns, then one row per cap: mean and 95 % interval over the runs."""
+    names = list(dict.fromkeys(name for point in points for name in point.metrics))
     columns = ["Instances per bag", *(NAMES[name] for name in names), "Left out", "Runs"]
     rows = []
     for point in points:
         cells = [spread_text(point.metrics[name]) if name in point.metrics else "" for name in names]
         cap = "whole" if point.cap is None else f"{point.cap:,}"
         rows.append([cap, *cells, f"{100 * point.instances_left_out:.1f} %", str(point.num_runs)])
-    table = [columns, ["---:"] * len(columns), *rows]
-    return "".join(f"| {' | '.join(row)} |\n" for row in table)
+    return [columns, *rows]

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from bigbag.config import Config, ConfigError, load_config
-from bigbag.engine.metrics import metric_range, probabilities
-from bigbag.evaluation.bootstrap import Bootstrap
+from bigbag.engine.metrics import check_bags, metric_range, probabilities, weighted_metrics
+from bigbag.evaluation.bootstrap import Bootstrap, groups_of, intervals
 from bigbag.evaluation.predictions import PredictionTable, read_predictions
 from bigbag.evaluation.study import Outcome, Planned, Study, fold_settings, nested
 from bigbag.evaluation.summary import compare_models
@@ -169,7 +169,7 @@ def _line(study: Study, model: str, outcomes: Sequence[Outcome], names: Sequence
     values = {name: [with_mean(o.test)[name] for o in done if name in with_mean(o.test)] for name in names}
     spreads = {name: spread(found, name) for name, found in values.items() if found}
     if len(done) == 1:
-        spreads |= _intervals_of_run(study.folder / done[0].planned.name, spreads)
+        spreads |= _intervals_of_run(study.folder / done[0].planned.name, spreads, study.config.task.type)
     return Line(
         model,
         spreads,
@@ -191,11 +191,24 @@ def spread(values: Sequence[float], name: str) -> Spread:
     return Spread(mean(values), max(lowest, mean(values) - half), min(highest, mean(values) + half))
 
 
-def _intervals_of_run(folder: Path, spreads: Mapping[str, Spread]) -> dict[str, Spread]:
+def _intervals_of_run(folder: Path, spreads: Mapping[str, Spread], task: str) -> dict[str, Spread]:
     with (folder / "metrics.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if (row["split"], row["unit"]) == ("test", "bag")]
     ends = {row["metric"]: (float(row["low"]), float(row["high"])) for row in rows}
+    if "mean" in spreads:
+        ends["mean"] = _interval_of_mean(read_predictions(folder / "predictions.csv").labelled("test"), task)
     return {name: Spread(own.mean, *ends[name]) for name, own in spreads.items() if name in ends}
+
+
+def _interval_of_mean(bags: PredictionTable, task: str) -> tuple[float, float]:
+    """Bootstrap interval, by patient, of the mean of AUROC, accuracy and F1."""
+    labels, logits = check_bags(bags.labels, bags.logits, task)
+
+    def statistic(weights: np.ndarray) -> dict[str, np.ndarray]:
+        found = weighted_metrics(labels, logits, task, weights)
+        return {"mean": np.mean([found[name] for name in _CLASSES[:3]], axis=0)}
+
+    return intervals(statistic, groups_of(bags.patients))["mean"]
 
 
 def _pooled(study: Study, outcomes: Sequence[Outcome]) -> PredictionTable | None:
@@ -253,7 +266,7 @@ def write_comparison(study: Study, outcomes: Sequence[Outcome]) -> list[Line]:
         cost = [_csv(round(line.seconds, 1)), line.peak_rss_bytes, line.num_runs, line.num_failed]
         writer.writerow([line.model, *numbers, _csv(line.p_value), *cost])
     write_atomically(study.folder / "table.csv", text.getvalue())
-    write_atomically(study.folder / "table.md", markdown(lines, names))
+    write_atomically(study.folder / "table.md", markdown(table_cells(lines, names)))
     return lines
 
 
@@ -272,8 +285,8 @@ def runs_csv(outcomes: Sequence[Outcome], names: Sequence[str]) -> str:
     return text.getvalue()
 
 
-def markdown(lines: Sequence[Line], names: Sequence[str]) -> str:
-    """One row per model, the best first; mean, and 95 % interval where there is one."""
+def table_cells(lines: Sequence[Line], names: Sequence[str]) -> list[list[str]]:
+    """Columns, then one row per model, the best first; mean, and 95 % interval where there is one."""
     names = [name for name in names if any(name in line.metrics for line in lines)]
     compared = [f"{NAMES[names[0]]} less the best's", "p"] if any(line.difference for line in lines) else []
     columns = ["Model", *(NAMES[name] for name in names), *compared, "Seconds", "Peak RSS, MiB"]
@@ -286,6 +299,12 @@ def markdown(lines: Sequence[Line], names: Sequence[str]) -> str:
             cells += ["", ""]
         cells += [f"{line.seconds:.0f}", f"{line.peak_rss_bytes / 2**20:.0f}"] if line.num_runs else ["", ""]
         rows.append([f"{line.model} ({line.num_failed} failed)" if line.num_failed else line.model, *cells])
+    return [columns, *rows]
+
+
+def markdown(cells: Sequence[Sequence[str]]) -> str:
+    """A table, columns first, in Markdown."""
+    columns, *rows = cells
     table = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
     return "".join(f"| {' | '.join(row)} |\n" for row in table)
 

@@ -36,14 +36,14 @@ STYLE: Any = {
 }
 
 
-def _svg(draw: Callable[[Axes], None]) -> str:
+def svg_text(draw: Callable[[Axes], None], size_inches: tuple[float, float] = _SIZE_INCHES) -> str:
     """One chart, drawn by ``draw`` on fresh axes."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
+        figure = Figure(figsize=size_inches, layout="constrained")
         FigureCanvasSVG(figure)
         draw(figure.add_subplot())
         buffer = io.StringIO()
@@ -84,7 +84,7 @@ def series_chart(
         if len(series) + (faint is not None) + (marked is not None) > 1:
             _legend_above(axes)
 
-    return _svg(draw)
+    return svg_text(draw)
 
 
 def roc_chart(curves: Sequence[tuple[str, np.ndarray, np.ndarray]], bands: Sequence[Band] = ()) -> str:
@@ -101,7 +101,7 @@ def roc_chart(curves: Sequence[tuple[str, np.ndarray, np.ndarray]], bands: Seque
         axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.03))
         axes.legend(loc="lower right")
 
-    return _svg(draw)
+    return svg_text(draw)
 
 
 def precision_recall_chart(curves: Sequence[tuple[str, np.ndarray, np.ndarray]], bands: Sequence[Band] = ()) -> str:
@@ -118,7 +118,7 @@ def precision_recall_chart(curves: Sequence[tuple[str, np.ndarray, np.ndarray]],
         axes.set(xlabel="recall (sensitivity)", ylabel="precision", xlim=(-0.02, 1.02), ylim=(-0.02, 1.03))
         axes.legend(loc="lower left")
 
-    return _svg(draw)
+    return svg_text(draw)
 
 
 def _draw_bands(axes: Axes, bands: Sequence[Band], colours: Sequence[str]) -> None:
@@ -140,7 +140,7 @@ def survival_chart(curves: Sequence[tuple[str, Survival]]) -> str:
         axes.set_xlim(left=0)
         axes.legend(loc="upper right")
 
-    return _svg(draw)
+    return svg_text(draw)
 
 
 def calibration_chart(probability: np.ndarray, observed: np.ndarray, count: np.ndarray, what: str) -> str:
@@ -167,7 +167,7 @@ def calibration_chart(probability: np.ndarray, observed: np.ndarray, count: np.n
         axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.03))
         axes.legend(loc="upper left")
 
-    return _svg(draw)
+    return svg_text(draw)
 
 
 def wilson_interval(share: np.ndarray, count: np.ndarray, z: float = 1.959964) -> tuple[np.ndarray, np.ndarray]:
@@ -208,7 +208,7 @@ def histogram_chart(
         _plain_log_ticks(axes, log_x, values)
         _legend_above(axes)
 
-    return _svg(draw)
+    return svg_text(draw)
 
 
 def size_chart(groups: Sequence[tuple[str, np.ndarray, np.ndarray]], ylabel: str, *, threshold: float | None) -> str:
@@ -226,7 +226,7 @@ def size_chart(groups: Sequence[tuple[str, np.ndarray, np.ndarray]], ylabel: str
         _plain_log_ticks(axes, True, sizes)
         _legend_above(axes)
 
-    return _svg(draw)
+    return svg_text(draw)
 
 
 def agreement_chart(labels: np.ndarray, predictions: np.ndarray) -> str:
@@ -239,7 +239,7 @@ def agreement_chart(labels: np.ndarray, predictions: np.ndarray) -> str:
         axes.set(xlabel="label", ylabel="predicted")
         _legend_above(axes)
 
-    return _svg(draw)
+    return svg_text(draw)
 
 
 def residual_chart(predictions: np.ndarray, errors: np.ndarray) -> str:
@@ -251,7 +251,7 @@ def residual_chart(predictions: np.ndarray, errors: np.ndarray) -> str:
         axes.set(xlabel="predicted", ylabel="predicted - label")
         _legend_above(axes)
 
-    return _svg(draw)
+    return svg_text(draw)
 
 
 def ranked_chart(values: np.ndarray, marked: np.ndarray | None, ylabel: str) -> str:
@@ -270,7 +270,7 @@ def ranked_chart(values: np.ndarray, marked: np.ndarray | None, ylabel: str) -> 
         _plain_log_ticks(axes, True, rank)
         _legend_above(axes)
 
-    return _svg(draw)
+    return svg_text(draw)
 
 
 def _legend_above(axes: Axes) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from bigbag.evaluation.cap_curve import Point
 from bigbag.evaluation.compare import NAMES, Line, Spread
 from bigbag.files import write_atomically
-from bigbag.visualize.charts import CLASS_COLOURS, INK, MUTED, NEGATIVE, POSITIVE, STYLE
+from bigbag.visualize.charts import CLASS_COLOURS, INK, MUTED, NEGATIVE, POSITIVE, STYLE, svg_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,26 +68,59 @@ def draw_cap_curve(points: Sequence[Point], name: str, folder: Path) -> Path:
     import matplotlib
     from matplotlib.figure import Figure
 
-    capped = [point for point in points if point.cap is not None and name in point.metrics]
-    whole = next((point.metrics[name] for point in points if point.cap is None and name in point.metrics), None)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.2, 3.6), layout="constrained")
-        axes = figure.add_subplot()
-        if whole is not None:
-            axes.axhline(whole.mean, color=POSITIVE, label=f"whole bags: {whole.mean:.3f}")
-            if not math.isnan(whole.low):
-                axes.axhspan(whole.low, whole.high, color=POSITIVE, alpha=0.12, linewidth=0)
-        if capped:
-            caps, spreads = [float(point.cap or 0) for point in capped], [point.metrics[name] for point in capped]
-            low, high = (np.array([getattr(s, end) for s in spreads]) for end in ("low", "high"))
-            axes.fill_between(caps, low, high, color=NEGATIVE, alpha=0.15, linewidth=0)
-            axes.plot(caps, [s.mean for s in spreads], "o-", color=NEGATIVE, label="a random part of each bag")
-            axes.set_xscale("log", base=2)
-            axes.set_xticks(caps, [f"{cap:,.0f}" for cap in caps])
-            axes.minorticks_off()
-        axes.set(xlabel="most instances of a bag, in training and testing", ylabel=f"test {NAMES[name]}")
-        axes.legend(loc="lower right")
+        _cap_curve(figure.add_subplot(), points, name)
         return _save(figure, folder)
+
+
+def _cap_curve(axes: Axes, points: Sequence[Point], name: str) -> None:
+    capped = [point for point in points if point.cap is not None and name in point.metrics]
+    whole = next((point.metrics[name] for point in points if point.cap is None and name in point.metrics), None)
+    if whole is not None:
+        axes.axhline(whole.mean, color=POSITIVE, label=f"whole bags: {whole.mean:.3f}")
+        if not math.isnan(whole.low):
+            axes.axhspan(whole.low, whole.high, color=POSITIVE, alpha=0.12, linewidth=0)
+    if capped:
+        caps, spreads = [float(point.cap or 0) for point in capped], [point.metrics[name] for point in capped]
+        low, high = (np.array([getattr(s, end) for s in spreads]) for end in ("low", "high"))
+        axes.fill_between(caps, low, high, color=NEGATIVE, alpha=0.15, linewidth=0)
+        axes.plot(caps, [s.mean for s in spreads], "o-", color=NEGATIVE, label="a random part of each bag")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(caps, [f"{cap:,.0f}" for cap in caps])
+        axes.minorticks_off()
+    axes.set(xlabel="most instances of a bag, in training and testing", ylabel=f"test {NAMES[name]}")
+    axes.legend(loc="lower right")
+
+
+def metric_svg(shown: Sequence[Line], name: str) -> tuple[str, tuple[int, int]]:
+    """A metric of the models, one row each, as SVG text, and its size in pixels."""
+    spreads = [line.metrics.get(name, Spread(math.nan)) for line in shown]
+    return _rows_svg(shown, lambda axes, places: _dots(axes, places, spreads, NEGATIVE))
+
+
+def cost_svg(shown: Sequence[Line], key: str) -> tuple[str, tuple[int, int]]:
+    """What the runs of the models took, "seconds" or "peak_rss_bytes" in MiB, one row each; as :func:`metric_svg`."""
+    values = [getattr(line, key) / (2**20 if key == "peak_rss_bytes" else 1) for line in shown]
+    return _rows_svg(shown, lambda axes, places: _bars(axes, places, values, ""))
+
+
+def cap_curve_svg(points: Sequence[Point], name: str) -> str:
+    """The curve of :func:`draw_cap_curve` as SVG text."""
+    return svg_text(lambda axes: _cap_curve(axes, points, name))
+
+
+def _rows_svg(shown: Sequence[Line], draw: Callable[[Axes, np.ndarray], None]) -> tuple[str, tuple[int, int]]:
+    """A chart with a row for each model."""
+    places = np.arange(len(shown))
+    height = 0.45 + 0.2 * max(len(shown), 4)
+
+    def rows(axes: Axes) -> None:
+        draw(axes, places)
+        axes.set_yticks(places, [line.model for line in shown])
+        axes.set_ylim(len(shown) - 0.4, -0.6)
+
+    return svg_text(rows, (4.0, height)), (400, round(100 * height))
 
 
 def _dots(axes: Axes, places: np.ndarray, spreads: Sequence[Spread], colour: str) -> None:

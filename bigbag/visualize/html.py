@@ -5,11 +5,15 @@ from __future__ import annotations
 import base64
 import html
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bigbag.visualize.figures import png_bytes
+from bigbag.visualize.style import STYLE
+
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def esc(value: Any) -> str:
@@ -26,10 +30,44 @@ def png_uri(image: np.ndarray) -> str:
     return data_uri(png_bytes(image), "png")
 
 
-def chart(svg: str, title: str, alt: str, caption: str = "") -> str:
-    """A chart with its title above, and a caption below that may hold markup."""
+def page(kind: str, title: str, facts: str, lead: str, sections: Sequence[tuple[str, str, str]], footer: str) -> str:
+    """A whole page without scripts and without anything from elsewhere.
+
+    Args:
+        kind: what it is, such as "bigbag report".
+        title: its heading.
+        facts: one line below it, as markup.
+        lead: markup before the first section.
+        sections: anchor, heading and markup of each.
+        footer: markup.
+    """
+    links = "".join(f'<li><a href="#{anchor}">{esc(name)}</a></li>' for anchor, name, _ in sections)
+    body = "".join(f'<section id="{anchor}"><h2>{esc(name)}</h2>{text}</section>' for anchor, name, text in sections)
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{esc(title)}: {esc(kind)}</title>'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}"><link rel="icon" href="data:,">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>'
+        f'<header><p class="kind">{esc(kind)}</p><h1>{esc(title)}</h1><p class="facts">{facts}</p>'
+        f'<nav aria-label="Sections"><ul>{links}</ul></nav></header>'
+        f"<main>{lead}{body}</main><footer>{footer}</footer></body></html>\n"
+    )
+
+
+def footer(folder: Path, environment: dict[str, Any]) -> str:
+    """Who wrote a page, and from what."""
+    versions = environment.get("versions")
+    version = f" {versions['bigbag']}" if isinstance(versions, dict) and "bigbag" in versions else ""
+    return (
+        f"Written by bigbag{esc(version)} from the files in <code>{esc(folder.resolve().name)}/</code>. "
+        "For research; not a medical device."
+    )
+
+
+def chart(svg: str, title: str, alt: str, caption: str = "", size: tuple[int, int] = (400, 300)) -> str:
+    """A chart of so many pixels with its title above, and a caption below that may hold markup."""
     note = f"<figcaption>{caption}</figcaption>" if caption else ""
-    image = f'<img src="{data_uri(svg.encode(), "svg+xml")}" alt="{esc(alt)}" width="400" height="300">'
+    shape = f'width="{size[0]}" height="{size[1]}"'
+    image = f'<img src="{data_uri(svg.encode(), "svg+xml")}" alt="{esc(alt)}" {shape}>'
     return f'<figure><p class="title">{esc(title)}</p>{image}{note}</figure>'
 
 

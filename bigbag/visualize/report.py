@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from bigbag.files import write_atomically
-from bigbag.visualize.html import details, esc, note, settings, table
+from bigbag.visualize.html import details, esc, footer, note, page, settings, table
 from bigbag.visualize.mistakes import mistakes_section
 from bigbag.visualize.performance import lead, metric_name, number, performance_section, training_section
 from bigbag.visualize.run_folder import SPLITS, PredictionTable, RunFolder, read_run
 from bigbag.visualize.slides import slides_section
-from bigbag.visualize.style import STYLE
 
 _HEADLINE = {
     "binary": ("auroc", "balanced_accuracy", "accuracy", "f1", "instance_auroc"),
@@ -21,7 +20,6 @@ _HEADLINE = {
     "survival": ("c_index",),
     "survival_discrete": ("c_index",),
 }
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -54,20 +52,12 @@ def write_report(run_dir: str | Path) -> Path:
         ("left-out", "Left out", _left_out(run)),
         ("details", "Everything else", _everything_else(run)),
     ]
-    links = "".join(f'<li><a href="#{anchor}">{esc(title)}</a></li>' for anchor, title, _ in sections)
-    body = "".join(f'<section id="{anchor}"><h2>{esc(title)}</h2>{text}</section>' for anchor, title, text in sections)
     name = str(run.config.get("name") or run.path.resolve().name)
-    page = (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{esc(name)}: bigbag report</title>'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}"><link rel="icon" href="data:,">'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>'
-        f'<header><p class="kind">bigbag report</p><h1>{esc(name)}</h1><p class="facts">{_facts(run)}</p>'
-        f'<nav aria-label="Sections"><ul>{links}</ul></nav></header>'
-        f"<main>{_headline(run, split, bags)}{body}</main>"
-        f"<footer>{_footer(run)}</footer></body></html>\n"
-    )
     path = run.path / "report.html"
-    write_atomically(path, page)
+    lead_text = _headline(run, split, bags)
+    write_atomically(
+        path, page("bigbag report", name, _facts(run), lead_text, sections, footer(run.path, run.environment))
+    )
     return path
 
 
@@ -173,12 +163,3 @@ def _everything_else(run: RunFolder) -> str:
         parts.append("<p>This run has no <code>environment.json</code>: versions and devices are not known.</p>")
     config = f'<pre tabindex="0">{esc(run.config_text)}</pre>'
     return details("Settings (config.yaml)", config) + "".join(parts)
-
-
-def _footer(run: RunFolder) -> str:
-    versions = run.environment.get("versions")
-    version = f" {versions['bigbag']}" if isinstance(versions, dict) and "bigbag" in versions else ""
-    return (
-        f"Written by bigbag{esc(version)} from the files in <code>{esc(run.path.resolve().name)}/</code>. "
-        "For research; not a medical device."
-    )

@@ -47,6 +47,8 @@ th, td { text-align: right; padding: 6px 10px; border-bottom: 1px solid var(--li
 th:first-child, td:first-child { text-align: left; overflow-wrap: anywhere; padding-left: 0; }
 thead th { color: var(--muted); font-weight: 600; border-bottom: 2px solid var(--line); }
 tbody th { font-weight: 500; }
+.numbers td, .numbers tbody th { white-space: nowrap; }
+.numbers th:first-child { position: sticky; left: 0; background: #fff; padding-right: 12px; overflow-wrap: normal; }
 .wrong { color: var(--positive); font-weight: 600; }
 .right { color: var(--good); }
 .confusion { max-width: 380px; }
@@ -93,6 +95,7 @@ footer { color: var(--muted); font-size: .86rem; padding-top: 32px; padding-bott
   .lead { font-size: 1.02rem; }
   .cards { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 8px; }
   .cards dd { font-size: 1.4rem; }
+  .numbers td, .numbers th { padding: 6px 8px; }
   .views, .views.two { grid-template-columns: minmax(0, 1fr); }
   .closeups { grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); }
   .strip { grid-template-columns: repeat(6, minmax(0, 1fr)); }
@@ -114,6 +117,7 @@ footer { color: var(--muted); font-size: .86rem; padding-top: 32px; padding-bott
   .charts { grid-template-columns: repeat(3, minmax(0, 1fr)); }
   .views { grid-template-columns: minmax(0, 5fr) minmax(0, 5fr) minmax(0, 2.42fr); }
   details::details-content { content-visibility: visible; height: auto; }
+  .numbers td { white-space: normal; }
   pre { white-space: pre-wrap; overflow-wrap: anywhere; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from sklearn import metrics as sk
 
 from bigbag.cli import main
 from bigbag.config import ConfigError, build_config, load_config
@@ -29,7 +31,9 @@ from bigbag.evaluation.compare import (
     plan_comparison,
     spread,
     summarise_comparison,
+    table_cells,
 )
+from bigbag.evaluation.predictions import read_predictions
 from bigbag.evaluation.slurm import array_ranges
 from bigbag.evaluation.study import Outcome, Study
 
@@ -122,7 +126,7 @@ def test_intervals_over_runs_are_students() -> None:
 def test_the_table_has_intervals_differences_and_failures() -> None:
     best = Line("B", {"auroc": Spread(0.9)}, 10.0, 1 << 20, num_runs=1, num_failed=0)
     other = Line("A", {"auroc": Spread(0.6, 0.5, 0.7)}, 20.4, 2 << 20, 2, 1, Spread(-0.3, -0.4, -0.2), 0.0123)
-    lines = markdown([best, other], ["auroc", "f1"]).splitlines()
+    lines = markdown(table_cells([best, other], ["auroc", "f1"])).splitlines()
     assert lines[0] == "| Model | AUROC | AUROC less the best's | p | Seconds | Peak RSS, MiB |"
     assert lines[2] == "| B | 0.900 |  |  | 10 | 1 |"
     assert lines[3] == "| A (1 failed) | 0.600 [0.500, 0.700] | -0.300 [-0.400, -0.200] | 0.012 | 20 | 2 |"
@@ -152,6 +156,15 @@ def test_models_seeds_and_folds(config: Path, trained: list[list[str]], capsys: 
     assert float(table["MeanMIL"]["difference"]) < 0 < float(table["MeanMIL"]["p_value"]) < 1
     assert table["CLAM_SB"]["difference"] == "" and table["MaxMIL"]["num_failed"] == "6"
     assert (folder / "figure.png").read_bytes()[:4] == b"\x89PNG" and "<svg" in (folder / "figure.svg").read_text()
+    page = (folder / "report.html").read_text()
+    assert "CLAM_SB has the best test AUROC, 1.000 [1.000, 1.000]. On the same bags it differs from" in page
+    assert "6 of 18 runs have no result: see Runs." in page and page.count("out of luck") == 6
+    assert page.count("<figure>") == 6 and "AUROC: CLAM_SB 1.000 [1.000, 1.000]; MeanMIL " in page
+    (cells,) = re.findall('<tr><th scope="row">MeanMIL</th>(.*?)</tr>', page)
+    assert [float(cell.split()[0]) for cell in re.findall("<td>(.*?)</td>", cells)[:2]] == [
+        pytest.approx(float(table["MeanMIL"][name]), abs=5e-4) for name in ("auroc", "accuracy")
+    ]
+    assert not re.search('(?:src|href)="(?!data:|#)', page) and "<script" not in page
     assert main(command) == 2 and len(trained) == 24  # the failed ones are tried again
 
 
@@ -173,7 +186,17 @@ def test_one_run_has_the_interval_of_its_bags(config: Path, trained: list[list[s
     study = plan_comparison(config, [], ["MeanMIL"], [0])
     (line,) = summarise_comparison(study, study.run(lambda _: None))
     assert (line.metrics["auroc"].low, line.metrics["auroc"].high) == (0.1, 0.9)
-    assert np.isnan(line.metrics["mean"].low)
+    bags = read_predictions(study.folder / "MeanMIL-seed0" / "predictions.csv")
+    rng, means = np.random.default_rng(0), []
+    for _ in range(2000):
+        drawn = rng.integers(0, len(bags.keys), len(bags.keys))
+        labels, logits = bags.labels[drawn], bags.logits[drawn]
+        if 0 < labels.sum() < len(labels):
+            right = ((logits >= 0) == labels).mean()
+            means.append(np.mean([sk.roc_auc_score(labels, logits), right, sk.f1_score(labels, logits >= 0)]))
+    low, high = np.quantile(means, [0.025, 0.975])  # BCa's ends are shifted, by less than a fifth here
+    assert line.metrics["mean"].low == pytest.approx(low, abs=0.2 * (high - low))
+    assert line.metrics["mean"].high == pytest.approx(high, abs=0.2 * (high - low))
 
 
 def test_inner_folds_choose(config: Path, trained: list[list[str]]) -> None:
@@ -208,6 +231,8 @@ def test_cap_curve(config: Path, trained: list[list[str]]) -> None:
     assert (large.cap, whole.cap, whole.num_runs) == (120, None, 2)
     folder = config.parent / "runs" / "caps"
     assert (folder / "figure.png").is_file()
+    page = (folder / "report.html").read_text()
+    assert "with a random 64 instances of each bag" in page and "<h2>What a cap costs</h2>" in page
     assert [row["cap"] for row in csv.DictReader((folder / "table.csv").open())] == ["64", "120", "whole"]
     uncut = plan_cap_curve(config, ["name=caps"], [max(sizes), 10**6, 64], [0])
     assert [run.name for run in uncut.runs] == ["cap64-seed0", "whole-seed0"]
@@ -320,6 +345,9 @@ def test_from_the_command_line_once_and_again(
         settings = load_config(folder / f"{row['model']}-seed0" / "config.yaml")
         assert settings.train.batch_bags == (2 if row["model"] == "CLAM_SB" else 3)
         assert float(row["seconds"]) > 0.5 and int(row["peak_rss_bytes"]) > 100 << 20
+    page = (folder / "report.html").read_text()
+    for name in ("MeanMIL-seed0", "CLAM_SB-seed0"):
+        assert f'<a href="{name}/report.html">{name}</a>' in page and (folder / name / "report.html").is_file()
     table = (folder / "table.md").read_text()
     assert "| CLAM_SB |" in table and table in capsys.readouterr().out
     monkeypatch.setattr(module.subprocess, "Popen", lambda *_, **__: pytest.fail("trained again"))
