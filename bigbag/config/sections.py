@@ -181,7 +181,8 @@ class TrainConfig(Section):
     in ``results.json`` (``skipped_bags``). To skip costs a forward pass with the others, where there is such a bag, and
     waits for each pack's loss."""
     log_every_steps: int = 1
-    """Steps between two lines of ``metrics.jsonl``."""
+    """Steps between two lines of ``metrics.jsonl``. In between, losses stay on the device and nothing waits for them;
+    one that is not finite stops the run at the next line, or before the weights are saved."""
 
     @field_validator("epochs", "batch_bags", "log_every_steps", "checkpoint_every_steps", "patience")
     @classmethod

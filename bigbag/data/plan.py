@@ -42,6 +42,11 @@ class StepPlan:
     micro_steps: tuple[tuple[PackPlan, ...], ...]
     num_bags: int
 
+    @property
+    def num_instances(self) -> int:
+        """Over all ranks, without fillers."""
+        return sum(pack.num_instances for packs in self.micro_steps for pack in packs if not pack.is_filler)
+
 
 @dataclass(frozen=True)
 class EpochPlan:

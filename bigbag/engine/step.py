@@ -33,25 +33,22 @@ Call = tuple[Tensor, Tensor]
 
 @dataclass
 class StepSums:
-    """What a rank adds up over its packs.
+    """What a rank adds up over its packs. The numbers stay on the device, so that the host does not wait for them.
 
     Attributes:
         losses: name of a loss to its share of the step's mean, before its coefficient.
-        instances: number of instances.
         packs: bag names and total loss of each pack, to name the culprit of a loss that is not finite.
         skipped: keys of the bags left out because their loss was not finite; after :func:`accumulate` of all ranks.
     """
 
     losses: dict[str, Tensor] = field(default_factory=dict)
-    instances: int = 0
     packs: list[tuple[tuple[str, ...], Tensor]] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
 
-    def add(self, pack: PackPlan, bags: PackedBags, losses: Mapping[str, Tensor], share: float) -> None:
+    def add(self, bags: PackedBags, losses: Mapping[str, Tensor], share: float) -> None:
         for name, value in losses.items():
             weighted = value.detach().double() * share
             self.losses[name] = self.losses[name] + weighted if name in self.losses else weighted
-        self.instances += 0 if pack.is_filler else bags.num_instances
         self.packs.append((bags.keys, torch.stack([value.detach() for value in losses.values()]).sum()))
 
 
@@ -63,7 +60,7 @@ def accumulate(
     world: World,
     coefficients: Mapping[str, float],
     skipping: Skipping | None = None,
-) -> tuple[dict[str, float], int, StepSums]:
+) -> StepSums:
     """Run the packs of a global step forward and backward; the gradient is left in the weights.
 
     Args:
@@ -76,8 +73,7 @@ def accumulate(
         skipping: leaves out bags whose loss is not finite; None: their gradient is not finite either.
 
     Returns:
-        Each loss by name, the mean over the bags of the step that were not skipped, before its coefficient; the number
-        of instances; both over all ranks. And this rank's own sums.
+        This rank's sums; :class:`bigbag.engine.losses.PendingLosses` adds up those of all ranks.
 
     Raises:
         ConfigError: a coefficient for a loss that the model does not have.
@@ -87,16 +83,9 @@ def accumulate(
         sums = _accumulate_jointly(list(packs), plan, model.criterion, backend, world, coefficients)
     else:
         sums = _accumulate(packs, plan, backend, world, coefficients, skipping=skipping)
-    names = sorted(sums.losses)
-    numbers = torch.stack(
-        [*(sums.losses[name] for name in names), torch.tensor(float(sums.instances)).to(world.device)]
-    )
-    *values, instances = world.sum(numbers.double()).tolist()
     if skipping is not None:
         sums.skipped = [key for keys in world.gather(sums.skipped)[:: world.bag_ranks] for key in keys]
-        scale = plan.num_bags / max(1, plan.num_bags - len(sums.skipped))
-        values = [value * scale for value in values]
-    return dict(zip(names, values)), int(instances), sums
+    return sums
 
 
 def _accumulate(
@@ -122,7 +111,7 @@ def _accumulate(
         # Each of the ranks that share a bag has all of its loss, and the gradients of all ranks are added up.
         share = _share(pack, plan) / world.bag_ranks
         backend.backward(total_loss(losses, coefficients) * share, last=micro == len(plan.micro_steps) - 1)
-        sums.add(pack, bags, losses, share)
+        sums.add(bags, losses, share)
         del bags, losses  # before the next pack comes to the device
     return sums
 

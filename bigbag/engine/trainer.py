@@ -27,13 +27,14 @@ from bigbag.engine.evaluate import predict_bags, score
 from bigbag.engine.feed import TrainingFeed
 from bigbag.engine.live import write_attention, write_curves
 from bigbag.engine.log import RunLog, progress
+from bigbag.engine.losses import PendingLosses, StepLoss
 from bigbag.engine.memory_cost import Recomputation
 from bigbag.engine.memory_plan import cheaper
 from bigbag.engine.metrics import headline
 from bigbag.engine.nonfinite import Skipping
 from bigbag.engine.optim import learning_rate
 from bigbag.engine.preemption import Preempted, asked_to_leave
-from bigbag.engine.step import Packs, StepSums, accumulate
+from bigbag.engine.step import Packs, accumulate
 from bigbag.engine.world import World
 from bigbag.memory import is_out_of_memory, resident_bytes, return_freed, trim_heap
 from bigbag.models import MILModel, save_model
@@ -71,6 +72,7 @@ class Trainer:
         self.feed = TrainingFeed(config, store, splits["train"], world)
         self.checkpoints = config.run_dir / "checkpoints"
         self.steps_per_epoch = self.feed.steps_per_epoch
+        self.pending = PendingLosses(world)
         self.skips_nonfinite = config.train.nonfinite == "skip"
         if self.skips_nonfinite and getattr(model.criterion, "spans_step", False):
             raise ConfigError(
@@ -85,11 +87,10 @@ class Trainer:
     def fit(self) -> Progress:
         """Train to the end, from the latest checkpoint if there is one."""
         done = load_checkpoint(self.checkpoints, self.backend, self.world) or Progress()
-        self.annealing = build_schedulers(self.config.train.loss_coefficients, self._global_step(done))
-        self.log = RunLog(self.config.run_dir, self.world, done.log_position, self._global_step(done))
+        self.start(done)
         try:
             while not done.finished:
-                self._train_epoch(done)
+                self.train_epoch(done)
                 try:
                     self._finish_epoch(done)
                 except Preempted:  # in validation, which a resume from the end of the epoch's steps repeats
@@ -108,21 +109,30 @@ class Trainer:
             self.log.close()
         return done
 
+    def start(self, done: Progress) -> None:
+        """Make ready for the steps from ``done`` on: the annealing of losses, and the log, to be closed afterwards."""
+        self.annealing = build_schedulers(self.config.train.loss_coefficients, self._global_step(done))
+        self.log = RunLog(self.config.run_dir, self.world, done.log_position, self._global_step(done))
+
     def _save(self, done: Progress) -> None:
+        self._look_at_losses(done)
         done.log_position = self.log.position
         save_checkpoint(self.checkpoints, self.backend, done, self.world)
 
     def _global_step(self, done: Progress) -> int:
         return done.epoch * self.steps_per_epoch + done.step
 
-    def _train_epoch(self, done: Progress) -> None:
+    def train_epoch(self, done: Progress) -> None:
+        """The steps that are left of an epoch, without validation; :meth:`start` comes first."""
         plan = self.feed.plan(done.epoch)
         self.backend.train(True)
+        self.looked_at = time.perf_counter()
         bar = progress(
             self.steps_per_epoch, done.step, f"epoch {done.epoch + 1}/{self.config.train.epochs}", self.world
         )
         while done.step < self.steps_per_epoch:
             self._train_steps(done, plan, bar)
+        self._look_at_losses(done)
         bar.close()
 
     def _train_steps(self, done: Progress, plan: EpochPlan, bar: Any) -> None:
@@ -131,15 +141,12 @@ class Trainer:
         every = self.config.train.checkpoint_every_steps
         packs = self.feed.packs(plan, done.epoch, start_step=done.step)
         for step, group in groupby(packs, key=lambda item: item[0]):
-            num_bags = plan.steps[step].num_bags
-            loss = self._step(done, group, plan.steps[step])
-            if loss is None:
+            if not self._step(done, group, plan.steps[step]):
                 return
             done.step = step + 1
-            done.loss_sum += loss * num_bags
-            done.num_bags += num_bags
             bar.update()
-            bar.set_postfix(loss=f"{loss:.4f}")
+            if done.num_bags:
+                bar.set_postfix(loss=f"{done.loss_sum / done.num_bags:.4f}")
             # Steps of ever other sizes leave holes that none of them fills; returning them costs time.
             if self.most_bytes is not None and (resident_bytes() or 0) > self.most_bytes:
                 trim_heap()
@@ -149,19 +156,15 @@ class Trainer:
             if leaving:
                 raise Preempted
 
-    def _step(self, done: Progress, packs: Packs, plan: StepPlan) -> float | None:
+    def _step(self, done: Progress, packs: Packs, plan: StepPlan) -> bool:
         """One optimiser step.
 
         Returns:
-            The mean loss of its bags, over all ranks; None where this rank ran out of memory: then nothing has changed
-            but how much it will take.
+            False where this rank ran out of memory: then nothing has changed but how much it will take.
         """
-        started = time.perf_counter()
         coefficients = {name: scheduler() for name, scheduler in self.annealing.items()}
         try:
-            losses, instances, own = accumulate(
-                packs, plan, self.model, self.backend, self.world, coefficients, self._skipping(done)
-            )
+            sums = accumulate(packs, plan, self.model, self.backend, self.world, coefficients, self._skipping(done))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -172,31 +175,46 @@ class Trainer:
         if remedy is not None:  # and the error, with all tensors that its frames held, is gone
             return_freed()
             logger.warning("%s; epoch %d, step %d again with %s", message, done.epoch + 1, done.step + 1, remedy)
-            return None
-        loss = sum(value * coefficients.get(name, 1.0) for name, value in losses.items())
-        if not math.isfinite(loss):
-            self._refuse_loss(own, done)
-        if own.skipped:
-            self._note_skipped(own.skipped, loss, done)
+            return False
+        self.pending.add(done.step, plan, sums, coefficients)
         global_step = self._global_step(done)
+        # Before the weights change. A loss that is looked at later stops the run before they are saved.
+        logs = global_step % self.config.train.log_every_steps == 0
+        started, seen = self.looked_at, self._look_at_losses(done) if logs else []
         lr = learning_rate(self.config.optim, global_step, self.steps_per_epoch, self.config.train.epochs)
         self.backend.step(lr)
         with torch.no_grad():
             self.model.after_step()
         for scheduler in self.annealing.values():
             scheduler.step()
-        if global_step % self.config.train.log_every_steps == 0:
-            rate = instances / (time.perf_counter() - started)
-            values: dict[str, Any] = {
-                "epoch": done.epoch,
-                "step": global_step,
-                "loss": loss,
-                "losses": losses,
-                "lr": lr,
-            }
-            values |= {"instances_per_s": rate, **({"coefficients": coefficients} if coefficients else {})}
-            self.log.write("train", global_step, values)
-        return loss
+        if logs:
+            rate = sum(loss.num_instances for loss in seen) / (self.looked_at - started)
+            self._log_step(done, seen[-1], lr, rate)
+        return True
+
+    def _log_step(self, done: Progress, seen: StepLoss, lr: float, instances_per_s: float) -> None:
+        step = self._global_step(done)
+        values: dict[str, Any] = {"epoch": done.epoch, "step": step, "loss": seen.total, "losses": seen.losses}
+        values |= {"lr": lr, "instances_per_s": instances_per_s}
+        values |= {"coefficients": dict(seen.coefficients)} if seen.coefficients else {}
+        self.log.write("train", step, values)
+
+    def _look_at_losses(self, done: Progress) -> list[StepLoss]:
+        """The losses of the steps since the last time, added to ``done``. All ranks call it; waits for the device.
+
+        Raises:
+            ValueError: one of them is not finite; it names the bags.
+        """
+        found = self.pending.read()
+        for seen in found:
+            if not math.isfinite(seen.total):
+                self._refuse_loss(seen, done)
+            if seen.sums.skipped:
+                self._note_skipped(seen, done)
+            done.loss_sum += seen.total * seen.num_bags
+            done.num_bags += seen.num_bags
+        self.looked_at = time.perf_counter()
+        return found
 
     def _take_less(self, error: BaseException) -> str:
         """Recompute more, in smaller chunks, and forget the gradient so far; returns what was changed.
@@ -224,24 +242,22 @@ class Trainer:
     def _skipping(self, done: Progress) -> Skipping | None:
         return Skipping(self.feed, done.epoch, self.model, self.world) if self.skips_nonfinite else None
 
-    def _note_skipped(self, keys: Sequence[str], loss: float, done: Progress) -> None:
-        """Count, log and say which bags a step went without; ``loss`` is the mean over the others."""
+    def _note_skipped(self, seen: StepLoss, done: Progress) -> None:
+        """Count, log and say which bags a step went without."""
+        keys = seen.sums.skipped
         for key in keys:
             done.skipped[key] = done.skipped.get(key, 0) + 1
-        done.loss_sum -= loss * len(keys)  # of a step's bags, which _train_steps adds up
-        done.num_bags -= len(keys)
-        step = self._global_step(done)
+        step = done.epoch * self.steps_per_epoch + seen.step
         self.log.write("skipped", step, {"epoch": done.epoch, "step": step, "bags": list(keys)})
         if self.world.is_main:
             names = ", ".join(keys)
-            logger.warning("epoch %d, step %d without %s: no finite loss", done.epoch + 1, done.step + 1, names)
+            logger.warning("epoch %d, step %d without %s: no finite loss", done.epoch + 1, seen.step + 1, names)
 
-    def _refuse_loss(self, own: StepSums, done: Progress) -> None:
+    def _refuse_loss(self, seen: StepLoss, done: Progress) -> None:
         """Stop all ranks, naming the packs whose loss is not finite."""
-        bad = [name for keys, loss in own.packs if not math.isfinite(loss.item()) for name in keys]
-        everywhere = sorted({name for part in self.world.gather(bad) for name in part})
+        everywhere = sorted({name for part in self.world.gather(seen.bags_not_finite()) for name in part})
         raise ValueError(
-            f"the training loss is not finite in epoch {done.epoch}, step {done.step}, with the bags {everywhere}: "
+            f"the training loss is not finite in epoch {done.epoch}, step {seen.step}, with the bags {everywhere}: "
             "look for NaN or very large features in them, lower optim.lr, or go without such bags "
             "(train.nonfinite=skip); the last checkpoint is untouched"
         )

@@ -215,24 +215,29 @@ class _Groups:
 def _slots(order: Tensor, count: int) -> Tensor:
     """(N,) number of each row's pseudo-bag: the order cut into ``count`` runs of equal size, the first ones longer."""
     slots = torch.empty_like(order)
-    size, longer = divmod(len(order), count)
-    runs = torch.tensor([size + (i < longer) for i in range(count)], device=order.device)
+    runs = torch.tensor(_run_sizes(len(order), count), device=order.device)
     slots[order] = torch.repeat_interleave(torch.arange(count, device=order.device), runs, output_size=len(order))
     return slots
 
 
+def _run_sizes(size: int, count: int) -> list[int]:
+    """Sizes of ``count`` runs, as equal as can be, the first ones longer."""
+    each, longer = divmod(size, count)
+    return [each + (i < longer) for i in range(count)]
+
+
 def _cut(bags: PackedBags, slots: list[Tensor], counts: list[int]) -> Segments:
     """The pseudo-bags of all bags as segments, of this rank's rows where bags are shared out over ranks."""
-    ranks = (bags.sizes,) if bags.parts is None else bags.parts.sizes
+    if bags.parts is None:
+        runs = [run for size, count in zip(bags.sizes, counts) if count for run in _run_sizes(size, count)]
+        return Segments.from_sizes(runs, bags.device)
     firsts, sizes = [0] * len(counts), []
-    for of_rank in ranks:
+    for of_rank in bags.parts.sizes:
         parts = [slot[first : first + size] for slot, first, size in zip(slots, firsts, of_rank)]
         sizes.append(
             [n for part, count in zip(parts, counts) if count for n in part.bincount(minlength=count).tolist()]
         )
         firsts = [first + size for first, size in zip(firsts, of_rank)]
-    if bags.parts is None:
-        return Segments.from_sizes(sizes[0], bags.device)
     return Segments.from_sizes(sizes[bags.parts.rank], bags.device, bags.parts.with_sizes(sizes))
 
 

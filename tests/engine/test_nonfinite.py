@@ -13,6 +13,7 @@ from bigbag.config import ConfigError, build_config
 from bigbag.data import ShardStore
 from bigbag.engine.backend import StepModule, TorchBackend
 from bigbag.engine.feed import TrainingFeed
+from bigbag.engine.losses import PendingLosses
 from bigbag.engine.nonfinite import Skipping
 from bigbag.engine.run import evaluate, open_configured_store, train
 from bigbag.engine.step import accumulate
@@ -87,7 +88,10 @@ def test_the_gradient_is_that_of_the_other_bags(settings):
     feed = TrainingFeed(config, store, range(7), World())
     plan = feed.plan(0)
     skipping = Skipping(feed, 0, model, World())
-    found, _, own = accumulate(feed.packs(plan, 0, 0), plan.steps[0], model, backend, World(), {}, skipping)
+    own = accumulate(feed.packs(plan, 0, 0), plan.steps[0], model, backend, World(), {}, skipping)
+    pending = PendingLosses(World())
+    pending.add(0, plan.steps[0], own, {})
+    (found,) = pending.read()
     assert sorted(own.skipped) == sorted(BAD)
     gradients = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
@@ -99,7 +103,8 @@ def test_the_gradient_is_that_of_the_other_bags(settings):
     (sum(by_hand) / 7).backward()
     for gradient, p in zip(gradients, model.parameters()):
         torch.testing.assert_close(gradient, p.grad, rtol=1e-4, atol=1e-6)
-    assert sum(found.values()) == pytest.approx(float(sum(by_hand).detach()) / 5, rel=1e-5)
+    assert found.num_bags == 5 and found.num_instances == plan.steps[0].num_instances
+    assert found.total == pytest.approx(float(sum(by_hand).detach()) / 5, rel=1e-5)
 
 
 def test_broken_weights_stop_the_run(settings, monkeypatch):

@@ -1,47 +1,55 @@
 """A training step reads no number back from the device: on a GPU the host would wait for it."""
 
 from collections import Counter
+from typing import Any
 
 import pytest
-from torch.utils._python_dispatch import TorchDispatchMode
+import torch
+from torch import Tensor
 
 from bigbag.models import MODELS
+from tests.host_reads import watched
 
 from .test_models import SMALL, build, make_pack
 
-WAITING = {
-    "_local_scalar_dense",  # .item(), int(), float(), bool()
-    "nonzero",
-    "masked_select",
-    "_unique2",
-    "unique_consecutive",
-    "bincount",
-}
-READING = {"DTFDMIL", "ProbSmoothABMIL", "TransformerProbSmoothABMIL", "SETMIL", "LongNetMIL"}
-"""Models that read numbers: seeds and constants, which are on the host, and LongNetMIL the last of its offsets."""
 
-
-class Waiting(TorchDispatchMode):
-    """Counts the operators whose result, or its size, the host waits for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.found.update({func._schema.name.removeprefix("aten::")} & WAITING)
-        return func(*args, **(kwargs or {}))
-
-
-def waits(name: str) -> Counter[str]:
-    model, pack = build(name, SMALL.get(name, {})).train(), make_pack()
+def reads(name: str, arguments: dict[str, Any]) -> Counter[str]:
+    """What forward and backward pass of a model read from the device."""
+    model, pack = build(name, arguments).train(), make_pack()
     model.compute_loss(pack.y, pack)  # what is read once and kept does not count
-    with Waiting() as waiting:
+    there = [*model.parameters(), *model.buffers(), *vars(pack).values(), *vars(pack.adj).values()]
+    with watched([value for value in there if isinstance(value, Tensor)]) as device:
         _, losses = model.compute_loss(pack.y, pack)
         sum(losses.values()).backward()
-    return waiting.found
+    return device.reads
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_forward_and_backward_wait_for_nothing(name):
-    assert bool(waits(name)) == (name in READING)
+    assert not reads(name, SMALL.get(name, {}))
+
+
+def test_only_windows_with_strides_are_counted_on_the_device():
+    """How many tokens PMF makes follows from the coordinates."""
+    assert reads("SETMIL", SMALL["SETMIL"] | {"use_pmf": True})
+
+
+@pytest.mark.parametrize(
+    ("read", "found"),
+    [
+        (lambda t: t[0].item(), "item"),
+        (lambda t: (t * 2).tolist(), "tolist"),
+        (lambda t: float(t.sum()), "__float__"),
+        (lambda t: 1 if t.any() else 0, "__bool__"),
+        (lambda t: t[t > 1], "index"),
+        (lambda t: t.nonzero(), "nonzero"),
+        (lambda t: torch.arange(3, device=t.device).max().item(), "item"),
+        (lambda t: torch.arange(3).max().item(), None),
+        (lambda t: t[torch.arange(2)], None),
+    ],
+)
+def test_what_counts_as_reading(read, found):
+    values = torch.arange(4.0)
+    with watched([values]) as device:
+        read(values)
+    assert found in device.reads if found else not device.reads
