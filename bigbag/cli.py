@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _bench(arguments: Sequence[str]) -> int:
-    """``bench ops``, ``bench models`` or ``bench loader``, each with options of its own."""
+    """``bench ops``, ``models``, ``loader`` or ``ranks``, each with options of its own."""
     if arguments[:1] == ["models"]:
         from bigbag.bench.models import main as bench_models
 
@@ -64,6 +64,10 @@ def _bench(arguments: Sequence[str]) -> int:
         from bigbag.bench.loader import main as bench_loader
 
         return bench_loader(arguments[1:])
+    if arguments[:1] == ["ranks"]:
+        from bigbag.bench.ranks import main as bench_ranks
+
+        return bench_ranks(arguments[1:])
     from bigbag.bench import main as bench_operators
 
     return bench_operators(arguments)
@@ -107,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     add_study_options(cap_curve)
     for command in (train, evaluate):
         command.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the DeepSpeed launcher appends it
-    commands.add_parser("bench", help="Benchmarks: `bench ops`, `bench models`, `bench loader`.")
+    commands.add_parser("bench", help="Benchmarks: `bench ops`, `bench models`, `bench loader`, `bench ranks`.")
     return parser
 
 

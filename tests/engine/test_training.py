@@ -282,7 +282,7 @@ def test_finished_run_is_not_trained_again(run_settings, monkeypatch):
 
     run_dir = train_alone(run_settings)
     before = losses(run_dir)
-    monkeypatch.setattr(Trainer, "_train_epoch", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(Trainer, "train_epoch", lambda *_: pytest.fail("trained again"))
     assert losses(train_alone(run_settings)) == before
 
 

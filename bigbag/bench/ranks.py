@@ -1,0 +1,175 @@
+"""Benchmark of ranks: training steps of several ranks with one thread each, beside one rank with one thread.
+
+    python launch/bench.py ranks --ranks 2 --bags 48 --smallest 1000 --largest 20000 --width 512
+
+The processes of all contenders stay alive and take turns, so that a busy machine hurts them alike: in a round each
+contender trains an epoch by the engine's own loop (reading, forward, backward, messages, optimiser, log), while the
+others wait. The first round warms up. The gain is bags per second over those of one rank, of medians. Beside it stands
+what the plan allows: all instances, over those of the rank with most of them in each step. Ranks on cores that other
+processes use as well measure those: let it run alone, or on Linux as root by ``chrt -r 10``, before others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bigbag.bags import Bag
+from bigbag.bench.measure import machine
+from bigbag.config import build_config
+from bigbag.data import EpochPlan, ShardStore, open_store, pack, plan_epoch
+from bigbag.data.sources import MemorySource
+from bigbag.testing import free_port
+
+
+@dataclass(frozen=True)
+class Contender:
+    """``ranks`` processes that train together by ``backend`` ("torch" or "deepspeed")."""
+
+    backend: str
+    ranks: int
+
+    def __str__(self) -> str:
+        return f"{self.backend}, {self.ranks} rank{'s' if self.ranks > 1 else ''}"
+
+
+def make_set(folder: Path, num_bags: int, smallest: int, largest: int, width: int) -> ShardStore:
+    """A packed set of random float16 bags, whose sizes are uniform from ``smallest`` to ``largest``."""
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(smallest, largest + 1, num_bags)
+    x = (rng.standard_normal((n, width), np.float32).astype(np.float16) for n in sizes)
+    bags = [Bag(values, i % 2, f"bag{i}") for i, values in enumerate(x)]
+    pack(MemorySource(bags, ["train"] * num_bags), folder, progress=False)
+    return open_store(folder)
+
+
+def best_gain(plan: EpochPlan) -> float:
+    """Instances of an epoch over those that the rank with most has, step by step: the gain where only they count."""
+    slowest = 0
+    for step in plan.steps:
+        slowest += max(sum(pack.num_instances for pack in of_rank) for of_rank in zip(*step.micro_steps))
+    return sum(step.num_instances for step in plan.steps) / slowest
+
+
+def _train(rank: int, contender: Contender, settings: dict[str, Any], port: int, orders: Connection) -> None:
+    """One process: answers each order with an epoch's seconds, on the clock and of CPU; ends at the order False."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(contender.ranks)}
+    os.environ |= {"LOCAL_WORLD_SIZE": str(contender.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    from bigbag.engine import preemption
+    from bigbag.engine.backend import build_backend
+    from bigbag.engine.checkpoint import Progress
+    from bigbag.engine.trainer import Trainer
+    from bigbag.engine.world import start_world
+    from bigbag.models import build_model
+
+    config = build_config(settings | {"name": f"{contender.backend}{contender.ranks}"})
+    world = start_world(contender.backend, threads=1)
+    preemption.watch()  # as the commands do: ranks tell each other about signals
+    store = open_store(config.data.shards)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(config.seed)
+    model = build_model(config.model, store.feature_shape, config.task)
+    backend = build_backend(contender.backend, model, config, world)
+    trainer = Trainer(config, store, {"train": range(len(store))}, model, backend, world)
+    trainer.start(Progress())
+    orders.send(None)
+    while orders.recv():
+        world.barrier()
+        started = time.perf_counter(), time.process_time()
+        trainer.train_epoch(Progress())
+        orders.send((time.perf_counter() - started[0], time.process_time() - started[1]))
+    trainer.log.close()
+
+
+@contextmanager
+def _running(contenders: Sequence[Contender], settings: dict[str, Any]) -> Iterator[list[list[Connection]]]:
+    """The processes of each contender, ready; by the connections to them."""
+    context = torch.multiprocessing.get_context("spawn")
+    os.environ |= {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "THP_MEM_ALLOC_ENABLE": "1"}
+    processes, groups = [], []
+    for contender in contenders:
+        pairs, port = [context.Pipe() for _ in range(contender.ranks)], free_port()
+        for rank, (_, theirs) in enumerate(pairs):
+            processes.append(context.Process(target=_train, args=(rank, contender, settings, port, theirs)))
+            processes[-1].start()
+            theirs.close()
+        groups.append([ours for ours, _ in pairs])
+    try:
+        for group in groups:
+            _ = [connection.recv() for connection in group]
+        yield groups
+        for connection in (connection for group in groups for connection in group):
+            connection.send(False)
+    finally:
+        for process in processes:
+            process.join(10)
+            process.kill()
+
+
+def measure(contenders: Sequence[Contender], settings: dict[str, Any], rounds: int) -> list[list[tuple[float, float]]]:
+    """Seconds of an epoch of each contender, its slowest rank's, in each round, on the clock and of CPU."""
+    times: list[list[tuple[float, float]]] = [[] for _ in contenders]
+    with _running(contenders, settings) as groups:
+        for turn in range(rounds + 1):
+            for group, measured in zip(groups, times):
+                for connection in group:
+                    connection.send(True)
+                answers = [connection.recv() for connection in group]
+                if turn:
+                    measured.append((max(clock for clock, _ in answers), max(cpu for _, cpu in answers)))
+    return times
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="bench ranks", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--backends", default="torch,deepspeed", help="of the ranks, comma-separated; one rank: torch")
+    parser.add_argument("--model", default="ABMIL")
+    parser.add_argument("--bags", type=int, default=48)
+    parser.add_argument("--smallest", type=int, default=1000, help="instances of the smallest bag")
+    parser.add_argument("--largest", type=int, default=20_000)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=8, help="bags of a step")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", help="where the set is made and removed again; default: the temporary folder")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``bench ranks``; returns an exit status."""
+    args = _parser().parse_args(argv)
+    contenders = [Contender("torch", 1), *(Contender(backend, args.ranks) for backend in args.backends.split(","))]
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        store = make_set(Path(folder) / "shards", args.bags, args.smallest, args.largest, args.width)
+        settings = {"name": "", "out": folder, "data": {"shards": str(Path(folder) / "shards")}}
+        settings |= {"model": {"name": args.model}, "train": {"batch_bags": args.batch}}
+        config = build_config(settings)
+        times = measure(contenders, settings, args.rounds)
+    plan = plan_epoch(
+        store.sizes, range(len(store)), seed=config.seed, epoch=0, world_size=args.ranks, batch_bags=args.batch,
+        budget_instances=config.data.budget_instances,
+    )  # fmt: skip
+    alone, cpu_alone = (statistics.median(of) for of in zip(*times[0]))
+    print(f"{machine('cpu').split(' x ')[0]}, a thread a rank, torch {torch.__version__}")
+    bags = f"{args.bags} bags of {args.smallest} to {args.largest} x {args.width}, {args.batch} a step"
+    print(f"{args.model}, {bags}; the plan allows {best_gain(plan):.2f} times one rank")
+    for contender, of in zip(contenders, times):
+        middle, cpu = (statistics.median(each) for each in zip(*of))
+        slowest, fastest = max(of)[0], min(of)[0]
+        print(
+            f"{contender!s:20} {args.bags / middle:6.1f} bags/s, {alone / middle:.2f} ({alone / slowest:.2f} to "
+            f"{alone / fastest:.2f}) times one rank; CPU of a rank {cpu / cpu_alone:.2f} of one rank's"
+        )
+    return 0
