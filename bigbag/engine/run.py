@@ -15,6 +15,7 @@ from bigbag.data.split_tables import splits_table
 from bigbag.data.splits import splits_digest
 from bigbag.engine.attention_maps import save_attention_maps
 from bigbag.engine.backend import StepModule, build_backend, choose_backend
+from bigbag.engine.compiling import compile_extractor
 from bigbag.engine.environment import banner, describe_environment
 from bigbag.engine.evaluate import Predictions, predict_bags, score
 from bigbag.engine.feed import configured_augmentation
@@ -54,6 +55,7 @@ def train(config: Config, store: BagStore | None = None, world: World | None = N
     ops.use_impl(config.engine.impl)
     store, splits = _open(config, store)
     fitted, model, memory = _prepare(config, store, splits, world)
+    compile_extractor(model, config)
     _claim_run_dir(config, store, splits, world)  # not before: settings that no model takes claim no folder
     config = fitted
     memory = strictest(world.gather(memory))
