@@ -159,20 +159,21 @@ def _train(options: argparse.Namespace) -> int:
     from bigbag.engine import preemption
     from bigbag.engine.backend import choose_backend
     from bigbag.engine.run import train
-    from bigbag.engine.world import start_world
+    from bigbag.engine.world import joined_world
 
     config = _config(options)
-    world = start_world(choose_backend(config.engine.backend), config.engine.threads, config.engine.timeout_s)
-    if options.restart and world.is_main:
-        shutil.rmtree(config.run_dir, ignore_errors=True)
-    world.barrier()
-    preemption.watch()
-    try:
-        results = train(config, world=world)
-    except preemption.Preempted:
-        if world.is_main:
-            print("asked to leave: a checkpoint is written, and the same command goes on from there", flush=True)
-        preemption.leave()
+    engine = config.engine
+    with joined_world(choose_backend(engine.backend), engine.threads, engine.timeout_s) as world:
+        if options.restart and world.is_main:
+            shutil.rmtree(config.run_dir, ignore_errors=True)
+        world.barrier()
+        preemption.watch()
+        try:
+            results = train(config, world=world)
+        except preemption.Preempted:
+            if world.is_main:
+                print("asked to leave: a checkpoint is written, and the same command goes on from there", flush=True)
+            preemption.leave()
     _conclude(config, results, world.is_main)
     return 0
 
@@ -196,18 +197,21 @@ def _evaluate(options: argparse.Namespace) -> None:
         raise ConfigError("evaluate: expected --config FILE, or --predictions FILE for saved predictions")
     from bigbag.engine.backend import choose_backend
     from bigbag.engine.run import evaluate
-    from bigbag.engine.world import start_world
+    from bigbag.engine.world import joined_world
 
     config = _config(options)
-    world = start_world(choose_backend(config.engine.backend), config.engine.threads, config.engine.timeout_s)
-    _conclude(config, evaluate(config, world=world), world.is_main)
+    engine = config.engine
+    with joined_world(choose_backend(engine.backend), engine.threads, engine.timeout_s) as world:
+        results = evaluate(config, world=world)
+    _conclude(config, results, world.is_main)
 
 
 def _predict(options: argparse.Namespace) -> None:
-    from bigbag.engine.world import start_world
+    from bigbag.engine.world import joined_world
     from bigbag.visualize.predict_command import predict_command
 
-    predict_command(options, start_world("torch", options.threads))
+    with joined_world("torch", options.threads) as world:
+        predict_command(options, world)
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -199,9 +199,8 @@ class EngineConfig(Section):
     """auto: DeepSpeed under a launcher (WORLD_SIZE is set), plain torch for a single process. torch also runs under a
     launcher, with all weights and optimiser states on every rank."""
     zero_stage: Literal[0, 1, 2, 3] = 0
-    """DeepSpeed ZeRO stage: 1 shards optimiser states, 2 also gradients, 3 also weights. 3 is for a large ``feat_ext``
-    under pooling models such as ABMIL: models that compute layers again in the backward pass (PatchGCN, TransMIL, ...)
-    use weights there that DeepSpeed has already given back, and stop with an error of torch."""
+    """DeepSpeed ZeRO stage: 1 shards optimiser states, 2 also gradients, 3 also weights, which are whole on every rank
+    only while a pack is computed."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Extra DeepSpeed keys, merged over the derived configuration: the one escape hatch."""
     threads: int | None = None

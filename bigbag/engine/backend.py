@@ -43,6 +43,25 @@ class StepModule(torch.nn.Module):
             return self.model.predict(bags, return_inst_pred=want == "logits and scores")
 
 
+class WholeModule(StepModule):
+    """A :class:`StepModule` whose weights ZeRO 3 fetches together, and gives back once a backward pass is over.
+
+    By itself ZeRO 3 fetches the weights of each layer when that is called, and for its backward pass when the gradient
+    of its output arrives. That does not suit layers that compute parts of themselves, or of others, again in the
+    backward pass. So the module is one whole to it (a "leaf"): its weights come before its forward pass and, again,
+    before its backward pass, and go when the gradient of an input is there. ``anchor`` is such an input: the losses
+    depend on it, and of what a backward pass computes, what was put into the graph first comes last.
+    """
+
+    def forward(self, bags: PackedBags, want: str, anchor: Tensor | None = None) -> Any:
+        """As :meth:`StepModule.forward`; losses as a tuple, since hooks don't look into dicts, after their names."""
+        found = super().forward(bags, want)
+        if want != "loss":
+            return found
+        assert anchor is not None
+        return tuple(found), *(loss + anchor for loss in found.values())
+
+
 class Backend(Protocol):
     """The seam between the training loop and what carries it out."""
 
@@ -155,6 +174,8 @@ class DeepSpeedBackend:
         self.world = world
         self.zero_stage = config.engine.zero_stage
         _give_scalars_a_dimension(module.model)
+        if self.zero_stage == 3:
+            deepspeed.utils.set_z3_leaf_module(module, True)
         optimizer = build_optimizer(module, config.optim)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module,
@@ -165,7 +186,10 @@ class DeepSpeedBackend:
         )
 
     def __call__(self, bags: PackedBags, want: str) -> Any:
-        return self.engine(bags, want)
+        if self.zero_stage < 3 or want != "loss":
+            return self.engine(bags, want)
+        names, *losses = self.engine(bags, want, torch.zeros((), device=bags.device, requires_grad=True))
+        return dict(zip(names, losses))
 
     def train(self, mode: bool) -> None:
         self.engine.train(mode)
@@ -276,5 +300,7 @@ def choose_backend(setting: str) -> str:
 
 def build_backend(name: str, model: MILModel, config: Config, world: World) -> Backend:
     """The backend called ``name``, carrying ``model``."""
-    module = StepModule(model, config.train.precision)
-    return (TorchBackend if name == "torch" else DeepSpeedBackend)(module, config, world)
+    if name == "torch":
+        return TorchBackend(StepModule(model, config.train.precision), config, world)
+    kind = WholeModule if config.engine.zero_stage == 3 else StepModule
+    return DeepSpeedBackend(kind(model, config.train.precision), config, world)

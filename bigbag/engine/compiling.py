@@ -41,8 +41,8 @@ def compile_extractor(model: MILModel, config: Config) -> None:
         )
     if config.engine.zero_stage == 3:
         raise ConfigError(
-            "engine.compile can't follow ZeRO 3, which fetches each layer's weights as it is called: set it to false, "
-            "or engine.zero_stage to at most 2"
+            "engine.compile is not for ZeRO 3, under which weights come and go between packs: set it to false, or "
+            "engine.zero_stage to at most 2"
         )
     if compiler() is None:
         raise ConfigError(

@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cache
@@ -157,6 +159,18 @@ def start_world(backend: str, threads: int | None = None, timeout_s: int = 1800)
     elif size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
     return World(int(os.environ.get("RANK", "0")), size, local_size, device)
+
+
+@contextmanager
+def joined_world(backend: str, threads: int | None = None, timeout_s: int = 1800) -> Iterator[World]:
+    """:func:`start_world`, and the end of it: groups and their threads are gone before the interpreter is.
+
+    A rank that ends with an error leaves them to the launcher, since to wait for the others there could be for ever.
+    """
+    yield start_world(backend, threads, timeout_s)
+    if dist.is_initialized():
+        _host_group.cache_clear()
+        dist.destroy_process_group()
 
 
 def _cores() -> int:
