@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bigbag.bags import Segments
 from bigbag.ops import distributed
+from bigbag.ops.dropout import fold_seed, keep
 from bigbag.ops.registry import FLOATING, HALF, Operator, choose
 from bigbag.ops.segments import log_sums, reference_softmax
 
@@ -40,12 +41,14 @@ def attention_pool(
     *,
     act: str = "tanh",
     keep_preactivations: bool = False,
+    dropout: float = 0.0,
+    seed: int = 0,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention-weighted mean of the instances of each bag.
 
         h = act(x w1^T + b1) [* sigmoid(x wg^T + bg)]
-        scores = h w2^T,   a = softmax of scores over each bag,   z[b, h] = sum_t a[t, h] x[t]
+        scores = h w2^T,   a = softmax of scores over each bag,   z[b, h] = sum_t drop(a[t, h]) x[t]
 
     The computation runs in autocast's dtype where autocast is on (float64 weights excepted), else in that of ``w1``;
     ``x`` is converted to it chunk by chunk, never as a whole. Sums are accumulated in float32 (float64 for float64).
@@ -68,6 +71,8 @@ def attention_pool(
         bg: (D,) bias of the gate or None.
         act: "tanh", "relu" or "gelu" (exact).
         keep_preactivations: keep x W^T (T, D') for backward instead of computing it again.
+        dropout: share of the attention weights set to 0, the rest being divided by 1 - dropout.
+        seed: which weights are dropped: a function of (seed, head, row of x), the same for all ``impl``.
         impl: "reference", "cpu" or "triton"; None chooses by device.
 
     Returns:
@@ -78,7 +83,7 @@ def attention_pool(
 
     Ilse et al., Attention-based deep multiple instance learning, ICML 2018.
     """
-    _check(x, segments, w1, b1, w2, wg, bg, act)
+    _check(x, segments, w1, b1, w2, wg, bg, act, dropout)
     dtype = _compute_dtype(x, w1)
     chosen = choose("attention_pool", _DTYPES, impl, x.device.type, dtype)
     acc = torch.float64 if dtype == torch.float64 else torch.float32
@@ -90,7 +95,8 @@ def attention_pool(
         zeros = w1.new_zeros(w1.shape[0])
         parts = [zeros if b is None else b for b in ((b1, bg) if gated else (b1,))]
         bias = torch.cat(parts)
-    args = (x, segments.offsets, weight.to(dtype), bias.to(acc), w2.to(acc), act, gated)
+    factors = _drop_factors(x, w2, acc, dropout, seed) if dropout else None
+    args = (x, segments.offsets, weight.to(dtype), bias.to(acc), w2.to(acc), factors, act, gated)
     if chosen == "reference":
         z, scores = _reference(*args)
     else:
@@ -110,6 +116,7 @@ def _check(
     wg: Tensor | None,
     bg: Tensor | None,
     act: str,
+    dropout: float,
 ) -> None:
     if x.dim() != 2 or x.dtype not in FLOATING:
         raise ValueError(f"attention_pool: x must be a (T, P) floating tensor, got {tuple(x.shape)} {x.dtype}")
@@ -119,6 +126,8 @@ def _check(
         raise ValueError(f"attention_pool: x has {x.shape[0]} rows, but segments has {rows} instances")
     if act not in ACTIVATIONS:
         raise ValueError(f"attention_pool: act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"attention_pool: dropout must be in [0, 1), got {dropout}")
     if bg is not None and wg is None:
         raise ValueError("attention_pool: bg without wg: a gate needs its weight")
     dim = w1.shape[0]
@@ -141,8 +150,14 @@ def _compute_dtype(x: Tensor, w1: Tensor) -> torch.dtype:
     return w1.dtype
 
 
+def _drop_factors(x: Tensor, w2: Tensor, acc: torch.dtype, dropout: float, seed: int) -> Tensor:
+    """(T, H): 0 for the weights that dropout drops, 1 / (1 - dropout) for the others."""
+    rows = torch.arange(x.shape[0], device=x.device)
+    return keep(fold_seed(seed), w2.shape[0], rows[:1] * 0, rows, dropout)[:, 0].t().to(acc) / (1 - dropout)
+
+
 def _reference(
-    x: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor, w2: Tensor, act: str, gated: bool
+    x: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor, w2: Tensor, factors: Tensor | None, act: str, gated: bool
 ) -> tuple[Tensor, Tensor]:
     """The definition: rounding to the compute dtype where its GEMMs round, the rest in the accumulation dtype."""
     x = x.to(weight.dtype)
@@ -154,18 +169,19 @@ def _reference(
     scores = hidden @ w2.t()
     starts = offsets.tolist()
     a = reference_softmax(scores, offsets)
+    a = a if factors is None else a * factors
     bags = [a[s:e].t() @ x[s:e].to(a.dtype) for s, e in zip(starts, starts[1:])]
     z = torch.stack(bags) if bags else x.new_zeros(0, w2.shape[0], x.shape[1], dtype=a.dtype)
     return z, scores
 
 
 _SCHEMA_FORWARD = (
-    "(Tensor x, Tensor offsets, Tensor weight, Tensor bias, Tensor w2, str act, bool gated, bool keep)"
+    "(Tensor x, Tensor offsets, Tensor weight, Tensor bias, Tensor w2, Tensor? factors, str act, bool gated, bool keep)"
     " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _SCHEMA_BACKWARD = (
     "(Tensor? grad_z, Tensor? grad_scores, Tensor x, Tensor offsets, Tensor weight, Tensor bias, Tensor w2, Tensor a,"
-    " Tensor kept, str act, bool gated, bool need_x) -> (Tensor, Tensor, Tensor, Tensor)"
+    " Tensor kept, Tensor? factors, str act, bool gated, bool need_x) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -183,12 +199,10 @@ def _register(impl: str, module: str) -> Any:
     backward = torch.library.custom_op(name + "_backward", run_backward, mutates_args=(), schema=_SCHEMA_BACKWARD)
 
     @forward.register_fake
-    def _(
-        x: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor, w2: Tensor, act: Any, gated: Any, keep: bool
-    ) -> Any:
+    def _(x: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor, w2: Tensor, *options: Any) -> Any:
         z = bias.new_empty(offsets.shape[0] - 1, w2.shape[0], x.shape[1])
         scores = bias.new_empty(x.shape[0], w2.shape[0])
-        kept = weight.new_empty((x.shape[0], weight.shape[0]) if keep else (0,))
+        kept = weight.new_empty((x.shape[0], weight.shape[0]) if options[-1] else (0,))
         return z, scores, torch.empty_like(scores), kept
 
     @backward.register_fake
@@ -198,19 +212,19 @@ def _register(impl: str, module: str) -> Any:
         return grad_x, weight.new_empty(weight.shape), bias.new_empty(bias.shape), w2.new_empty(w2.shape)
 
     def setup(ctx: Any, inputs: Any, output: Any) -> None:
-        x, offsets, weight, bias, w2, act, gated, _ = inputs
+        x, offsets, weight, bias, w2, factors, act, gated, _ = inputs
         _, _, a, kept = output
         ctx.mark_non_differentiable(a, kept)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, offsets, weight, bias, w2, a, kept)
+        ctx.save_for_backward(x, offsets, weight, bias, w2, a, kept, factors)
         ctx.act, ctx.gated = act, gated
 
     def differentiate(ctx: Any, grad_z: Any, grad_scores: Any, *_: Any) -> Any:
         if grad_z is None and grad_scores is None:
-            return (None,) * 8
+            return (None,) * 9
         need_x = ctx.needs_input_grad[0]
         grads = backward(grad_z, grad_scores, *ctx.saved_tensors, ctx.act, ctx.gated, need_x)
-        return grads[0] if need_x else None, None, *grads[1:], None, None, None
+        return grads[0] if need_x else None, None, *grads[1:], None, None, None, None
 
     forward.register_autograd(differentiate, setup_context=setup)
     return forward

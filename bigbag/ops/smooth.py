@@ -91,7 +91,7 @@ def _by_steps(adj: Adjacency, f: Tensor, a: Tensor, num_steps: int, impl: str) -
     """The definition; with the reference, or through ``spmm``'s own gradients."""
     acc = a.dtype
     weight = None if adj.weight is None else adj.weight.to(acc)[:, None]
-    graph = None if impl == "reference" else graph_of(adj, impl, transposed=True)
+    graph = None if impl == "reference" else graph_of(adj, impl, transposed=True, same=False)
     g = f
     for _ in range(num_steps):
         mean = reference_spmm(adj, weight, g) if graph is None else product(graph, weight, g, impl)

@@ -35,12 +35,13 @@ class Graph(NamedTuple):
 def spmm(adj: Adjacency, x: Tensor, *, impl: str | None = None) -> Tensor:
     """Sum over neighbours, ``out[i] = sum_j A_ij x[j]``.
 
-    Gradients flow to x (by the same product with A^T; where ``adj.symmetric``, A itself) and to ``adj.weight``
-    (``dA_ij = <grad[i], x[j]>``, on edges only). Weights are rounded to the accumulation dtype, float32 (float64 for
-    float64); so are sums.
+    Gradients flow to x (by the same product with A^T; where ``adj.symmetric`` and the weights need none, A itself) and
+    to ``adj.weight`` (``dA_ij = <grad[i], x[j]>``, on edges only). Weights are rounded to the accumulation dtype,
+    float32 (float64 for float64); so are sums.
 
     Cost: 2 E D FLOP forward, as much for each gradient. Bytes: x and out once (neighbours' rows come from cache where
-    the graph is local) and 4 to 8 per edge. Beyond outputs and gradients it holds O(E).
+    the graph is local) and 4 to 8 per edge; both gradients on CPU come from one pass over x and grad. Beyond outputs
+    and gradients it holds O(E).
 
     Where bags are shared out over ranks (``adj.halo``), T counts this rank's rows; x of its halo comes first, and
     gradients go back: H D numbers each way, H the rows of the halo.
@@ -66,7 +67,7 @@ def spmm(adj: Adjacency, x: Tensor, *, impl: str | None = None) -> Tensor:
     weight = None if adj.weight is None else adj.weight.to(acc)[:, None]
     if chosen == "reference":
         return reference_spmm(adj, weight, rows).to(x.dtype).view(x.shape)
-    graph = graph_of(adj, chosen, transposed=needs_grad(x))
+    graph = graph_of(adj, chosen, needs_grad(x), same=adj.symmetric and not needs_grad(weight))
     return product(graph, weight, rows, chosen).view(x.shape)
 
 
@@ -191,10 +192,13 @@ def _permuted(values: Tensor | None, perm: Tensor | None) -> Tensor | None:
 
 
 def _register(impl: str) -> None:
-    """Custom operators ``bigbag::{spmm,edge_dots,csr_transpose}_{impl}`` around ``kernels``."""
+    """Custom operators ``bigbag::{spmm,spmm_backward,edge_dots,csr_transpose}_{impl}`` around ``kernels``."""
 
     def run_spmm(x: Tensor, weight: Any, crow: Tensor, col: Tensor, crow_t: Any, col_t: Any, perm: Any) -> Tensor:
         return kernels(impl).spmm(crow, col, weight, x)
+
+    def run_backward(grad: Tensor, x: Tensor, weight: Tensor, *graph: Any) -> Any:
+        return kernels(impl).spmm_backward(*graph, weight, x, grad)
 
     def run_dots(x: Tensor, y: Tensor, crow: Tensor, col: Tensor, *rest: Any) -> Tensor:
         return kernels(impl).edge_dots(crow, col, x, y, rest[-1])
@@ -208,9 +212,12 @@ def _register(impl: str) -> None:
         return op
 
     multiply = define("spmm", f"(Tensor x, Tensor? weight, {_GRAPH}) -> Tensor", run_spmm)
+    schema = f"(Tensor grad, Tensor x, Tensor weight, {_GRAPH}) -> (Tensor, Tensor)"
+    backward = define("spmm_backward", schema, run_backward)
     dots = define("edge_dots", f"(Tensor x, Tensor y, {_GRAPH}, int heads) -> Tensor", run_dots)
     transpose = define("csr_transpose", "(Tensor crow, Tensor col) -> (Tensor, Tensor, Tensor)", run_transpose)
     multiply.register_fake(lambda x, weight, *graph: x.new_empty(x.shape))
+    backward.register_fake(lambda grad, x, weight, *graph: (x.new_empty(x.shape), weight.new_empty(weight.shape)))
     transpose.register_fake(
         lambda crow, col: (torch.empty_like(crow), torch.empty_like(col), crow.new_empty(col.shape[0]))
     )
@@ -226,6 +233,8 @@ def _register(impl: str) -> None:
     def differentiate_spmm(ctx: Any, grad: Tensor) -> Any:
         x, weight, crow, col, crow_t, col_t, perm = ctx.saved_tensors
         grad_x = grad_weight = None
+        if all(ctx.needs_input_grad[:2]) and not torch.is_grad_enabled():
+            return *backward(grad, x, weight, crow, col, crow_t, col_t, perm), *[None] * 5
         if ctx.needs_input_grad[0]:
             # Nothing asks for the transpose of the transpose, unless gradients are differentiated again.
             grad_x = multiply(grad, _permuted(weight, perm), crow_t, col_t, crow, col, _inverse(perm))

@@ -89,7 +89,7 @@ def _best_of_ranks(values: Tensor, index: Tensor, segments: Segments, largest: b
 def segment_logsumexp(x: Tensor, segments: Segments, *, impl: str | None = None) -> Tensor:
     """Log of the sum of exponentials over each bag, ``out[b] = log sum_{t in b} exp(x[t])``; -inf for an empty bag.
 
-    Bytes: x twice forward, once backward, and T C elements of working memory. FLOPs: O(T C).
+    Bytes: x once forward, once backward; working memory: a constant number of chunks. FLOPs: O(T C).
 
     Args:
         x: (T, ...) floating.

@@ -43,6 +43,7 @@ SAMPLES: list[Sample] = [
     *(_sample(f"act {act}", act=act, gated=False) for act in ("tanh", "relu", "gelu")),
     *(_sample(f"gated {act}, kept", act=act, keep_preactivations=True) for act in ("relu", "gelu")),
     _sample("three heads", heads=3, width=70, dim=65),
+    _sample("dropout", heads=3, dropout=0.3, seed=5),
     _sample("no biases", biases=False),
     _sample("scores at 1e4", scale=1e4),
     _sample("non-contiguous", contiguous=False),

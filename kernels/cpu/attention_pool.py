@@ -1,6 +1,7 @@
 """Attention pooling on CPU.
 
-    h = act(x W1^T + b1) [* sigmoid(x Wg^T + bg)],  scores = h w2^T,  a = softmax of scores per bag,  z = a^T x
+    h = act(x W1^T + b1) [* sigmoid(x Wg^T + bg)],  scores = h w2^T,
+    a = softmax of scores per bag,  z = (a * factors)^T x
 
 The scores do not know bags: they are computed in chunks of instances, one GEMM per chunk with the concatenated weight
 [W1; Wg] into a reused buffer, activations in place. What knows bags (softmax, a^T x, and x dz in backward) is bound by
@@ -163,10 +164,23 @@ class _Scorer:
         return pre[:, : self.dim], hidden, gate
 
 
+def _scaled(a: Tensor, factors: Tensor | None) -> Tensor:
+    """Attention weights, or gradients to them, as dropout leaves them."""
+    return a if factors is None else a * factors
+
+
 def forward(
-    x: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor, w2: Tensor, act: str, gated: bool, keep: bool
+    x: Tensor,
+    offsets: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    w2: Tensor,
+    factors: Tensor | None,
+    act: str,
+    gated: bool,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x (T, P), weight (D', P) in the compute dtype, bias (D',) and w2 (H, D) in the accumulation dtype
+    """x (T, P), weight (D', P) in the compute dtype, bias (D',), w2 (H, D) and factors (T, H) in the accumulation dtype
     -> z (B, H, P), scores (T, H), a (T, H), kept (T, D') or (0,)."""
     x = x.contiguous()
     num_rows = x.shape[0]
@@ -186,7 +200,7 @@ def forward(
 
     _share(part, num_rows)
     a = segments.softmax(scores, offsets)
-    return segments.weighted_sum(x, a, offsets), scores, a, kept
+    return segments.weighted_sum(x, _scaled(a, factors), offsets), scores, a, kept
 
 
 def backward(
@@ -199,17 +213,19 @@ def backward(
     w2: Tensor,
     a: Tensor,
     kept: Tensor,
+    factors: Tensor | None,
     act: str,
     gated: bool,
     need_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x (T, P) or (0,), weight (D', P), bias (D',), w2 (H, D)."""
+    weights = _scaled(a, factors)
     x = x.contiguous()
     num_rows = x.shape[0]
     acc = accumulation_dtype(weight.dtype)
     ds = torch.zeros_like(a)
     if grad_z is not None:
-        ds = segments.softmax_backward(a, segments.row_dots(x, grad_z, offsets), offsets)
+        ds = segments.softmax_backward(a, _scaled(segments.row_dots(x, grad_z, offsets), factors), offsets)
     if grad_scores is not None:
         ds += grad_scores
     chunk_rows = _chunk_rows(num_rows, x.shape[1], weight.shape[0])
@@ -253,7 +269,7 @@ def backward(
                 grad_chunk = torch.mm(grad_pre, weight).to(acc)
                 if grad_z is not None:
                     for head in range(a.shape[1]):
-                        grad_chunk.addcmul_(a[start:end, head : head + 1], grad_z[bags[start:end], head])
+                        grad_chunk.addcmul_(weights[start:end, head : head + 1], grad_z[bags[start:end], head])
                 grad_x[start:end] = grad_chunk
         return grad_weight, grad_bias, grad_w2
 

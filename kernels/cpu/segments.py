@@ -25,6 +25,7 @@ from torch import Tensor
 
 from bigbag.kernels.cpu.half import _widen
 from bigbag.kernels.cpu.memory import huge_pages
+from bigbag.kernels.cpu.vectors import WIDE, broadcast, lanes, load, multiply_add, store
 
 PIECE_ROWS = 2048
 # Below this many elements, handing work to a thread costs more than the work.
@@ -35,25 +36,33 @@ _SERIAL_ELEMENTS = 1 << 18
 _BLOCK_ROWS = 32
 
 _jit = numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")
+# Inlined by force: a call would put all the arrays on the stack. Such a function calls none with arrays in turn, for
+# which Numba would count references in the inner loop.
+_block = numba.njit(cache=True, nogil=True, error_model="numpy", forceinline=True)
+
+
+@_block
+def _add_row(zero, c, t, x, part):
+    """A row of x to the sums in part, in as many blocks of columns as fit from c on; returns where they end."""
+    while c + lanes(zero) <= x.shape[2]:
+        store(multiply_add(load(zero, part, 0, 0, c), part.dtype.type(1), load(zero, x, t, 0, c)), part, 0, 0, c)
+        c += lanes(zero)
+    return c
 
 
 @_jit
 def _sum(begin, end, x, starts, ends, out):
+    zero = out.dtype.type(0)
+    wide, single = broadcast(zero, WIDE), broadcast(zero, 1)
+    part = np.empty((1, 1, x.shape[2]), out.dtype)
     for i in range(begin, end):
-        part = np.empty(x.shape[1], out.dtype)
         out[i] = 0
         for block in range(starts[i], ends[i], _BLOCK_ROWS):
             part[:] = 0
-            end_block = min(block + _BLOCK_ROWS, ends[i])
-            quads = block + (end_block - block) // 4 * 4
-            for t in range(block, quads, 4):  # four rows at once: a quarter of the traffic of the sums
-                for c in range(x.shape[1]):
-                    pair = _widen(x[t, c]) + _widen(x[t + 1, c])
-                    part[c] += pair + (_widen(x[t + 2, c]) + _widen(x[t + 3, c]))
-            for t in range(quads, end_block):
-                for c in range(x.shape[1]):
-                    part[c] += _widen(x[t, c])
-            out[i] += part
+            for t in range(block, min(block + _BLOCK_ROWS, ends[i])):
+                c = _add_row(wide, 0, t, x, part)
+                _add_row(single, c, t, x, part)
+            out[i] += part[0]
 
 
 @_jit
@@ -223,7 +232,8 @@ def sum_rows(x: Tensor, offsets: Tensor, pieces: Pieces | None = None) -> Tensor
     """(T, C) -> (B, C) in the accumulation dtype."""
     pieces = Pieces(offsets) if pieces is None else pieces
     parts = torch.empty(len(pieces), x.shape[1], dtype=accumulation_dtype(x.dtype))
-    _launch(_sum, len(pieces), x.numel(), array(x), pieces.starts, pieces.ends, parts.numpy())
+    rows = (array(x)[:, None], pieces.starts, pieces.ends, parts.numpy()[:, None])
+    _launch(_sum, len(pieces), x.numel(), *rows)
     return pieces.add(parts)
 
 

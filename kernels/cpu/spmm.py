@@ -2,6 +2,7 @@
 
     spmm         out[i] = scale[i] sum_e w[e] x[col[e]] + diagonal[i] x[i] + beta h[i]        (e: the edges of row i)
     edge_dots    d[e] = <x[i], y[col[e]]>           edge_distances  d[e] = |x[i] - x[col[e]]|^2
+    spmm_backward   sum_e w[e] grad[row of e], e with col[e] = j, and <grad[row of e], x[j]>, both from one read of grad
     edge_softmax a[e] = exp(s[e]) / sum over the edges of row i          transpose   CSR of A^T, by counting
 
 With H heads, edge values are (E, H), and head h owns columns h D/H to (h + 1) D/H of the rows.
@@ -10,7 +11,7 @@ on the number of threads. Sums are accumulated in float32 (float64 for float64).
 Bytes: x once (neighbours' rows come from cache where the graph is local), out once, 4 (1 + H) per edge.
 A block of columns of one row is summed in registers over all its neighbours and written once; the rows that the next
 one needs anew are asked for meanwhile. Row after row, not block after block: rows of 2 KiB, a part of each read at a
-time, fall on a part of the cache's sets.
+time, fall on a part of the cache's sets. Where neighbours lie far apart, rows are computed in an order of their own.
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ import numba
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from bigbag.kernels.cpu.memory import huge_pages
-from bigbag.kernels.cpu.segments import _launch, accumulation_dtype, array
+from bigbag.kernels.cpu.segments import _block, _jit, _launch, accumulation_dtype, array
 from bigbag.kernels.cpu.vectors import (
     LINE_BYTES,
+    WIDE,
     broadcast,
     fence,
+    fold,
     lane_sum,
     lanes,
     load,
@@ -35,54 +39,51 @@ from bigbag.kernels.cpu.vectors import (
     stream,
 )
 
-# Lanes of the blocks of columns: as many registers of AVX-512 as it takes to hide the latency of a sum, or one.
-WIDE, NARROW = 128, 16
+# Lanes of the blocks of columns where a second vector is kept beside the sums, and of what is left: one of AVX-512.
+PAIRED, NARROW = 64, 16
 # Rows asked for ahead, at most, and their count.
 AHEAD = 17
 # Outputs larger than caches are written past them: what a cache would read first, only to overwrite it, stays unread.
 _LARGE_BYTES = 32 << 20
+# Neighbours so far apart, on average, are out of reach of a core's own cache.
+_FAR_BYTES = 4 << 20
 
-_jit = numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")
-# Inlined by force: a call would put all the arrays on the stack. These functions call none with arrays in turn, for
-# which Numba would count references in the inner loop.
-_block = numba.njit(cache=True, nogil=True, error_model="numpy", forceinline=True)
 _jit_serial = numba.njit(cache=True, nogil=True, error_model="numpy")
 
 
 @_jit
-def _look_ahead(i, end, crow, col, ahead):
-    """List what row i + 1 reads and row i does not: on a lattice, the last of each run of consecutive columns.
+def _look_ahead(row, crow, col, ahead):
+    """List what a row (-1: none) reads; of consecutive columns the last: on a lattice, what the row before did not.
 
     The first entry counts the rest.
     """
     count = 0
-    if i + 1 < end:
-        for e in range(crow[i + 1], crow[i + 2]):
-            if count + 1 < len(ahead) and (e + 1 == crow[i + 2] or col[e + 1] != col[e] + 1):
+    if row >= 0:
+        for e in range(crow[row], crow[row + 1]):
+            if count + 1 < len(ahead) and (e + 1 == crow[row + 1] or col[e + 1] != col[e] + 1):
                 count += 1
                 ahead[count] = col[e]
     ahead[0] = count
 
 
 @_block
-def _spmm_row(zero, c, i, ahead, h, crow, col, weight, x, scale, diagonal, extra, beta, out, past_caches):
+def _spmm_row(zero, c, i, n, ahead, h, crow, col, weight, x, scale, diagonal, extra, beta, out, past_caches):
     """As many blocks as fit from column c on; returns where they end. So do the functions below."""
     factor, one = scale[i] if len(scale) > 1 else scale[0], scale.dtype.type(1)
     while c + lanes(zero) <= x.shape[2]:
         for k in range(ahead[0] if lanes(zero) == WIDE else 0):
             prefetch(zero, x, ahead[k + 1], h, c)
         acc = zero
+        for e in range(crow[i], crow[i + 1]):
+            u = weight[e, h] if len(weight) else one
+            acc = multiply_add(acc, u, load(zero, x, col[e], h, c))
+        acc = multiply_add(zero, factor, acc)
         if len(diagonal):
             acc = multiply_add(acc, diagonal[i], load(zero, x, i, h, c))
         if len(extra):
-            if lanes(zero) == WIDE and i + 1 < len(extra):
-                prefetch(zero, extra, i + 1, h, c)
+            if lanes(zero) == WIDE and n >= 0:
+                prefetch(zero, extra, n, h, c)
             acc = multiply_add(acc, beta[0], load(zero, extra, i, h, c))
-        neighbours = zero
-        for e in range(crow[i], crow[i + 1]):
-            u = weight[e, h] if len(weight) else one
-            neighbours = multiply_add(neighbours, u, load(zero, x, col[e], h, c))
-        acc = multiply_add(acc, factor, neighbours)
         if past_caches:
             stream(acc, out, i, h, c)
         else:
@@ -92,51 +93,122 @@ def _spmm_row(zero, c, i, ahead, h, crow, col, weight, x, scale, diagonal, extra
 
 
 @_jit
-def _spmm(begin, end, crow, col, weight, x, scale, diagonal, extra, beta, out, past_caches):
+def _spmm(begin, end, order, crow, col, weight, x, scale, diagonal, extra, beta, out, past_caches):
     zero = scale.dtype.type(0)
     wide, narrow, single = broadcast(zero, WIDE), broadcast(zero, NARROW), broadcast(zero, 1)
     ahead = np.empty(AHEAD, np.int32)
-    for i in range(begin, end):
-        _look_ahead(i, end, crow, col, ahead)
+    for k in range(begin, end):
+        i, n = k, (k + 1 if k + 1 < end else -1)
+        if len(order):
+            i, n = order[k], (order[k + 1] if n >= 0 else -1)
+        _look_ahead(n, crow, col, ahead)
         for h in range(x.shape[1]):
             c = 0
-            c = _spmm_row(wide, c, i, ahead, h, crow, col, weight, x, scale, diagonal, extra, beta, out, past_caches)
-            c = _spmm_row(narrow, c, i, ahead, h, crow, col, weight, x, scale, diagonal, extra, beta, out, past_caches)
-            c = _spmm_row(single, c, i, ahead, h, crow, col, weight, x, scale, diagonal, extra, beta, out, past_caches)
+            c = _spmm_row(wide, c, i, n, ahead, h, crow, col, weight, x, scale, diagonal, extra, beta, out, past_caches)
+            c = _spmm_row(
+                narrow, c, i, n, ahead, h, crow, col, weight, x, scale, diagonal, extra, beta, out, past_caches
+            )
+            c = _spmm_row(
+                single, c, i, n, ahead, h, crow, col, weight, x, scale, diagonal, extra, beta, out, past_caches
+            )
     fence()
 
 
+@_jit
+def _max_degree(crow):
+    degree = 0
+    for i in range(len(crow) - 1):
+        degree = max(degree, crow[i + 1] - crow[i])
+    return degree
+
+
 @_block
-def _dots_row(zero, c, i, ahead, h, crow, col, x, y, distance, out):
+def _add(value, sums, k):
+    """Add to the k-th partial sums: as many lanes for each edge of the row, which are added up once, at its end."""
+    zero = broadcast(sums.dtype.type(0), NARROW)
+    store(multiply_add(load(zero, sums, k, 0, 0), sums.dtype.type(1), fold(zero, value)), sums, k, 0, 0)
+
+
+@_block
+def _dots_row(zero, c, i, n, ahead, h, crow, col, x, y, distance, sums):
     while c + lanes(zero) <= x.shape[2]:
         for k in range(ahead[0] if lanes(zero) == WIDE else 0):
             prefetch(zero, y, ahead[k + 1], h, c)
+        if lanes(zero) == WIDE and n >= 0:
+            prefetch(zero, x, n, h, c)
         own = load(zero, x, i, h, c)
         for e in range(crow[i], crow[i + 1]):
             other = load(zero, y, col[e], h, c)
             if distance:
                 other = multiply_add(other, np.float32(-1), own)
-                out[e, h] += lane_sum(multiply_add(zero, other, other))
+                _add(multiply_add(zero, other, other), sums, e - crow[i])
             else:
-                out[e, h] += lane_sum(multiply_add(zero, own, other))
+                _add(multiply_add(zero, own, other), sums, e - crow[i])
         c += lanes(zero)
     return c
 
 
 @_jit
-def _edge_dots(begin, end, crow, col, x, y, distance, out):
+def _edge_dots(begin, end, order, crow, col, x, y, distance, out):
     zero = out.dtype.type(0)
     wide, narrow, single = broadcast(zero, WIDE), broadcast(zero, NARROW), broadcast(zero, 1)
     ahead = np.empty(AHEAD, np.int32)
-    for i in range(begin, end):
-        _look_ahead(i, end, crow, col, ahead)
+    sums = np.empty((_max_degree(crow), 1, NARROW), out.dtype)
+    for k in range(begin, end):
+        i, n = k, (k + 1 if k + 1 < end else -1)
+        if len(order):
+            i, n = order[k], (order[k + 1] if n >= 0 else -1)
+        _look_ahead(n, crow, col, ahead)
         for h in range(x.shape[1]):
-            for e in range(crow[i], crow[i + 1]):
-                out[e, h] = zero
+            sums[: crow[i + 1] - crow[i]] = zero
             c = 0
-            c = _dots_row(wide, c, i, ahead, h, crow, col, x, y, distance, out)
-            c = _dots_row(narrow, c, i, ahead, h, crow, col, x, y, distance, out)
-            c = _dots_row(single, c, i, ahead, h, crow, col, x, y, distance, out)
+            c = _dots_row(wide, c, i, n, ahead, h, crow, col, x, y, distance, sums)
+            c = _dots_row(narrow, c, i, n, ahead, h, crow, col, x, y, distance, sums)
+            c = _dots_row(single, c, i, n, ahead, h, crow, col, x, y, distance, sums)
+            for e in range(crow[i], crow[i + 1]):
+                out[e, h] = lane_sum(load(narrow, sums, e - crow[i], 0, 0))
+
+
+@_block
+def _backward_row(zero, c, j, n, ahead, h, crow, col, perm, weight, x, grad, grad_x, sums, past_caches):
+    while c + lanes(zero) <= x.shape[2]:
+        for k in range(ahead[0] if lanes(zero) == PAIRED else 0):
+            prefetch(zero, grad, ahead[k + 1], h, c)
+        if lanes(zero) == PAIRED and n >= 0:
+            prefetch(zero, x, n, h, c)
+        own, acc = load(zero, x, j, h, c), zero
+        for e in range(crow[j], crow[j + 1]):
+            other = load(zero, grad, col[e], h, c)
+            acc = multiply_add(acc, weight[perm[e], h], other)
+            _add(multiply_add(zero, own, other), sums, e - crow[j])
+        if past_caches:
+            stream(acc, grad_x, j, h, c)
+        else:
+            store(acc, grad_x, j, h, c)
+        c += lanes(zero)
+    return c
+
+
+@_jit
+def _spmm_backward(begin, end, order, crow, col, perm, weight, x, grad, grad_x, grad_weight, past_caches):
+    zero = weight.dtype.type(0)
+    wide, narrow, single = broadcast(zero, PAIRED), broadcast(zero, NARROW), broadcast(zero, 1)
+    ahead = np.empty(AHEAD, np.int32)
+    sums = np.empty((_max_degree(crow), 1, NARROW), weight.dtype)
+    for k in range(begin, end):
+        j, n = k, (k + 1 if k + 1 < end else -1)
+        if len(order):
+            j, n = order[k], (order[k + 1] if n >= 0 else -1)
+        _look_ahead(n, crow, col, ahead)
+        for h in range(x.shape[1]):
+            sums[: crow[j + 1] - crow[j]] = zero
+            c = 0
+            c = _backward_row(wide, c, j, n, ahead, h, crow, col, perm, weight, x, grad, grad_x, sums, past_caches)
+            c = _backward_row(narrow, c, j, n, ahead, h, crow, col, perm, weight, x, grad, grad_x, sums, past_caches)
+            c = _backward_row(single, c, j, n, ahead, h, crow, col, perm, weight, x, grad, grad_x, sums, past_caches)
+            for e in range(crow[j], crow[j + 1]):
+                grad_weight[perm[e], h] = lane_sum(load(narrow, sums, e - crow[j], 0, 0))
+    fence()
 
 
 @_jit
@@ -187,6 +259,62 @@ def _transpose(crow, col, crow_t, col_t, perm):
             perm[k] = e
 
 
+@_jit_serial
+def _mean_distance(crow, col):
+    total = 0
+    for i in range(len(crow) - 1):
+        for e in range(crow[i], crow[i + 1]):
+            total += abs(col[e] - i)
+    return total / max(len(col), 1)
+
+
+@_jit_serial
+def _breadth_first(crow, col, order):
+    seen = np.zeros(len(order), np.bool_)
+    count = 0
+    for root in range(len(order)):
+        if not seen[root]:
+            seen[root] = True
+            order[count] = root
+            done = count
+            count += 1
+            while done < count:
+                i = order[done]
+                done += 1
+                for e in range(crow[i], crow[i + 1]):
+                    # Columns beyond the rows have none of their own.
+                    if col[e] < len(seen) and not seen[col[e]]:
+                        seen[col[e]] = True
+                        order[count] = col[e]
+                        count += 1
+
+
+# By the tensor of columns: the order of a graph is found once.
+_orders = WeakTensorKeyDictionary()
+_IN_ORDER = np.empty(0, np.int32)
+
+
+def _order(crow: Tensor, col: Tensor, row_bytes: int) -> np.ndarray:
+    """The order in which rows are computed; empty for that in which they lie.
+
+    Where neighbours lie further apart than caches reach, rows are taken breadth first along the edges, so that what one
+    has read is still there for its neighbours. Found once per graph, in O(T + E).
+    """
+    rows = crow.shape[0] - 1
+    if rows * row_bytes < _LARGE_BYTES:
+        return _IN_ORDER
+    known = _orders.get(col)
+    if known is None or known[0] != rows:
+        distance = _mean_distance(crow.numpy(), col.numpy())
+        known = _orders[col] = [rows, distance, None]
+    if known[1] * row_bytes < _FAR_BYTES:
+        return _IN_ORDER
+    if known[2] is None:
+        known[2] = np.empty(rows, np.int32)
+        _breadth_first(crow.numpy(), col.numpy(), known[2])
+    return known[2]
+
+
 def _split(x: Tensor, heads: int = 1) -> np.ndarray:
     """(T, D) as (T, heads, D / heads)."""
     return array(x).reshape(x.shape[0], heads, x.shape[1] // max(heads, 1))
@@ -228,8 +356,23 @@ def spmm(
     args = (crow.numpy(), col.numpy(), _values(weight, dtype, 2), rows, _values(one if scale is None else scale, dtype))
     factors = (_values(diagonal, dtype), extra, _values(one if beta is None else beta, dtype))
     work = (col.shape[0] + num_rows) * x.shape[1]
-    _launch(_spmm, num_rows, work, *args, *factors, _split(out, heads), _past_caches(out, heads))
+    order = _order(crow, col, x.element_size() * x.shape[1])
+    _launch(_spmm, num_rows, work, order, *args, *factors, _split(out, heads), _past_caches(out, heads))
     return out
+
+
+def spmm_backward(
+    crow: Tensor, col: Tensor, crow_t: Tensor, col_t: Tensor, perm: Tensor, weight: Tensor, x: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients (T, D) to x and (E, H) to the weights of :func:`spmm`, in one pass over A^T."""
+    heads = weight.shape[1]
+    grad_x = huge_pages(torch.empty(x.shape, dtype=x.dtype))
+    grad_weight = huge_pages(torch.empty(weight.shape, dtype=weight.dtype))
+    args = (crow_t.numpy(), col_t.numpy(), perm.numpy(), array(weight), _split(x, heads), _split(grad, heads))
+    outs = (_split(grad_x, heads), grad_weight.numpy(), _past_caches(grad_x, heads))
+    order = _order(crow_t, col_t, x.element_size() * x.shape[1])
+    _launch(_spmm_backward, x.shape[0], 2 * col_t.shape[0] * x.shape[1], order, *args, *outs)
+    return grad_x, grad_weight
 
 
 def edge_dots(crow: Tensor, col: Tensor, x: Tensor, y: Tensor, heads: int) -> Tensor:
@@ -244,8 +387,9 @@ def edge_distances(crow: Tensor, col: Tensor, x: Tensor) -> Tensor:
 
 def _along_edges(crow: Tensor, col: Tensor, x: Tensor, y: Tensor, heads: int, distance: bool) -> Tensor:
     out = huge_pages(torch.empty(col.shape[0], heads, dtype=accumulation_dtype(x.dtype)))
+    order = _order(crow, col, x.element_size() * x.shape[1])
     args = (crow.numpy(), col.numpy(), _split(x, heads), _split(y, heads), distance, out.numpy())
-    _launch(_edge_dots, crow.shape[0] - 1, col.shape[0] * x.shape[1], *args)
+    _launch(_edge_dots, crow.shape[0] - 1, col.shape[0] * x.shape[1], order, *args)
     return out
 
 

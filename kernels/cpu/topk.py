@@ -6,10 +6,10 @@
 
 ``topk``: a job owns one bag and a block of columns and walks over the rows once; each column has a heap of its k best
 so far, whose root, the worst of them, a row must beat. That is T C comparisons, and about k log(N / k) insertions of
-O(log k) per column where rows come in no order (N in the worst order). x is read once. ``logsumexp`` reads x twice
-forward, once backward. ``pool`` is one GEMM per bag (2 T S P FLOP), in chunks of about ``CHUNK_BYTES`` through one
-buffer where rows must be widened, and for one or two columns one pass over x. Sums are float32 (float64); products are
-written to given places, which autocast leaves alone.
+O(log k) per column where rows come in no order (N in the worst order). x is read once. ``logsumexp`` reads x once
+forward and once backward, chunk by chunk, by torch's own vectorised functions. ``pool`` is one GEMM per bag
+(2 T S P FLOP), through one buffer where rows must be widened, and for one or two columns one pass over x. Chunks are of
+about ``CHUNK_BYTES``. Sums are float32 (float64); products are written to given places, which autocast leaves alone.
 """
 
 from __future__ import annotations
@@ -101,14 +101,6 @@ def _topk(begin, end, x, offsets, blocks, sign, index):
                 _sift(keys[c - first], rows[c - first], size - 1)
 
 
-@_jit
-def _multiply(begin, end, x, factor, bags, starts, ends):
-    for i in range(begin, end):
-        for t in range(starts[i], ends[i]):
-            for c in range(x.shape[1]):
-                x[t, c] *= factor[bags[i], c]
-
-
 def topk(x: Tensor, offsets: Tensor, k: int, largest: bool) -> Tensor:
     """(T, C) -> rows of the k best (B, k, C), -1 beyond the size of a bag."""
     num_bags, columns = offsets.shape[0] - 1, x.shape[1]
@@ -127,35 +119,29 @@ def topk(x: Tensor, offsets: Tensor, k: int, largest: bool) -> Tensor:
     return index
 
 
-def _shifted_exp(x: Tensor, shift: Tensor, pieces: segments.Pieces) -> Tensor:
-    out = huge_pages(torch.empty(x.shape, dtype=accumulation_dtype(x.dtype)))
-    where = (pieces.bags, pieces.starts, pieces.ends)
-    _launch(segments._subtract, len(pieces), x.numel(), array(x), array(shift), *where, out.numpy())
-    return out.exp_()
-
-
-def logsumexp(x: Tensor, offsets: Tensor) -> Tensor:
-    """(T, C) -> (B, C) in the accumulation dtype; -inf for an empty bag."""
-    pieces = segments.Pieces(offsets)
-    top, _ = segments.max_rows(x, offsets, pieces)
-    top = torch.where(top.isinf(), 0, top)  # infinity minus infinity is nothing
-    return segments.sum_rows(_shifted_exp(x, top, pieces), offsets, pieces).log_().add_(top)
-
-
-def logsumexp_backward(grad: Tensor, x: Tensor, out: Tensor, offsets: Tensor) -> Tensor:
-    """grad (B, C) exp(x - out) -> (T, C) in the accumulation dtype."""
-    pieces = segments.Pieces(offsets)
-    grad_x = _shifted_exp(x, torch.where(out.isinf(), 0, out), pieces)
-    where = (pieces.bags, pieces.starts, pieces.ends)
-    _launch(_multiply, len(pieces), x.numel(), grad_x.numpy(), array(grad), *where)
-    return grad_x
-
-
 def _chunks(offsets: Tensor, rows: int) -> list[tuple[int, int, int]]:
     """Bag, first and last row of pieces of at most ``rows`` rows."""
     starts = offsets.tolist()
     bags = enumerate(zip(starts, starts[1:]))
     return [(bag, row, min(row + rows, end)) for bag, (start, end) in bags for row in range(start, end, rows)]
+
+
+def logsumexp(x: Tensor, offsets: Tensor) -> Tensor:
+    """(T, C) -> (B, C) in the accumulation dtype; -inf for an empty bag."""
+    acc = accumulation_dtype(x.dtype)
+    out = torch.full((len(offsets) - 1, x.shape[1]), -torch.inf, dtype=acc)
+    for bag, start, end in _chunks(offsets, _buffer_rows(x.shape[1], acc)):
+        torch.logaddexp(out[bag], x[start:end].to(acc).logsumexp(0), out=out[bag])
+    return out
+
+
+def logsumexp_backward(grad: Tensor, x: Tensor, out: Tensor, offsets: Tensor) -> Tensor:
+    """grad (B, C) exp(x - out) -> (T, C) in the accumulation dtype."""
+    out = torch.where(out.isinf(), 0, out)  # infinity minus infinity is nothing
+    grad_x = huge_pages(torch.empty(x.shape, dtype=out.dtype))
+    for bag, start, end in _chunks(offsets, _buffer_rows(x.shape[1], out.dtype)):
+        torch.sub(x[start:end], out[bag], out=grad_x[start:end]).exp_().mul_(grad[bag])
+    return grad_x
 
 
 def _multiply_rows(rows: Tensor, matrices: Tensor, offsets: Tensor, out: Tensor) -> None:

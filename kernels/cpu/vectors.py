@@ -13,11 +13,13 @@ int16 stands for bfloat16, uint16 for float16.
 
 from __future__ import annotations
 
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic, models, register_model
 
 LINE_BYTES = 64
+# Lanes of a sum that is kept in registers: as many as hide the latency of an addition, and as there are to spare.
+WIDE = 128 if binding.get_host_cpu_features().get("avx512f") else 64
 _FAST = ("reassoc", "contract", "nsz")
 _DOUBLE, _FLOAT, _HALF = ir.DoubleType(), ir.FloatType(), ir.HalfType()
 _BYTE, _INT, _LONG = ir.IntType(8), ir.IntType(32), ir.IntType(64)
@@ -170,6 +172,24 @@ def lane_sum(typing, value):
         return builder.call(function, [element(-0.0), args[0]], fastmath=_FAST)
 
     return value.dtype(value), code
+
+
+@intrinsic
+def fold(typing, like, value):
+    """The lanes of ``value`` added up to as many as ``like`` has; zeros fill what it lacks."""
+
+    def code(context, builder, signature, args):
+        total = None
+        for first in range(0, value.lanes, like.lanes):
+            # An index past the end takes a zero.
+            picked = ir.Constant(
+                ir.VectorType(_INT, like.lanes), [min(first + k, value.lanes) for k in range(like.lanes)]
+            )
+            part = builder.shuffle_vector(args[1], _all(args[1].type, 0.0), picked)
+            total = part if total is None else builder.fadd(total, part, flags=_FAST)
+        return total
+
+    return like(like, value), code
 
 
 @intrinsic

@@ -1,6 +1,7 @@
 """Attention pooling on the GPU.
 
-    h = act(x W1^T + b1) [* sigmoid(x Wg^T + bg)],  scores = h w2^T,  a = softmax of scores per bag,  z = a^T x
+    h = act(x W1^T + b1) [* sigmoid(x Wg^T + bg)],  scores = h w2^T,
+    a = softmax of scores per bag,  z = (a * factors)^T x
 
 The scores do not know bags. ``_scores``: one program owns BLOCK_T instances; it walks over blocks of D, multiplies
 [W1; Wg] by x in tiles of P with tensor cores, and reduces to H scores without writing the (T, D) activations.
@@ -174,10 +175,23 @@ def _options(weight: Tensor, dim: int, act: str, gated: bool, keep: bool) -> dic
     return {"ACT": act, "GATED": gated, "KEEP": keep, "UPCAST": INTERPRETED, "PRECISION": precision, **tiles}
 
 
+def _scaled(a: Tensor, factors: Tensor | None) -> Tensor:
+    """Attention weights, or gradients to them, as dropout leaves them."""
+    return a if factors is None else a * factors
+
+
 def forward(
-    x: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor, w2: Tensor, act: str, gated: bool, keep: bool
+    x: Tensor,
+    offsets: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    w2: Tensor,
+    factors: Tensor | None,
+    act: str,
+    gated: bool,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x (T, P), weight (D', P) in the compute dtype, bias (D',) and w2 (H, D) float32
+    """x (T, P), weight (D', P) in the compute dtype, bias (D',), w2 (H, D) and factors (T, H) float32
     -> z (B, H, P) float32, scores (T, H), a (T, H), kept (T, D') or (0,)."""
     x, weight, bias, w2 = x.contiguous(), weight.contiguous(), bias.contiguous(), w2.contiguous()
     (num_rows, width), (heads, dim) = x.shape, w2.shape
@@ -189,7 +203,7 @@ def forward(
         block_h = triton.next_power_of_2(heads)
         _scores[grid](x, weight, bias, w2, scores, kept, num_rows, width, dim, heads, BLOCK_H=block_h, **options)
     a = segments.softmax(scores, offsets)
-    return segments.weighted_sum(x, a, offsets), scores, a, kept
+    return segments.weighted_sum(x, _scaled(a, factors), offsets), scores, a, kept
 
 
 def _matmul(left: Tensor, right: Tensor) -> Tensor:
@@ -211,17 +225,19 @@ def backward(
     w2: Tensor,
     a: Tensor,
     kept: Tensor,
+    factors: Tensor | None,
     act: str,
     gated: bool,
     need_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x (T, P) or (0,), weight (D', P), bias (D',), w2 (H, D)."""
+    weights = _scaled(a, factors)
     x, weight, bias, w2 = x.contiguous(), weight.contiguous(), bias.contiguous(), w2.contiguous()
     (num_rows, width), (heads, dim) = x.shape, w2.shape
     total = weight.shape[0]
     ds = torch.zeros_like(a)
     if grad_z is not None:
-        ds = segments.softmax_backward(a, segments.row_dots(x, grad_z, offsets), offsets)
+        ds = segments.softmax_backward(a, _scaled(segments.row_dots(x, grad_z, offsets), factors), offsets)
     if grad_scores is not None:
         ds = ds + grad_scores
     keep = kept.numel() > 0
@@ -248,6 +264,6 @@ def backward(
             grad_chunk = _matmul(grad_pre, weight)
             if grad_z is not None:
                 for head in range(heads):
-                    grad_chunk.addcmul_(a[start:end, head : head + 1], grad_z[bags[start:end], head])
+                    grad_chunk.addcmul_(weights[start:end, head : head + 1], grad_z[bags[start:end], head])
             grad_x[start:end] = grad_chunk
     return grad_x, grad_weight.to(weight.dtype), grad_bias, grad_w2

@@ -234,6 +234,13 @@ def spmm(
     return out
 
 
+def spmm_backward(
+    crow: Tensor, col: Tensor, crow_t: Tensor, col_t: Tensor, perm: Tensor, weight: Tensor, x: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients (T, D) to x and (E, H) to the weights of :func:`spmm`."""
+    return spmm(crow_t, col_t, weight[perm], grad), edge_dots(crow, col, grad, x, weight.shape[1])
+
+
 def _edges(crow: Tensor, col: Tensor, x: Tensor, y: Tensor, heads: int, distance: bool) -> Tensor:
     x, y = x.contiguous(), y.contiguous()
     num_edges = col.shape[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -42,7 +43,8 @@ def test_passes_opcheck_with_features_that_need_no_gradient(impl: str, device: s
     w2 = torch.randn(2, 5, generator=generator).to(device).requires_grad_()
     offsets = Segments.from_sizes((9, 0, 14), device).offsets
     op = getattr(torch.ops.bigbag, f"attention_pool_{impl}").default
-    opcheck(op, (x, offsets, weight, bias, w2, "tanh", True, keep))
+    factors = torch.rand(23, 2, generator=generator).to(device) if keep else None
+    opcheck(op, (x, offsets, weight, bias, w2, factors, "tanh", True, keep))
 
 
 def test_on_worker_threads_is_right_and_repeats_itself() -> None:
@@ -107,3 +109,24 @@ def test_memory_is_what_it_promises(keep: bool) -> None:
     assert kept < peak_bytes(step) < kept + (64 << 20)
     # The same operations in plain PyTorch hold several (T, D) activations: the measure sees them.
     assert peak_bytes(lambda: step("reference")) > rows * 4 * (3 * dim + width)
+
+
+def test_dropout_scales_what_it_keeps_and_repeats_itself_by_its_seed(impl: str, device: str) -> None:
+    """Scores are 0, so that the weights are equal, and x is 1 where its row is and 0 elsewhere: z shows the weights."""
+    rows, x = 400, torch.eye(400, device=device)
+    zeros = [torch.zeros(*shape, device=device) for shape in ((8, rows), (8,), (2, 8))]
+    segments = Segments.from_sizes((300, 0, 100), device)
+
+    def pooled(**options: Any) -> Tensor:
+        return ops.attention_pool(x, segments, *zeros, impl=impl, **options)[0]
+
+    whole, dropped = pooled(), pooled(dropout=0.25, seed=3)
+    kept = dropped != 0
+    torch.testing.assert_close(dropped, torch.where(kept, whole / 0.75, 0))
+    share = kept[0, :, :300].double().mean()
+    assert abs(share - 0.75) < 4 * (0.75 * 0.25 / 600) ** 0.5
+    assert (kept[0, 0, :300] != kept[0, 1, :300]).any()
+    assert torch.equal(dropped, pooled(dropout=0.25, seed=3))
+    assert not torch.equal(dropped, pooled(dropout=0.25, seed=4))
+    with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\)"):
+        pooled(dropout=1.0)

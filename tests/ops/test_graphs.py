@@ -225,17 +225,65 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
 def test_large_outputs_are_written_past_the_caches_with_the_same_bits(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kernels = spmm_module.kernels("cpu")
+    kernels, acc = spmm_module.kernels("cpu"), spmm_module.accumulation_dtype(dtype)
     for width in (128 + 32, 1024 + 64):
         adj, x = normalised_lattice(300), randn(300, width).to(dtype)
         found = []
         for least in (1 << 40, 0):
             monkeypatch.setattr(kernels, "_LARGE_BYTES", least)
             assert kernels._past_caches(x) == (least == 0)
-            found.append(smooth(adj, x, 0.6, 3))
-        assert torch.equal(*found)
+            graph = graph_of(adj, "cpu", transposed=True, same=False)
+            found.append((smooth(adj, x, 0.6, 3), *kernels.spmm_backward(*graph, adj.weight[:, None].to(acc), x, x)))
+        assert all(torch.equal(cached, streamed) for cached, streamed in zip(*found))
     # Rows that do not begin at cache lines can't be.
     assert not kernels._past_caches(x[:, : width - 1].contiguous()) and not kernels._past_caches(x, heads=64)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_gradients_in_one_pass_are_those_of_two_products(heads: int) -> None:
+    """One pass where gradients are not differentiated again, two products where they are."""
+    pack = pattern("random", (70, 0, 1, 30))
+    graph = graph_of(pack, "cpu", transposed=True, same=False)
+    leaves = [randn(101, 300).requires_grad_(), randn(pack.num_edges, heads, seed=1).requires_grad_()]
+    out = spmm_module.product(graph, leaves[1], leaves[0], "cpu")
+    incoming = randn(101, 300, seed=2)
+    once = torch.autograd.grad(out, leaves, incoming, retain_graph=True)
+    twice = torch.autograd.grad(out, leaves, incoming, create_graph=True)
+    assert twice[0].requires_grad and not once[0].requires_grad
+    assert torch.equal(once[0], twice[0])
+    torch.testing.assert_close(once[1], twice[1], rtol=1e-5, atol=1e-4)
+    gathered = (incoming[pack.rows()] * leaves[0][pack.col.long()]).view(pack.num_edges, heads, -1).double().sum(2)
+    torch.testing.assert_close(once[1].double(), gathered, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_in_an_order_of_their_own_have_the_same_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = spmm_module.kernels("cpu")
+    # Two components, a loop, repeated edges, rows without any, and columns beyond the rows, as of a halo.
+    graph = pattern("random", (200, 150))
+    crow, col = graph.crow, torch.where(graph.col > 340, graph.col + 10, graph.col)
+    weight, x, y = torch.rand(len(col), 1), randn(360, 200).to(dtype), randn(360, 200, seed=1).to(dtype)
+    found = []
+    for least in (1 << 40, 0):
+        monkeypatch.setattr(kernels, "_LARGE_BYTES", least)
+        monkeypatch.setattr(kernels, "_FAR_BYTES", least)
+        order = kernels._order(crow, col, 400)
+        if least == 0:
+            assert sorted(order.tolist()) == list(range(350)) and kernels._order(crow, col, 400) is order
+            place = {row: k for k, row in enumerate(order.tolist())}
+            # Breadth first: what a row reads is computed, if not before, in the order of those who read.
+            reader = {}
+            for row in order.tolist():
+                for j in col[crow[row] : crow[row + 1]].tolist():
+                    reader.setdefault(j, place[row])
+            later = [j for j in order.tolist() if reader.get(j, place[j]) < place[j]]
+            assert [reader[j] for j in later] == sorted(reader[j] for j in later)
+        out = kernels.spmm(crow, col, weight, x, h=y[:350], diagonal=torch.rand(350, generator=torch.manual_seed(0)))
+        square = graph_of(graph, "cpu", transposed=True, same=False)
+        pair = kernels.spmm_backward(*square, weight, x[:350], y[:350])
+        found.append([out, kernels.edge_dots(crow, col, x, y, 2), *pair])
+    for natural, ordered in zip(*found):
+        assert torch.equal(natural, ordered)
 
 
 def test_errors_name_what_does_not_fit() -> None:

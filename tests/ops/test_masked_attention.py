@@ -11,7 +11,8 @@ from bigbag.memory import peak_bytes
 from bigbag.ops import fused_attention
 from bigbag.ops.attention_bias import DistanceBias, RelativePositionBias, buckets, num_buckets, thresholds
 from bigbag.ops.class_attention import class_token_attention, mean_attention
-from bigbag.ops.masked_attention import drop_below, keep, masked_attention
+from bigbag.ops.dropout import drop_below, keep
+from bigbag.ops.masked_attention import masked_attention
 from bigbag.ops.registry import HALF, use_impl
 from bigbag.samples.masked_attention import SAMPLES
 from bigbag.testing import check
