@@ -74,9 +74,9 @@ class Cluster:
         command = ["sbatch", "--parsable", *map(str, arguments)]
         return self._inside(self._control, *command, cwd=cwd, environment=environment).strip()
 
-    def run(self, *command: str) -> str:
-        """A SLURM command's output."""
-        return self._inside(self._control, *command)
+    def run(self, *command: str, cwd: Path | None = None) -> str:
+        """What a command says that runs where SLURM's commands do."""
+        return self._inside(self._control, *command, cwd=cwd)
 
     def job(self, number: str) -> dict[str, str]:
         """What `scontrol show job` says of a job."""
