@@ -202,7 +202,12 @@ class EngineConfig(Section):
     """DeepSpeed ZeRO stage: 1 shards optimiser states, 2 also gradients, 3 also weights, which are whole on every rank
     only while a pack is computed."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
-    """Extra DeepSpeed keys, merged over the derived configuration: the one escape hatch."""
+    """Extra DeepSpeed keys, merged over the derived configuration: the one escape hatch.
+
+    Not ``activation_checkpointing``: what DeepSpeed partitions over ranks (and, partitioned, moves to the CPU) are
+    activations that all of them hold, as under tensor parallelism. Here each rank has other bags, or with
+    ``parallel.bag`` other instances, and would get back pieces of the others' activations.
+    ``train.activation_checkpointing`` recomputes, and keeps the inputs of layers alone."""
     threads: int | None = None
     """CPU threads of each rank; None: cores divided by the ranks of this node when there is no GPU."""
     timeout_s: PositiveInt = 1800
@@ -218,6 +223,16 @@ class EngineConfig(Section):
     (``python -m tests.engine.measure_compiling``, a core of an AMD EPYC)."""
     impl: dict[str, str] = Field(default_factory=dict)
     """Operator implementations to force, e.g. ``{attention_pool: reference}``; empty: the best for the device."""
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _without_partitions(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if "activation_checkpointing" in value:
+            raise ValueError(
+                "activation_checkpointing of DeepSpeed partitions what all ranks hold alike, but these have different "
+                "bags or instances: leave it out, and set train.activation_checkpointing"
+            )
+        return value
 
 
 class ParallelConfig(Section):

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 
-from bigbag.config import OptimConfig, build_config
+from bigbag.config import ConfigError, OptimConfig, build_config
 from bigbag.engine.backend import choose_backend, deepspeed_config
 from bigbag.engine.optim import build_optimizer, learning_rate
-from bigbag.engine.world import World
+from bigbag.engine.world import World, start_world
+from bigbag.testing import run_ranks
 
 
 def test_learning_rate_warms_up_and_decays():
@@ -39,6 +40,34 @@ def test_deepspeed_settings_are_derived_and_merged():
     derived = deepspeed_config(build_config({**settings, "engine": {"zero_stage": 2, "deepspeed": extra}}), 70)
     assert derived["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 70, "overlap_comm": True}
     assert derived["gradient_clipping"] == 0.0 and derived["comms_logger"] == {"enabled": True}
+
+
+def partitioned_gradient() -> float:
+    """The largest error, beside the largest number, of a gradient through a layer whose input DeepSpeed partitions."""
+    world = start_world("deepspeed")
+    from deepspeed.runtime.activation_checkpointing import checkpointing
+
+    class AllRanks:
+        get_model_parallel_rank = staticmethod(torch.distributed.get_rank)
+        get_model_parallel_world_size = staticmethod(torch.distributed.get_world_size)
+        get_model_parallel_group = staticmethod(lambda: torch.distributed.group.WORLD)
+        get_data_parallel_rank = staticmethod(lambda: 0)
+
+    checkpointing.configure(AllRanks(), partition_activations=True, num_checkpoints=1)
+    layer = torch.nn.Linear(4, 4)
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(world.rank), requires_grad=True)
+    checkpointing.checkpoint(lambda rows: layer(rows).tanh(), x).square().sum().backward()
+    (expected,) = torch.autograd.grad(layer(x).tanh().square().sum(), x)
+    return float((x.grad - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.slow
+def test_activations_that_differ_between_ranks_are_not_partitioned():
+    """DeepSpeed's gradient is wrong by more than its size where ranks have different rows; so the key is refused."""
+    assert max(run_ranks(partitioned_gradient, 2)) > 0.1
+    settings = {"name": "x", "data": {"shards": "y"}, "model": {"name": "ABMIL"}}
+    with pytest.raises(ConfigError, match=r"these have different\s+bags or instances: leave it out"):
+        build_config({**settings, "engine": {"deepspeed": {"activation_checkpointing": {"cpu_checkpointing": True}}}})
 
 
 def test_backend_follows_the_launcher(monkeypatch):

@@ -1,4 +1,4 @@
-"""`bigbag compare --slurm submit` on a real cluster: an array of runs, then a job that makes the table and the figure."""
+"""`bigbag compare --slurm submit` on a real cluster: an array of runs, then a job that makes table and figure."""
 
 import csv
 import json
