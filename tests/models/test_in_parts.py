@@ -55,6 +55,55 @@ def mean_samples(self, mean, log_std, n_samples=1):
     return (mean + 0 * log_std)[:, None].expand(-1, n_samples, -1)
 
 
+def masked_batch(seed):
+    """A padded batch whose mask rules out rows anywhere, which hold large numbers and have edges to the others."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(3, 17, generator=generator) < torch.tensor([[0.7], [0.4], [0.1]])
+    mask[:, 5] = True
+    X = torch.randn(3, 17, 6, generator=generator).masked_fill(~mask[..., None], 1e6)
+    adj = torch.rand(3, 17, 17, generator=generator).triu(1) * (torch.rand(3, 17, 17, generator=generator) < 0.3)
+    coords = torch.stack([torch.randperm(25, generator=generator)[:17] for _ in range(3)])
+    coords = torch.stack([coords // 5, coords % 5], -1)
+    return {"X": X, "mask": mask, "adj": adj + adj.mT, "coords": coords}, torch.tensor([1.0, 0.0, 1.0])
+
+
+def bags_of(batch, Y):
+    """The bags of a padded batch, without what is masked out."""
+    found = []
+    for i, y in enumerate(Y.tolist()):
+        pack = PackedBags.from_padded(**{key: value[i : i + 1] for key, value in batch.items()})
+        found.append(Bag(pack.x, int(y), f"bag{i}", coords=pack.coords, adj=pack.adj))
+    return found
+
+
+def masked_errors(variants, seed):
+    """Of losses and gradients of parts, against those of the padded batch with its mask; fp64."""
+    batch, Y = masked_batch(seed)
+    bags, found = bags_of(batch, Y), {}
+    for name, arguments in variants:
+        model = build(name, arguments).double()
+        taken = {"X", "mask", *model.needs}
+        given = {key: value.double() if key in ("X", "adj") else value for key, value in batch.items() if key in taken}
+        torch.manual_seed(3)
+        with mock.patch.object(VariationalAutoEncoder, "get_reparameterized_samples", mean_samples):
+            _, losses = model.compute_loss(Y.double(), **given)
+        sum(losses.values()).backward()
+        ranks = (dist.get_rank(), dist.get_world_size())
+        own, grads, _, _ = compute(name, arguments, bags, torch.float64, ranks)
+        pairs = [(own[key], losses[key].detach()) for key in losses]
+        pairs += [(grads[key], p.grad) for key, p in model.named_parameters() if p.grad is not None]
+        scale = max(float(expected.norm()) for _, expected in pairs[len(losses) :])
+        found[name] = max(float((a - b).norm() / (b.norm() + 1e-3 * scale)) for a, b in pairs)
+    return found
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_masked_instances_are_in_no_part(num_ranks):
+    for found in run_ranks(masked_errors, num_ranks, IN_PARTS, num_ranks):
+        assert len(found) == len(IN_PARTS)
+        assert max(found.values()) <= 1e-5, found
+
+
 def compute(name, arguments, bags, dtype, parts=None):
     """Losses, gradients, scores; of this rank's part and added up over the ranks, if ``parts`` is (rank, ranks)."""
     model = build(name, arguments).to(dtype)
