@@ -1,10 +1,13 @@
-"""The benchmark of ranks: what the plan allows, and that ranks share the work."""
+"""Benchmarks of the training loop: what the plan allows, that ranks share the work, and what steps wait for."""
 
 import statistics
+import time
 
 import pytest
 
 from bigbag.bench.ranks import Contender, best_gain, make_set, measure
+from bigbag.bench.training import waiting_share
+from bigbag.config import build_config
 from bigbag.data import plan_epoch
 
 
@@ -28,3 +31,16 @@ def test_two_ranks_have_half_the_work_each(tmp_path):
     assert len(alone) == len(shared) == 5 and all(cpu > 0 for _, cpu in (*alone, *shared))
     cpu_alone, cpu_shared = (statistics.median(cpu for _, cpu in of) for of in (alone, shared))
     assert cpu_shared < 0.75 * cpu_alone
+
+
+def test_the_time_that_steps_wait_for_their_packs(tmp_path, monkeypatch):
+    """Each of 4 bags, a pack of its own, takes 50 ms more to read."""
+    from bigbag.data import ShardStore
+
+    make_set(tmp_path / "shards", 4, 10, 20, 8)
+    data = {"shards": str(tmp_path / "shards"), "num_workers": 0, "budget_instances": 1}
+    config = build_config({"name": "run", "out": str(tmp_path), "data": data, "model": {"name": "MeanMIL"}})
+    read = ShardStore.read
+    monkeypatch.setattr(ShardStore, "read", lambda self, index: (time.sleep(0.05), read(self, index))[1])
+    elapsed, share = waiting_share(config, epochs=2)
+    assert 0.2 <= elapsed * share < elapsed

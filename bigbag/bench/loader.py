@@ -6,6 +6,8 @@ Every round runs each contender once, in turn, over a warm set: copying ``np.loa
 same arrays into one buffer; an epoch of ``stream`` for each number of reading threads, started and ended within the
 time; WebDataset's own decoding of the same shards. A pack holds one bag. GB/s are of features; the ratio is that of
 medians of this run. Beside them stands the memory of this process after each epoch, maps of files not counted.
+
+With ``--models ABMIL`` and the like, epochs of the engine follow, and the share of one in which steps wait for packs.
 """
 
 from __future__ import annotations
@@ -89,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", default="0,1,2", help="numbers of reading threads, comma-separated")
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16", help="of the packs")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--models", default="", help="train these, comma-separated: how long do steps wait for packs?")
     parser.add_argument("--folder", help="where the set is made and removed again; default: the temporary folder")
     return parser
 
@@ -100,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         store, files = make_set(Path(folder), args.bags, args.instances, args.width)
         runs = contenders(store, files, [int(n) for n in args.workers.split(",")], getattr(torch, args.dtype))
         times, resident = measure(runs, args.rounds)
+        waits = _waits(args, folder)
     total = 2 * args.bags * args.instances * args.width
     medians = {name: statistics.median(of) for name, of in times.items()}
     print(f"{machine('cpu')}, torch {torch.__version__}; {args.bags} bags of {total / args.bags / 1e6:.1f} MB, float16")
@@ -111,4 +115,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{medians[COPY] / middle:5.2f} of the copy, {medians[WEBDATASET] / middle:5.2f} of webdataset; "
             f"resident {min(memory)} to {max(memory)} MiB"
         )
+    print("\n".join(waits))
     return 0
+
+
+def _waits(args: argparse.Namespace, folder: str) -> list[str]:
+    """For each model and number of reading threads, how much of an epoch steps wait for their packs."""
+    from bigbag.bench.training import waiting_share
+    from bigbag.config import build_config
+
+    lines = []
+    for model in filter(None, args.models.split(",")):
+        for workers in map(int, args.workers.split(",")):
+            data = {"shards": f"{folder}/shards", "num_workers": workers, "dtype": args.dtype}
+            settings = {"name": f"{model}{workers}", "out": folder, "data": data, "model": {"name": model}}
+            elapsed, share = waiting_share(build_config({**settings, "train": {"batch_bags": 4}}))
+            lines.append(f"training {model}, {workers} workers: {elapsed:.2f} s an epoch, {share:.1%} of it waiting")
+    return lines

@@ -67,23 +67,15 @@ def _train(rank: int, contender: Contender, settings: dict[str, Any], port: int,
     """One process: answers each order with an epoch's seconds, on the clock and of CPU; ends at the order False."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(contender.ranks)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(contender.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    from bigbag.bench.training import make_trainer
     from bigbag.engine import preemption
-    from bigbag.engine.backend import build_backend
     from bigbag.engine.checkpoint import Progress
-    from bigbag.engine.trainer import Trainer
     from bigbag.engine.world import start_world
-    from bigbag.models import build_model
 
     config = build_config(settings | {"name": f"{contender.backend}{contender.ranks}"})
     world = start_world(contender.backend, threads=1)
     preemption.watch()  # as the commands do: ranks tell each other about signals
-    store = open_store(config.data.shards)
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(config.seed)
-    model = build_model(config.model, store.feature_shape, config.task)
-    backend = build_backend(contender.backend, model, config, world)
-    trainer = Trainer(config, store, {"train": range(len(store))}, model, backend, world)
-    trainer.start(Progress())
+    trainer = make_trainer(config, contender.backend, world)
     orders.send(None)
     while orders.recv():
         world.barrier()
