@@ -1,7 +1,7 @@
 """The command line: ``bigbag pack | plan | train | evaluate | predict | report | compare | cap-curve | bench``.
 
 ``launch/*.py`` call the same functions. Whatever a user can cause ends in one line on standard error and exit status
-2; a run that SIGTERM or SIGUSR1 asked to leave ends with status 85, its checkpoint written.
+2, Ctrl-C in one line and 130; a run that SIGTERM or SIGUSR1 asked to leave ends with status 85, its checkpoint written.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import logging
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,6 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
         print(f"{rank}error: {error}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:
+        if options.traceback:
+            raise
+        print("interrupted: the same command again goes on where it can", file=sys.stderr, flush=True)
+        return 128 + signal.SIGINT
 
 
 def _bench(arguments: Sequence[str]) -> int:

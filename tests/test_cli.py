@@ -231,3 +231,12 @@ def test_disk_full_while_packing_leaves_no_set(packed, tmp_path, capsys):
 def test_report_command_and_missing_run(packed, tmp_path, capsys):
     text = fails(capsys, ["report", *arguments(packed[1], tmp_path)])
     assert str(tmp_path) in text
+
+
+def test_ctrl_c_ends_in_one_line(monkeypatch, capsys):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bigbag.visualize.write_report", interrupted)
+    assert main(["report", "--config", CONFIG]) == 130
+    assert capsys.readouterr().err == "interrupted: the same command again goes on where it can\n"

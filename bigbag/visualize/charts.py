@@ -116,7 +116,7 @@ def precision_recall_chart(curves: Sequence[tuple[str, np.ndarray, np.ndarray]],
             chance = "chance" if len(curves) == 1 else None
             axes.axhline(labels.mean(), color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), label=chance)
         axes.set(xlabel="recall (sensitivity)", ylabel="precision", xlim=(-0.02, 1.02), ylim=(-0.02, 1.03))
-        axes.legend(loc="lower left")
+        _legend_above(axes)
 
     return svg_text(draw)
 
@@ -165,7 +165,7 @@ def calibration_chart(probability: np.ndarray, observed: np.ndarray, count: np.n
         )
         axes.set(xlabel="mean predicted probability", ylabel=f"share of {what}")
         axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.03))
-        axes.legend(loc="upper left")
+        _legend_above(axes)
 
     return svg_text(draw)
 

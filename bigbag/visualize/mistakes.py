@@ -44,7 +44,7 @@ def _labelled(run: RunFolder, bags: PredictionTable) -> Listed:
     order = np.argsort(-error, kind="stable")
     columns = ["Bag", "Label", "Value" if task == "regression" else "Probability", "Instances", "Verdict"]
     rows = [_row(task, bags, int(i), float(error[i]), links.get(bags.keys[i], [])) for i in order[:_LISTED_BAGS]]
-    num_wrong = sum("wrong" in row[4] for row in rows)
+    num_wrong = sum('class="wrong"' in row[4] for row in rows)
     counted = task != "regression" and len(bags.keys) <= _LISTED_BAGS
     wrong = f"{num_wrong} of {len(bags.keys)} bags are wrong. " if counted else ""
     return columns, f"{wrong}Sorted by how far the prediction is from the label.", rows
@@ -103,8 +103,12 @@ def _row(task: str, bags: PredictionTable, i: int, error: float, links: Sequence
             '<span class="right">right</span>' if called == bool(label[0]) else f'<span class="wrong">{kind}</span>'
         )
     else:
-        right = values.argmax() == label[0] if task == "multiclass" else np.array_equal(values >= THRESHOLD, label > 0)
-        verdict = '<span class="right">right</span>' if right else '<span class="wrong">wrong</span>'
+        if task == "multiclass":
+            right, wrong = values.argmax() == label[0], f"taken for {values.argmax()}"
+        else:
+            num_wrong = np.count_nonzero((values >= THRESHOLD) != (label > 0))
+            right, wrong = num_wrong == 0, f"{num_wrong} of {len(label)} wrong"
+        verdict = '<span class="right">right</span>' if right else f'<span class="wrong">{wrong}</span>'
     shown = values[[int(label[0])]] if task == "multiclass" else values
     labels = {"binary": ["negative", "positive"][int(label[0])]} if task == "binary" else {}
     name = labels.get(task, " ".join(f"{v:g}" for v in label))

@@ -35,10 +35,17 @@ NAMES = {
     "num_instances": "Instances with a label",
 }
 _MAX_BANDS = 4
+_PEAKS = ("measured_peak_bytes", "peak_bytes")
 
 
 def metric_name(key: str) -> str:
     return NAMES.get(key, key.replace("_", " "))
+
+
+def in_sentence(key: str) -> str:
+    """The name of a metric, small where it does not begin a sentence."""
+    name = metric_name(key)
+    return name if name[:2].isupper() or name[1:2].isdigit() or name[1:2] == "²" else name[0].lower() + name[1:]
 
 
 def number(value: Any) -> str:
@@ -73,7 +80,17 @@ def training_section(run: RunFolder) -> str:
     rest = details("Learning rate and gradient norm", f'<div class="charts">{"".join(more)}</div>') if more else ""
     counted = f"{len(epochs)} epochs" if len(epochs) != 1 else "1 epoch"
     chosen = "" if best is None else f"; the weights of epoch {best} were kept, and all predictions here are theirs"
-    return f'<p>{esc(counted)}{esc(chosen)}.</p><div class="charts">{"".join(figures)}</div>{rest}'
+    return f'<p>{esc(counted)}{esc(chosen)}.{esc(_memory(run))}</p><div class="charts">{"".join(figures)}</div>{rest}'
+
+
+def _memory(run: RunFolder) -> str:
+    """What the run took of a device's memory, and what it was thought to take."""
+    memory = run.environment.get("memory")
+    measured, predicted = (memory.get(key) if isinstance(memory, dict) else None for key in _PEAKS)
+    if not isinstance(measured, int):
+        return ""
+    before = f" ({predicted / 2**20:,.0f} MiB predicted)" if isinstance(predicted, int) else ""
+    return f" Peak memory of a device: {measured / 2**20:,.0f} MiB{before}."
 
 
 def _validation_chart(run: RunFolder, epochs: Sequence[dict[str, Any]], marked: tuple[float, str] | None) -> str:
@@ -85,7 +102,7 @@ def _validation_chart(run: RunFolder, epochs: Sequence[dict[str, Any]], marked: 
                 [(metric_name(str(name)), steps, values)], "step", metric_name(str(name)), marked=marked
             )
             alt = f"Validation {metric_name(str(name))} over training steps, from {values[0]:.3f} to {values[-1]:.3f}."
-            return chart(svg, f"Validation {metric_name(str(name))}", alt)
+            return chart(svg, f"Validation {in_sentence(str(name))}", alt)
     return absent("Validation", "No validation metric was logged: the run has no validation split, or too small a one.")
 
 
@@ -122,6 +139,9 @@ def lead(run: RunFolder, split: str, bags: PredictionTable) -> str:
     if run.task == "multiclass" and len(bags.keys):
         num_right = int(np.trace(_counts(bags, bags.logits.shape[1])))
         return f"{num_right} of {len(bags.keys)} {split} bags get the right class."
+    if run.task.startswith("survival") and len(bags.keys):
+        num_events = int(np.count_nonzero(bags.labels[:, 1]))
+        return f"{len(bags.keys)} {split} bags, {num_events} with an observed event; the others are censored."
     return f"{len(bags.keys)} {split} bags with a label."
 
 
@@ -219,7 +239,7 @@ def _calibration(task: str, bags: PredictionTable) -> str:
     """Reliability of the probabilities: of the positive class, of the most probable class, or of all labels."""
     if task == "multiclass":
         outcomes = bags.probabilities.argmax(1) == bags.labels
-        probabilities, what = bags.probabilities.max(1), "bags whose most probable class is right"
+        probabilities, what = bags.probabilities.max(1), "bags with the right class"
     else:
         outcomes, probabilities = bags.labels.reshape(-1), bags.probabilities.reshape(-1)
         what = "positive bags" if task == "binary" else "labels that are set"

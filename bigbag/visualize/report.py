@@ -8,7 +8,7 @@ from typing import Any
 from bigbag.files import write_atomically
 from bigbag.visualize.html import details, esc, footer, note, page, settings, table
 from bigbag.visualize.mistakes import mistakes_section
-from bigbag.visualize.performance import lead, metric_name, number, performance_section, training_section
+from bigbag.visualize.performance import in_sentence, lead, metric_name, number, performance_section, training_section
 from bigbag.visualize.run_folder import SPLITS, PredictionTable, RunFolder, read_run
 from bigbag.visualize.slides import slides_section
 
@@ -90,7 +90,7 @@ def _headline(run: RunFolder, split: str, bags: PredictionTable) -> str:
         value = metrics.get(key)
         shown = '<dd class="none">not defined</dd>' if value is None else f"<dd>{esc(number(value))}</dd>"
         first = ' class="first"' if not cards else ""
-        cards.append(f"<div{first}><dt>{esc(split.capitalize())} {esc(_in_sentence(key))}</dt>{shown}</div>")
+        cards.append(f"<div{first}><dt>{esc(split.capitalize())} {esc(in_sentence(key))}</dt>{shown}</div>")
     notes = ""
     if split != "test":
         notes += note(f"There are no predictions for a test split: what follows is for the {split} split.")
@@ -101,11 +101,6 @@ def _headline(run: RunFolder, split: str, bags: PredictionTable) -> str:
     title = "All metrics of all splits" + (", with 95 % intervals by patient" if run.intervals else "")
     every = details(title, table(columns, rows)) if rows else ""
     return f'<p class="lead">{esc(lead(run, split, bags))}</p>{notes}<dl class="cards">{"".join(cards)}</dl>{every}'
-
-
-def _in_sentence(key: str) -> str:
-    name = metric_name(key)
-    return name if name[:2].isupper() or name[1:2].isdigit() or name[1:2] == "²" else name[0].lower() + name[1:]
 
 
 def _split_names(run: RunFolder) -> list[str]:

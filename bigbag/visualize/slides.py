@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from bigbag.engine.metrics import THRESHOLD, instance_metrics
+from bigbag.engine.metrics import THRESHOLD, instance_metrics, risk_of
 from bigbag.visualize import charts
 from bigbag.visualize.figures import (
     Lattice,
@@ -80,8 +80,19 @@ def _verdict(run: RunFolder, bag: BagAttention) -> str:
     if bag.key not in run.predictions.keys:
         return ""
     row = run.predictions.take(np.array([run.predictions.keys.index(bag.key)]))
-    if run.task != "binary" or np.isnan(row.labels[0]):
-        return f": predicted {', '.join(f'{v:.3f}' for v in np.atleast_1d(row.probabilities[0]))}"
+    values = np.atleast_1d(row.probabilities[0])
+    if np.isnan(row.labels).any():
+        return f": predicted {', '.join(f'{v:.3f}' for v in values)}"
+    if run.task.startswith("survival"):
+        (time, event), risk = row.labels[0], risk_of(row.logits, run.task)[0]
+        return f": {'event' if event else 'censored'} at {time:g}, predicted risk {risk:.3f}"
+    if run.task == "multiclass":
+        true, taken = int(row.labels[0]), int(values.argmax())
+        verdict = '<span class="right">(right)</span>' if true == taken else '<span class="wrong">(wrong)</span>'
+        return f": class {true}, predicted {taken} with {values[taken]:.3f} {verdict}"
+    if run.task != "binary":
+        labels = ", ".join(f"{v:.4g}" for v in np.atleast_1d(row.labels[0]))
+        return f": label {labels}, predicted {', '.join(f'{v:.3f}' for v in values)}"
     label, chance = bool(row.labels[0]), float(row.probabilities[0])
     right = (row.logits[0] >= 0) == label
     verdict = "right" if right else "wrong"

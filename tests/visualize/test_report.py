@@ -103,7 +103,7 @@ def make_run(
         "versions": {"python": "3.11.9", "bigbag": "0.1.0", "torch": "2.13.0"},
         "devices": {"device": "cpu", "ranks": 1, "backend": "torch", "precision": "fp32"},
         "operators": {"attention_pool": "cpu", "segment_sum": "cpu"},
-        "memory": {"largest_pack_instances": 131072, "largest_pack_bytes": 16777216},
+        "memory": {"peak_bytes": 600 << 20, "measured_peak_bytes": 585 << 20, "largest_pack_bytes": 16777216},
         "data": {"bags": {"train": 120, "val": 30, "test": 60}, "instances": {"train": 1320000, "val": 1, "test": 2}},
     }
     (folder / "environment.json").write_text(json.dumps(environment))
@@ -202,6 +202,10 @@ def test_intervals_stand_beside_the_metrics(run_dir: Path, tmp_path: Path) -> No
     assert "with 95 % intervals by patient" in page and "0.2" not in " ".join(auroc)
 
 
+def test_memory_is_told_beside_the_prediction(page: str) -> None:
+    assert "Peak memory of a device: 585 MiB (600 MiB predicted)." in section(page, "training")
+
+
 def test_wilson_interval_is_that_of_scipy() -> None:
     from scipy.stats import binomtest
 
@@ -298,6 +302,18 @@ def test_other_tasks(tmp_path: Path, task: str) -> None:
     assert f"<dt>Test {name}</dt><dd>{metrics[key]:.3f}</dd>" in page
     assert len(rows_of(section(page, "mistakes"))) == 20
     assert "do not agree" not in page
+    verdicts = [row[4] for row in rows_of(section(page, "mistakes"))]
+    bags = run.predictions.labelled("test")
+    if task == "multiclass":
+        taken = bags.logits.argmax(1)
+        wrong = sorted(f"taken for {t}" for t in taken[taken != bags.labels])
+        assert sorted(verdict for verdict in verdicts if verdict != "right") == wrong
+        true = int(bags.labels[1])
+        assert f"test-0001: class {true}, predicted {taken[1]} with {bags.probabilities[1].max():.3f}" in page
+    if task == "multilabel":
+        num_wrong = ((bags.logits >= 0) != bags.labels).sum(1)
+        assert sorted(verdicts) == sorted("right" if n == 0 else f"{n} of 4 wrong" for n in num_wrong)
+        assert f"{(num_wrong > 0).sum()} of 20 bags are wrong" in page
     if task == "multiclass":
         counts = [int(n) for n in re.findall(r"<b>(\d+)</b>", section(page, "performance"))]
         right = sum(counts[k * 5] for k in range(4))
