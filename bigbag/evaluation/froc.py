@@ -9,7 +9,7 @@
 - At each threshold: the share of all lesions of all slides with a score of at least it, over the false positives per
   slide, slides without lesions included. The FROC score is the mean sensitivity at 1/4, 1/2, 1, 2, 4 and 8 false
   positives per slide, linear between thresholds, and constant beyond the last. As in the published script, the lowest
-  distinct score is no threshold, an undetected lesion having the lowest of all.
+  distinct score is no threshold, a lesion that is undetected or excluded having the lowest of all.
 
 Ehteshami Bejnordi et al., JAMA 2017; ``evaluation_FROC.py`` of CAMELYON16.
 """
@@ -32,10 +32,12 @@ class Findings:
     Attributes:
         false_positives: scores of the detections outside all lesions.
         lesions: ``(L,)`` score of each lesion that counts; -inf where it was not detected.
+        num_excluded: lesions that do not count.
     """
 
     false_positives: np.ndarray
     lesions: np.ndarray
+    num_excluded: int = 0
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ class _Events:
         order = np.argsort(-scores, kind="stable")
         self.slide, self.is_lesion = slide[order], is_lesion[order]
         ranked = scores[order]
+        if any(slide.num_excluded for slide in slides):
+            ranked = np.append(ranked, -np.inf)
         # the last of each distinct score, but of the lowest
         self.last = np.flatnonzero(ranked[:-1] != ranked[1:])
         self.num_lesions = np.array([len(found.lesions) for found in slides], dtype=np.float64)
@@ -156,7 +160,7 @@ def match(hit: np.ndarray, scores: np.ndarray, num_lesions: int, excluded: Seque
     best = np.full(num_lesions + 1, -np.inf)
     np.maximum.at(best, hit, scores.astype(np.float64))
     counts = ~np.isin(np.arange(1, num_lesions + 1), excluded)
-    return Findings(np.asarray(scores, dtype=np.float64)[hit == 0], best[1:][counts])
+    return Findings(np.asarray(scores, dtype=np.float64)[hit == 0], best[1:][counts], int((~counts).sum()))
 
 
 def detect(coords: np.ndarray, scores: np.ndarray, radius: float = 2.0) -> np.ndarray:

@@ -118,6 +118,8 @@ footer { color: var(--muted); font-size: .86rem; padding-top: 32px; padding-bott
   .views { grid-template-columns: minmax(0, 5fr) minmax(0, 5fr) minmax(0, 2.42fr); }
   details::details-content { content-visibility: visible; height: auto; }
   .numbers td { white-space: normal; }
+  .scroll { overflow: visible; }
+  .confusion th, .confusion td { padding: 4px 2px; }
   pre { white-space: pre-wrap; overflow-wrap: anywhere; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 }

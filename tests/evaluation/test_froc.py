@@ -94,6 +94,30 @@ def test_against_the_published_evaluation(seed: int) -> None:
     np.testing.assert_allclose(found.at, at, atol=1e-12)
 
 
+def test_an_excluded_lesion_has_the_lowest_score() -> None:
+    """The only counted lesion is found by the only detection: a threshold, since the excluded lesion has none."""
+    mask = np.array([[1, 0, 2]])
+    slides = [(mask, [(0.5, 0, 0)], {2})]
+    assert froc(ours(slides)).score == published(slides)[0] == 1.0
+    assert froc(ours([(mask, [(0.5, 0, 0)], set())])).score == published([(mask, [(0.5, 0, 0)], set())])[0] == 0.5
+    assert froc(ours([(mask[:, :2], [(0.5, 0, 0)], set())])).score == 0.0  # as published: no threshold at all
+
+
+def test_few_detections_against_the_published_evaluation() -> None:
+    """Where hardly anything is detected, or everything, the ends of the curve decide."""
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        slides = []
+        for _ in range(int(rng.integers(1, 4))):
+            num = int(rng.integers(0, 4))
+            mask = np.arange(num + 1)[None]  # a negative place, then lesions of one place each
+            places = rng.integers(0, num + 1, int(rng.integers(0, 8)))
+            detections = [(score, 0, place) for score, place in zip(rng.integers(1, 10, len(places)) / 10, places)]
+            slides.append((mask, detections, {k for k in range(2, num + 1) if rng.random() < 0.4}))
+        if any(mask.max() for mask, _, _ in slides):
+            assert froc(ours(slides)).score == pytest.approx(published(slides)[0], abs=1e-12)
+
+
 def test_weights_are_copies_of_slides() -> None:
     rng = np.random.default_rng(9)
     slides = [Findings(rng.random(50), rng.random(3)) for _ in range(4)]
