@@ -19,7 +19,7 @@ from bigbag.engine.metrics import check_bags, metric_range, probabilities, weigh
 from bigbag.evaluation.bootstrap import Bootstrap, groups_of, intervals
 from bigbag.evaluation.predictions import PredictionTable, read_predictions
 from bigbag.evaluation.study import Outcome, Planned, Study, fold_settings, nested
-from bigbag.evaluation.summary import compare_models
+from bigbag.evaluation.summary import compare_models, scales_of
 from bigbag.files import write_atomically
 from bigbag.models import MODELS
 from bigbag.models.build import arguments_of
@@ -208,7 +208,9 @@ def _interval_of_mean(bags: PredictionTable, task: str) -> tuple[float, float]:
         found = weighted_metrics(labels, logits, task, weights)
         return {"mean": np.mean([found[name] for name in _CLASSES[:3]], axis=0)}
 
-    return intervals(statistic, groups_of(bags.patients))["mean"]
+    groups = groups_of(bags.patients)
+    scales = {"mean": scales_of(task, labels, groups)["kappa"]}  # as perfect, and of as many groups
+    return intervals(statistic, groups, scales=scales)["mean"]
 
 
 def _pooled(study: Study, outcomes: Sequence[Outcome]) -> PredictionTable | None:

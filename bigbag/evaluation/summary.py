@@ -23,7 +23,7 @@ from bigbag.engine.metrics import (
     weighted_metrics,
     why_undefined,
 )
-from bigbag.evaluation.bootstrap import Bootstrap, Statistic, groups_of, intervals, strata_of
+from bigbag.evaluation.bootstrap import Bootstrap, Scale, Statistic, groups_of, intervals, strata_of
 from bigbag.evaluation.froc import find, froc_under
 from bigbag.evaluation.predictions import PredictionTable, check_task_fits
 from bigbag.evaluation.significance import Difference, delong_test, paired_bootstrap
@@ -218,17 +218,39 @@ def _statistic(bags: PredictionTable, task: str) -> tuple[Statistic, np.ndarray,
     return (lambda weights: weighted_metrics(labels, logits, task, weights, per_class=True)), labels, logits
 
 
-def _positive_groups(labels: np.ndarray, groups: np.ndarray, task: str) -> dict[str, int]:
-    """Groups with a positive bag, for each average precision; of the rarest class or label for a mean over them."""
+def scales_of(task: str, labels: np.ndarray, groups: np.ndarray) -> dict[str, Scale]:
+    """How the intervals of metrics are made for which the bootstrap's would not do, by name.
+
+    Args:
+        task: one of ``bigbag.engine.metrics.TASKS``.
+        labels: of B bags, as :func:`bigbag.engine.metrics.check_bags` gives them.
+        groups: ``(B,)`` the group (patient) of each bag.
+    """
+    num_groups = int(groups.max(initial=-1)) + 1
+    if task == "regression":
+        names = ["r2", *(f"r2_{k}" for k in range(labels.reshape(len(labels), -1).shape[1]))]
+        explained = {name: Scale("complement", num_groups, perfect=False) for name in names}
+        return explained | {"rmse": Scale("log", num_groups, perfect=False)}
     if task not in ("binary", "multiclass", "multilabel"):
         return {}
-    positive = labels[:, None] == np.unique(labels) if task == "multiclass" else labels.reshape(len(labels), -1) == 1
-    counts = [len(np.unique(groups[column])) for column in positive.T]
-    classes = np.unique(labels).astype(int).tolist() if task == "multiclass" else range(len(counts))
-    name = "average_precision"
-    each = {f"{name}_{k}": count for k, count in zip(classes, counts)}
-    any_label = len(np.unique(groups[positive.any(1)]))
-    return each | {name: min(counts), f"{name}_weighted": min(counts), f"{name}_micro": any_label}
+    classes = np.unique(labels) if task == "multiclass" else np.ones(1)
+    positive = (labels[:, None] if task == "multiclass" else labels.reshape(len(labels), -1)) == classes
+    numbers = classes.astype(int).tolist() if task == "multiclass" else list(range(positive.shape[1]))
+    of_class = [len(np.unique(groups[column])) for column in positive.T]
+    of_rest = [len(np.unique(groups[~column])) for column in positive.T]
+    of_smaller = [min(pair) for pair in zip(of_class, of_rest)]
+    any_class = len(np.unique(groups[positive.any(1)]))
+    scales: dict[str, Scale] = {}
+    for name, counts in (("auroc", of_smaller), ("average_precision", of_class), ("f1", of_class)):
+        each = {f"{name}_{k}": count for k, count in zip(numbers, counts)}
+        whole = {name: min(counts), f"{name}_weighted": min(counts), f"{name}_micro": any_class}
+        for key, count in (each | whole).items():
+            scales[key] = Scale(None if name == "f1" else "logit", count, worst=name == "auroc")
+    smallest = min(of_smaller) if task == "binary" else min(of_class)
+    share = {"accuracy": num_groups, "subset_accuracy": num_groups, "balanced_accuracy": smallest}
+    share |= {"sensitivity": of_class[0], "specificity": of_rest[0]} if task == "binary" else {}
+    scales |= {name: Scale(None, count, worst=True) for name, count in share.items()}
+    return scales | {name: Scale(None, smallest) for name in ("kappa", "quadratic_kappa")}
 
 
 def _strata_labels(bags: PredictionTable, task: str) -> np.ndarray:
@@ -242,7 +264,7 @@ def _bag_rows(split: str, unit: str, bags: PredictionTable, task: str, options: 
     statistic, labels, logits = _statistic(bags, task)
     groups = groups_of(bags.patients)
     strata = strata_of(_strata_labels(bags, task), groups)
-    ends = intervals(statistic, groups, strata, options, _positive_groups(labels, groups, task))
+    ends = intervals(statistic, groups, strata, options, scales_of(task, labels, groups))
     for name, (value,) in statistic(np.ones((1, len(labels)))).items():
         reason = why_undefined(name, labels, logits, task) if np.isnan(value) else ""
         low, high = (math.nan, math.nan) if name in _NO_INTERVAL else ends[name]
