@@ -252,6 +252,9 @@ class ReportConfig(Section):
     instance_scores: bool = False
     """Save the score of every instance of the evaluated bags with instance labels (13 bytes each) in ``instances.npz``:
     what FROC is computed from."""
+    wandb: str | None = None
+    """Project of Weights & Biases that is shown what TensorBoard is (``pip install bigbag[wandb]``; its own variables,
+    such as ``WANDB_MODE=offline``, hold). None: none."""
 
 
 class CompareConfig(Section):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bigbag.config import Config, ConfigError
 from bigbag.engine.world import World
 
 
@@ -18,14 +19,17 @@ class RunLog:
     """Append-only record of a run.
 
     Args:
-        run_dir: folder of the run.
+        config: the settings of the run.
         world: the ranks; only the main one writes.
         resume_at: length in bytes to which ``metrics.jsonl`` is cut back, so that a resumed run has each step once.
         resume_step: global step from which TensorBoard drops what an interrupted run wrote.
+
+    Raises:
+        ConfigError: ``report.wandb`` is set, and wandb is not installed.
     """
 
-    def __init__(self, run_dir: Path, world: World, resume_at: int = 0, resume_step: int = 0) -> None:
-        self._path = run_dir / "metrics.jsonl"
+    def __init__(self, config: Config, world: World, resume_at: int = 0, resume_step: int = 0) -> None:
+        self._path = config.run_dir / "metrics.jsonl"
         self._events: Any = None
         if not world.is_main:
             return
@@ -33,7 +37,8 @@ class RunLog:
 
         self._path.touch()
         os.truncate(self._path, min(resume_at, self._path.stat().st_size))
-        self._events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step)
+        self._wandb = None if config.report.wandb is None else _start_wandb(config)
+        self._events = SummaryWriter(str(config.run_dir / "tensorboard"), purge_step=resume_step)
 
     @property
     def position(self) -> int:
@@ -62,6 +67,29 @@ class RunLog:
     def close(self) -> None:
         if self._events is not None:
             self._events.close()
+            if self._wandb is not None:
+                self._wandb.finish()
+
+
+def _start_wandb(config: Config) -> Any:
+    """The run in Weights & Biases, which takes over what goes to TensorBoard from now on; the same one on resuming."""
+    try:
+        import wandb
+    except ImportError:
+        raise ConfigError(
+            f"report.wandb is {config.report.wandb!r}, but wandb is not installed: pip install bigbag[wandb], or leave "
+            "the setting out"
+        ) from None
+    identity = hashlib.sha256(f"{config.run_dir.resolve()} {config.digest()}".encode()).hexdigest()[:16]
+    return wandb.init(
+        project=config.report.wandb,
+        name=config.name,
+        id=identity,
+        resume="allow",
+        dir=str(config.run_dir),
+        config=config.model_dump(mode="json"),
+        sync_tensorboard=True,
+    )
 
 
 def _scalars(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -112,7 +112,7 @@ class Trainer:
     def start(self, done: Progress) -> None:
         """Make ready for the steps from ``done`` on: the annealing of losses, and the log, to be closed afterwards."""
         self.annealing = build_schedulers(self.config.train.loss_coefficients, self._global_step(done))
-        self.log = RunLog(self.config.run_dir, self.world, done.log_position, self._global_step(done))
+        self.log = RunLog(self.config, self.world, done.log_position, self._global_step(done))
 
     def _save(self, done: Progress) -> None:
         self._look_at_losses(done)

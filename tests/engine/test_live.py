@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import sys
+from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
-from bigbag.config import build_config
+from bigbag.config import ConfigError, build_config
 from bigbag.data import open_store
 from bigbag.engine.live import attention_raster
 from bigbag.engine.run import train
@@ -54,3 +57,23 @@ def test_raster_puts_each_instance_in_its_place():
     cloud = np.random.default_rng(0).random((5000, 2)) * [1, 0.5]
     image = attention_raster(cloud, np.arange(5000.0))
     assert image.shape[1] == 512 and image.max() == 255
+
+
+def test_weights_and_biases_is_asked_to_follow_tensorboard(run_settings, monkeypatch):
+    """wandb itself is replaced: what it is told, and when, relative to TensorBoard's writer."""
+    told = []
+
+    def init(**options):
+        assert not (config.run_dir / "tensorboard").exists(), "it follows writers that are made after it only"
+        told.append(options)
+        return SimpleNamespace(finish=lambda: told.append("finished"))
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    config = build_config({**run_settings, "report": {"wandb": "slides"}})
+    train(config, world=World())
+    options, end = told
+    assert (options["project"], options["name"], options["sync_tensorboard"]) == ("slides", config.name, True)
+    assert options["config"]["optim"]["lr"] == config.optim.lr and end == "finished"
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"wandb is not installed: pip install bigbag\[wandb\]"):
+        train(build_config({**run_settings, "name": "other", "report": {"wandb": "slides"}}), world=World())
