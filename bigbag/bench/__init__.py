@@ -30,6 +30,7 @@ from bigbag.testing import check, samples
 
 # What is made of operators and has no row in their table takes what they take.
 _DTYPES = dict.fromkeys(MEASURED, DTYPES) | {row.name: row.dtypes for row in _OPERATORS}
+_BENCH_DTYPES = (torch.float32, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -91,16 +92,18 @@ def _step(
     return step
 
 
-def contenders(op: str, case: Case, impls: Sequence[str], device: str, backward: bool) -> list[Contender]:
-    dtypes = _DTYPES[op]
+def contenders(
+    op: str, case: Case, impls: Sequence[str], dtypes: Sequence[torch.dtype], device: str, backward: bool
+) -> list[Contender]:
     name, baseline = case.baseline
     found = []
-    for dtype in (torch.float32, torch.bfloat16):
-        # The baseline in bfloat16 too where the features are what is stored so; torch.sparse has none.
-        if case.baseline_fits and (dtype == torch.float32 or case.stored):
+    for dtype in _BENCH_DTYPES:
+        # The baseline in float32 always, all ratios being to it; in bfloat16 too where the features are what is stored
+        # so (torch.sparse has none).
+        if case.baseline_fits and (dtype == torch.float32 or (case.stored and dtype in dtypes)):
             found.append(Contender(name, None, dtype, _step(case, baseline, dtype, backward)))
-        for impl in impls:
-            if why_not(dtypes, impl, device, dtype) is None:
+        for impl in impls if dtype in dtypes else ():
+            if why_not(_DTYPES[op], impl, device, dtype) is None:
                 for variant, function in case.ours.items():
                     run = lambda t, f=function, i=impl: f(t, i)  # noqa: E731
                     label = f"{impl}, {variant}" if variant else impl
@@ -139,10 +142,14 @@ def _differs_from_baseline(op: str, impl: str, dtype: torch.dtype, device: str) 
 class Bench:
     """The machine's limits, and which proofs have failed, for all operators of one run."""
 
-    def __init__(self, impls: Sequence[str], device: str, rounds: int, backward: bool) -> None:
-        self.impls, self.device, self.rounds, self.backward = impls, device, rounds, backward
+    def __init__(
+        self, impls: Sequence[str], dtypes: Sequence[torch.dtype], device: str, rounds: int, backward: bool
+    ) -> None:
+        self.impls, self.dtypes, self.device, self.rounds, self.backward = impls, dtypes, device, rounds, backward
         self.copy = copy_bandwidth(device)
-        self.gemm = {dtype: gemm_rate(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
+        self.gemm = {dtype: gemm_rate(device, dtype) for dtype in _BENCH_DTYPES}
+        # Without instructions for 16 bits a machine multiplies them faster in 32.
+        self.gemm[torch.bfloat16] = max(self.gemm.values())
         self._failures: dict[tuple[str, str, torch.dtype], str | None] = {}
 
     def proved(self, op: str, impl: str, dtype: torch.dtype) -> bool:
@@ -156,7 +163,7 @@ class Bench:
     def rows(self, op: str, num_instances: int, width: int) -> list[Row]:
         """Every contender of ``op`` at one size."""
         case = make_case(op, num_instances, width, self.device)
-        found = contenders(op, case, self.impls, self.device, self.backward)
+        found = contenders(op, case, self.impls, self.dtypes, self.device, self.backward)
         times: list[list[float]] = [[] for _ in found]
         for turn in range(self.rounds + 1):
             for contender, measured in zip(found, times):
@@ -240,6 +247,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sizes", default="10000,100000", help="instances, comma-separated")
     parser.add_argument("--widths", help="features of an instance, comma-separated; default: as usual per operator")
     parser.add_argument("--impls", default="cpu,triton", help="implementations, comma-separated; those that can run do")
+    names = [str(dtype)[6:] for dtype in _BENCH_DTYPES]
+    parser.add_argument("--dtypes", nargs="+", choices=names, default=names, help="precisions; default: both")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--forward", action="store_true", help="without the backward pass")
@@ -251,7 +260,8 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``launch/bench.py``; returns an exit status: 1 if an implementation failed its proof."""
     args = _parser().parse_args(argv)
-    bench = Bench(args.impls.split(","), args.device, args.rounds, not args.forward)
+    dtypes = [getattr(torch, name) for name in args.dtypes]
+    bench = Bench(args.impls.split(","), dtypes, args.device, args.rounds, not args.forward)
     rows: list[Row] = []
     for op in [args.op] if args.op else MEASURED:
         for width in map(int, args.widths.split(",")) if args.widths else [usual_width(op)]:

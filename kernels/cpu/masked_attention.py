@@ -318,9 +318,13 @@ class _Blocks:
 
 
 def _same_width(*tensors: Tensor) -> list[Tensor]:
-    """(H, n, .) -> (1, H, n, widest): columns of zeros change neither scores nor the first columns of out."""
+    """(H, n, .) -> (1, H, n, widest): columns of zeros change neither scores nor the first columns of out.
+
+    Neighbouring columns are neighbours in memory, as the kernel takes for granted.
+    """
     width = max(t.shape[2] for t in tensors)
-    return [F.pad(t, (0, width - t.shape[2]))[None] if t.shape[2] < width else t[None] for t in tensors]
+    padded = [F.pad(t, (0, width - t.shape[2])) if t.shape[2] < width else t for t in tensors]
+    return [(t if t.stride(2) == 1 else t.contiguous())[None] for t in padded]
 
 
 def _attend(bag: _Bag, out: Tensor, lse: Tensor, first: int, last: int) -> None:

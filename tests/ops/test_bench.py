@@ -42,6 +42,16 @@ def test_writes_a_row_for_every_contender(tmp_path: Path, capsys: pytest.Capture
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_precision_alone_beside_the_same_baseline(dtype: str, tmp_path: Path) -> None:
+    path = tmp_path / "out.csv"
+    arguments = ["ops", "--op", "segment_sum", "--sizes", "50", "--rounds", "1", "--device", "cpu", "--dtypes", dtype]
+    assert bench.main([*arguments, "--csv", str(path)]) == 0
+    with path.open() as file:
+        found = [(row["contender"], row["dtype"]) for row in csv.DictReader(file)]
+    assert found == [("index_add, scatter_reduce", "float32"), ("cpu", dtype)]
+
+
 def test_leaves_out_what_takes_quadratic_time(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["ops", "--op", "masked_attention", "--sizes", "1000000", "--rounds", "1", "--device", "cpu"]
     assert bench.main(arguments) == 0

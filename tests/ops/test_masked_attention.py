@@ -189,6 +189,21 @@ def test_relative_position_bias_is_that_of_irpe(mode: str, method: str) -> None:
         torch.testing.assert_close(out, expected.detach(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("which", [(0,), (1,), (2,), (3,), (0, 1, 2, 3)])
+@pytest.mark.parametrize("sizes", [(33,), (0, 20, 13)])
+def test_columns_that_are_strided_in_memory(which: tuple[int, ...], sizes: tuple[int, ...]) -> None:
+    """Of q, k, v and the gradient that comes in; the same as of contiguous ones."""
+    segments, found = Segments.from_sizes(sizes), []
+    for strided in ((), which):
+        tensors = [randn(33, 2, 8, seed=i) for i in range(4)]
+        tensors = [torch.stack([t, t], -1)[..., 0] if i in strided else t for i, t in enumerate(tensors)]
+        leaves = [t.requires_grad_() for t in tensors[:3]]
+        out = masked_attention(*leaves, segments, impl="cpu")
+        found.append([out, *torch.autograd.grad(out, leaves, tensors[3])])
+    for contiguous, other in zip(*found):
+        torch.testing.assert_close(other, contiguous, rtol=1e-5, atol=1e-6)
+
+
 def test_dropout_keeps_the_right_share_independently() -> None:
     kept = keep(11, 3, torch.arange(400), torch.arange(500), 0.3).double()
     assert kept.shape == (3, 400, 500)
