@@ -1,8 +1,11 @@
 """bigbag: deep multiple-instance learning on whole bags."""
 
+from bigbag import torchmil_files
 from bigbag.bags import Adjacency, Bag, PackedBags, Segments
 
 __version__ = "0.1.0"
+
+torchmil_files.register()
 
 __all__ = ["Adjacency", "Bag", "PackedBags", "Segments", "load_model"]
 

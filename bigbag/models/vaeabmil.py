@@ -70,6 +70,11 @@ class VAEABMIL(MILModel):
         self.pool = AttentionPool(in_dim=feat_dim, att_dim=att_dim, act=att_act, gated=gated)
         self.classifier = LazyLinear(feat_dim, out_dim)
 
+    def _posterior(self, bags: PackedBags) -> tuple[Tensor, Tensor]:
+        """Mean (T, latent) and log standard deviation of the posteriors."""
+        self.feat_ext.recompute = self.activation_checkpointing
+        return self.feat_ext.get_raw_output_enc(bags.x)
+
     def _latent(self, mean: Tensor, log_std: Tensor, n_samples: int | None) -> Tensor:
         """(T, latent): the mean of samples, or in eval of the posterior where no number is given."""
         if n_samples is None and not self.training:
@@ -94,7 +99,7 @@ class VAEABMIL(MILModel):
         return squeeze_single_output(self.classifier(z)), f
 
     def forward_bags(self, bags: PackedBags, return_att: bool = False):  # type: ignore[no-untyped-def]
-        Y_pred, f = self._classify(self._latent(*self.feat_ext.get_raw_output_enc(bags.x), None), bags)
+        Y_pred, f = self._classify(self._latent(*self._posterior(bags), None), bags)
         return (Y_pred, f) if return_att else Y_pred
 
     def forward(
@@ -120,7 +125,7 @@ class VAEABMIL(MILModel):
             latent: ``(B, N, latent)``; for a pack ``(T, latent)``.
         """
         bags = self.pack(X, mask)
-        latent = self._latent(*self.feat_ext.get_raw_output_enc(bags.x), n_samples)
+        latent = self._latent(*self._posterior(bags), n_samples)
         Y_pred, f = self._classify(latent, bags)
         extras = [part for part, wanted in ((f, return_att), (latent, return_latent_repr)) if wanted]
         if not isinstance(X, PackedBags):
@@ -132,7 +137,7 @@ class VAEABMIL(MILModel):
     ) -> tuple[Tensor, dict]:
         """As :meth:`MILModel.compute_loss`, with "VaeELL" over ``n_samples`` samples and "VaeKL"."""
         bags = self.pack(X, mask)
-        mean, log_std = self.feat_ext.get_raw_output_enc(bags.x)
+        mean, log_std = self._posterior(bags)
         Y_pred, _ = self._classify(self._latent(mean, log_std, None), bags)
         samples = self._samples(mean, log_std, n_samples, bags)
         terms = self.feat_ext.elbo(bags.x.flatten(1), mean, log_std, samples)
