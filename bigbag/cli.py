@@ -25,6 +25,7 @@ from bigbag.evaluation.options import (
     add_study_options,
     numbers,
 )
+from bigbag.memory import use_one_heap
 
 if TYPE_CHECKING:
     from bigbag.evaluation.study import Outcome, Study
@@ -32,9 +33,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    # Before the first large tensor: memory from 2 MiB on comes in huge pages, which a copy fills three to four times as
-    # fast as pages of 4 KiB. 0 in the environment keeps it off.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    use_one_heap()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["bench"]:
         return _bench(arguments[1:])

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 _SECONDS_BETWEEN_LOOKS = 0.02
+_M_ARENA_MAX = -8  # of glibc's malloc.h
 
 
 def peak_bytes(step: Callable[[], object], device: str = "cpu", warm_up: bool = True) -> int:
@@ -87,9 +88,24 @@ def return_freed() -> None:
 
 def trim_heap() -> None:
     """Give freed memory, which the C library keeps for later, back to the system, where the library knows how."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    trim = _of_c_library("malloc_trim")
     if trim is not None:
         trim(0)
+
+
+def use_one_heap() -> None:
+    """Let all threads take memory from one heap of the C library, where the library has several (glibc's arenas).
+
+    With a heap for each thread, what a loader's thread freed stays out of reach of the step, and the other way round.
+    For a program to call at its start; ``MALLOC_ARENA_MAX`` in the environment goes before it.
+    """
+    mallopt = _of_c_library("mallopt")
+    if mallopt is not None and "MALLOC_ARENA_MAX" not in os.environ:
+        mallopt(_M_ARENA_MAX, 1)
+
+
+def _of_c_library(name: str) -> Callable[..., int] | None:
+    return getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None
 
 
 def available_bytes(device: torch.device) -> int | None:

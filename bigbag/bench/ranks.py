@@ -31,6 +31,7 @@ from bigbag.bench.measure import machine
 from bigbag.config import build_config
 from bigbag.data import EpochPlan, ShardStore, open_store, pack, plan_epoch
 from bigbag.data.sources import MemorySource
+from bigbag.memory import use_one_heap
 from bigbag.testing import free_port
 
 
@@ -74,6 +75,7 @@ def _train(rank: int, contender: Contender, settings: dict[str, Any], port: int,
 
     config = build_config(settings | {"name": f"{contender.backend}{contender.ranks}"})
     world = start_world(contender.backend, threads=1)
+    use_one_heap()
     preemption.watch()  # as the commands do: ranks tell each other about signals
     trainer = make_trainer(config, contender.backend, world)
     orders.send(None)
@@ -89,7 +91,7 @@ def _train(rank: int, contender: Contender, settings: dict[str, Any], port: int,
 def _running(contenders: Sequence[Contender], settings: dict[str, Any]) -> Iterator[list[list[Connection]]]:
     """The processes of each contender, ready; by the connections to them."""
     context = torch.multiprocessing.get_context("spawn")
-    os.environ |= {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "THP_MEM_ALLOC_ENABLE": "1"}
+    os.environ |= {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
     processes, groups = [], []
     for contender in contenders:
         pairs, port = [context.Pipe() for _ in range(contender.ranks)], free_port()

@@ -17,6 +17,7 @@ from bigbag.data import pack
 from bigbag.data.sources.base import SourceEntry
 from bigbag.engine.run import train
 from bigbag.engine.world import World
+from bigbag.memory import use_one_heap
 
 
 class Lattices:
@@ -41,6 +42,7 @@ class Lattices:
 
 
 def main(folder: str, model: str, sizes: str, width: str = "512") -> None:
+    use_one_heap()
     data = {"shards": f"{folder}/shards", "graph": {}}
     run = {"epochs": 1, "batch_bags": 1, "monitor": "loss"}
     config = build_config({"name": "run", "out": folder, "data": data, "model": json.loads(model), "train": run})
