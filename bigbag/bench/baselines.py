@@ -53,6 +53,11 @@ def segment_dots(x: Tensor, y: Tensor, segments: Segments) -> Tensor:
     return torch.cat([part @ vectors.t() for part, vectors in zip(x.split(segments.sizes), y)])
 
 
+def dot_attention_pool(x: Tensor, y: Tensor, segments: Segments) -> Tensor:
+    parts = zip(x.split(segments.sizes), y)
+    return torch.stack([(part @ vectors.t()).softmax(0).t() @ part for part, vectors in parts])
+
+
 def spmm(coo: Tensor, x: Tensor) -> Tensor:
     """torchmil's product with a batch of one COO matrix."""
     return torch.bmm(coo[None], x[None])[0]

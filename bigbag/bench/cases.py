@@ -121,6 +121,15 @@ def _segment_dots(op: str, rows: int, width: int, device: str) -> Case:
     return Case(leaves, {"": run}, baseline, (size, 2 * size), (flops, 2 * flops))
 
 
+def _dot_attention_pool(op: str, rows: int, width: int, device: str) -> Case:
+    segments = _segments(rows, device)
+    leaves = {"x": _randn(rows, width).to(device), "y": (_randn(4, 1, width, seed=1) / width**0.5).to(device)}
+    flops, size = 4.0 * rows * width, 4.0 * rows * width
+    baseline = ("matmul per bag", lambda t: baselines.dot_attention_pool(t["x"], t["y"], segments))
+    run = lambda t, impl: ops.dot_attention_pool(t["x"], t["y"], segments, impl=impl)[0]  # noqa: E731
+    return Case(leaves, {"": run}, baseline, (size, 2 * size), (flops, 2 * flops))
+
+
 def _graph(op: str, rows: int, width: int, device: str) -> Case:
     adj = _lattice(rows, device)
     coo, edges = adj.to_coo(), adj.num_edges
@@ -273,6 +282,7 @@ _MAKERS: dict[str, tuple[Callable[[str, int, int, str], Case], int, int]] = {
     "attention_pool": (_attention_pool, 1024, 1 << 62),
     "segment_pool": (_segment_pool, 512, 1 << 62),
     "segment_dots": (_segment_dots, 512, 1 << 62),
+    "dot_attention_pool": (_dot_attention_pool, 1024, 1 << 62),
     **{f"segment_{name}": (_segment, 128, 1 << 62) for name in ("softmax", "sum", "mean", "max", "topk", "logsumexp")},
     **dict.fromkeys(("spmm", "smooth", "smooth_exact", "chebyshev"), (_graph, 512, 1 << 62)),
     **dict.fromkeys(("neighbor_attention", "neighbor_scores"), (_graph, 512, 1 << 62)),

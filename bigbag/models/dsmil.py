@@ -26,7 +26,7 @@ class DSMIL(MILModel):
     mean of the two and, as instance scores, ``y_n`` (the largest of the C).
 
     A linear query is never formed: ``q_n . q_m = x_n . (W_q^T q_m)`` but for a constant, which the softmax drops. So a
-    step costs 12 T C P FLOP instead of 6 T P att_dim, and reads the instances a few times.
+    step costs 10 T C P FLOP instead of 6 T P att_dim, and reads the instances three times.
 
     Differs from torchmil: padding is never the critical instance, nor its score.
 
@@ -74,7 +74,7 @@ class DSMIL(MILModel):
         self.bag_classifier = torch.nn.Linear(out_dim * feat_dim, out_dim)
 
     def _streams(self, bags: PackedBags) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Logits (B, C) of the bag stream and of the critical instances; attention and instance logits (T, C)."""
+        """Logits (B, C) of the bag stream and of the critical instances; likeness and instance logits (T, C)."""
         x, segments = self.features(self.feat_ext, bags.x), bags.segments
         weight, bias = self.inst_classifier.weight, self.inst_classifier.bias
         if isinstance(x, Encoded):
@@ -84,16 +84,15 @@ class DSMIL(MILModel):
         index = ops.segment_topk(y.detach(), segments, 1)[1].squeeze(1)
         critical = take_rows(x, index, segments).to(weight.dtype)
         if isinstance(x, Encoded):
-            a, z = self._attend(x, critical, segments)
+            z, scores = self._attend(x, critical, segments)
         else:
-            a = ops.segment_softmax(self._similarity(x, critical, index, bags), segments)
-            z = ops.segment_pool(a, self.encode(self.v_nn, x), segments)
+            z, scores = self._compare(x, critical, index, segments)
         logits = self.bag_classifier(z.flatten(1).to(weight.dtype))
         # Scored again, so that the gradient visits the critical instances alone.
-        return logits, (critical * weight).sum(-1) + bias, a, y
+        return logits, (critical * weight).sum(-1) + bias, scores, y
 
     def _attend(self, x: Encoded, critical: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
-        """Attention and bag vectors; queries and values exist for one chunk at a time."""
+        """As :meth:`_compare`; queries and values exist for one chunk at a time."""
         queries = self.att_dim**-0.5 * self.q_nn(critical)
 
         def values_and_scores(rows: Tensor, bag: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,16 +100,20 @@ class DSMIL(MILModel):
             return self.v_nn(rows), scores
 
         bag, modules = segments.bag_of_instance, [self.q_nn, self.v_nn]
-        z, scores = x.pool(values_and_scores, bag, segments=segments, modules=modules, shared=[queries])
-        return ops.segment_softmax(scores, segments), z
+        return x.pool(values_and_scores, bag, segments=segments, modules=modules, shared=[queries])
 
-    def _similarity(self, x: Tensor, critical: Tensor, index: Tensor, bags: PackedBags) -> Tensor:
-        """``q_n . q_m / sqrt(att_dim)`` (T, C), but for a constant per bag; critical instances (B, C, P)."""
+    def _compare(self, x: Tensor, critical: Tensor, index: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
+        """Bag vectors (B, C, P), and ``q_n . q_m / sqrt(att_dim)`` (T, C), but for a constant per bag."""
         scale = self.att_dim**-0.5
         if isinstance(self.q_nn, torch.nn.Linear):
-            return ops.segment_dots(x, scale * (self.q_nn(critical) @ self.q_nn.weight), bags.segments)
-        queries = self.encode(self.q_nn, x)
-        return ops.segment_dots(queries, scale * ops.take_rows(queries, index, bags.segments), bags.segments)
+            queries, of_critical = x, scale * (self.q_nn(critical) @ self.q_nn.weight)
+        else:
+            queries = self.encode(self.q_nn, x)
+            of_critical = scale * ops.take_rows(queries, index, segments)
+        if queries is x and isinstance(self.v_nn, torch.nn.Identity):
+            return ops.dot_attention_pool(x, of_critical, segments)
+        scores = ops.segment_dots(queries, of_critical, segments)
+        return ops.segment_pool(ops.segment_softmax(scores, segments), self.encode(self.v_nn, x), segments), scores
 
     def forward(
         self,
@@ -133,14 +136,15 @@ class DSMIL(MILModel):
             y_pred: ``(B, N)``, or ``(B, N, out_dim)``; for a pack as ``att``; only if ``return_inst_pred``.
         """
         bags = self.pack(X, mask)
-        logits, _, a, y = self._streams(bags)
+        logits, _, scores, y = self._streams(bags)
         padded = not isinstance(X, PackedBags)
         extras = []
         if return_att:
+            a = ops.segment_softmax(scores, bags.segments)
             extras.append(bags.to_padded(a) if padded else squeeze_single_output(a))
         if return_inst_pred:
-            scores = squeeze_single_output(y)
-            extras.append(bags.to_padded(scores) if padded else scores)
+            y = squeeze_single_output(y)
+            extras.append(bags.to_padded(y) if padded else y)
         logits = squeeze_single_output(logits)
         return (logits, *extras) if extras else logits
 

@@ -20,6 +20,7 @@ from bigbag.ops.chebyshev import chebyshev, lambda_max
 from bigbag.ops.chebyshev_conv import chebyshev_conv
 from bigbag.ops.class_attention import class_token_attention, mean_attention
 from bigbag.ops.dilated_attention import Branch, dilated_attention, dilated_branches
+from bigbag.ops.dot_pool import dot_attention_pool
 from bigbag.ops.gaussian_attention import attention_draws, expected_attention, sampled_attention
 from bigbag.ops.masked_attention import masked_attention
 from bigbag.ops.neighbor_attention import neighbor_attention, neighbor_scores
@@ -52,6 +53,7 @@ __all__ = [
     "dilated_attention",
     "dilated_branches",
     "dirichlet_energy",
+    "dot_attention_pool",
     "expected_attention",
     "explain",
     "lambda_max",
@@ -88,6 +90,7 @@ _MODULES = (
     "segments",
     "topk",
     "rows",
+    "dot_pool",
     "spmm",
     "smooth",
     "smooth_exact",

@@ -1,4 +1,4 @@
-"""Calls on which ``segment_topk``, ``segment_logsumexp``, ``segment_pool`` and ``segment_dots`` are proved."""
+"""Calls that prove ``segment_topk``, ``_logsumexp``, ``_pool`` and ``_dots``, and ``dot_attention_pool``."""
 
 from __future__ import annotations
 
@@ -82,6 +82,20 @@ def _dots(name: str, sizes: str, columns: int, width: int, contiguous: bool = Tr
     return _DotsSample("segment_dots", name, _SIZES[sizes], made, {}, contiguous, cut=cut)
 
 
+class _DotPoolSample(Sample):
+    def apply(self, tensors: Mapping[str, Tensor], structure: Mapping[str, Any], impl: str | None) -> Any:
+        return ops.dot_attention_pool(tensors["x"], tensors["y"], structure["segments"], impl=impl)
+
+
+def _dot_pool(name: str, sizes: str, columns: int = 1, width: int = 33, scale: float = 0.2) -> Sample:
+    def make(generator: torch.Generator) -> dict[str, Tensor]:
+        made = _randn(x=(sum(_SIZES[sizes]), width), y=(len(_SIZES[sizes]), columns, width))(generator)
+        return made | {"y": made["y"] * scale}
+
+    cut = {"x": "rows", "y": "bags", "output 0": "bags", "output 1": "rows"}
+    return _DotPoolSample("dot_attention_pool", name, _SIZES[sizes], make, {}, "non-cont" not in name, cut=cut)
+
+
 def _logsumexp(name: str, sizes: str, shape: tuple[int, ...] = (5,), scale: float = 1.0) -> Sample:
     def make(generator: torch.Generator) -> dict[str, Tensor]:
         return {"x": _randn(x=(sum(_SIZES[sizes]), *shape))(generator)["x"] * scale}
@@ -108,4 +122,9 @@ SAMPLES: list[Sample] = [
     *(_dots(name, name, 7, 33) for name in _SIZES),
     _dots("one column", "several", 1, 20),
     _dots("non-contiguous", "several", 3, 17, contiguous=False),
+    *(_dot_pool(name, name) for name in _SIZES),
+    _dot_pool("two columns", "several", 2, 20),
+    _dot_pool("many columns", "several", 7, 20),
+    _dot_pool("scores at 1e4", "several", scale=2e3),
+    _dot_pool("non-contiguous", "several", 2, 17),
 ]
