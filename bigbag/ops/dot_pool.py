@@ -11,7 +11,7 @@ from torch import Tensor
 from bigbag.bags import Segments
 from bigbag.ops import distributed
 from bigbag.ops.registry import FLOATING, HALF, Operator, choose
-from bigbag.ops.rows import segment_dots
+from bigbag.ops.rows import check_vectors, segment_dots
 from bigbag.ops.segments import log_sums, segment_softmax
 from bigbag.ops.topk import segment_pool
 
@@ -40,11 +40,11 @@ def dot_attention_pool(x: Tensor, y: Tensor, segments: Segments, *, impl: str | 
     Raises:
         ValueError: shapes that do not fit, an ``impl`` that can't run.
     """
+    check_vectors("dot_attention_pool", x, y, segments)
     dtype = torch.promote_types(x.dtype, y.dtype)
     chosen = choose("dot_attention_pool", _DTYPES, impl, x.device.type, dtype)
     own = Segments(segments.offsets, segments.sizes)
     if chosen == "cpu" and 0 < y.shape[1] <= _FEW:
-        _check(x, y, segments)
         acc = torch.float64 if dtype == torch.float64 else torch.float32
         z, scores, _ = _CPU(x, y.to(acc), segments.offsets)
     else:
@@ -55,17 +55,6 @@ def dot_attention_pool(x: Tensor, y: Tensor, segments: Segments, *, impl: str | 
             z * distributed.shares(log_sums(scores, own), segments.parts)[..., None], segments.parts
         )
     return z, scores
-
-
-def _check(x: Tensor, y: Tensor, segments: Segments) -> None:
-    # The number of rows is not checked while tracing: a compiled graph must not depend on how a pack is cut.
-    rows = x.shape[0] if torch.compiler.is_compiling() else segments.num_instances
-    bags = segments.offsets.shape[0] - 1
-    if x.dim() != 2 or x.shape[0] != rows or y.dim() != 3 or y.shape[0] != bags or y.shape[2] != x.shape[1]:
-        raise ValueError(
-            f"dot_attention_pool: expected x (T, P) and y (B, S, P) with T = {rows} and B = {bags} as in segments, "
-            f"got {tuple(x.shape)} and {tuple(y.shape)}"
-        )
 
 
 def _register(module: str) -> Any:

@@ -39,14 +39,7 @@ def segment_dots(x: Tensor, y: Tensor, segments: Segments, *, impl: str | None =
     Raises:
         ValueError: shapes that do not fit, an ``impl`` that can't run.
     """
-    # The number of rows is not checked while tracing: a compiled graph must not depend on how a pack is cut.
-    rows = x.shape[0] if torch.compiler.is_compiling() else segments.num_instances
-    bags = segments.offsets.shape[0] - 1
-    if x.dim() != 2 or x.shape[0] != rows or y.dim() != 3 or y.shape[0] != bags or y.shape[2] != x.shape[1]:
-        raise ValueError(
-            f"segment_dots: expected x (T, P) and y (B, S, P) with T = {rows} and B = {bags} as in segments, "
-            f"got {tuple(x.shape)} and {tuple(y.shape)}"
-        )
+    check_vectors("segment_dots", x, y, segments)
     dtype = torch.promote_types(x.dtype, y.dtype)
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     chosen = choose("segment_dots", _DTYPES, impl, x.device.type, dtype)
@@ -55,6 +48,18 @@ def segment_dots(x: Tensor, y: Tensor, segments: Segments, *, impl: str | None =
         parts = [x[s:e].to(acc) @ y[bag].to(acc).t() for bag, (s, e) in enumerate(zip(starts, starts[1:]))]
         return torch.cat(parts) if parts else x.new_zeros(0, y.shape[1], dtype=acc)
     return _DOTS[chosen](x, y.to(acc), segments.offsets)
+
+
+def check_vectors(op: str, x: Tensor, y: Tensor, segments: Segments) -> None:
+    """Refuse shapes other than x (T, P), y (B, S, P) with T and B as in ``segments``, in the name of ``op``."""
+    # The number of rows is not checked while tracing: a compiled graph must not depend on how a pack is cut.
+    rows = x.shape[0] if torch.compiler.is_compiling() else segments.num_instances
+    bags = segments.offsets.shape[0] - 1
+    if x.dim() != 2 or x.shape[0] != rows or y.dim() != 3 or y.shape[0] != bags or y.shape[2] != x.shape[1]:
+        raise ValueError(
+            f"{op}: expected x (T, P) and y (B, S, P) with T = {rows} and B = {bags} as in segments, "
+            f"got {tuple(x.shape)} and {tuple(y.shape)}"
+        )
 
 
 def _register(impl: str, module: str) -> Any:
