@@ -93,14 +93,21 @@ def _spmm_row(zero, c, i, n, ahead, h, crow, col, weight, x, scale, diagonal, ex
 
 
 @_jit
+def _row_and_next(order, k, end):
+    """The k-th row in turn and the one after it, which is -1 at the end; an empty order is that of the rows."""
+    n = k + 1 if k + 1 < end else -1
+    if len(order):
+        return order[k], (order[n] if n >= 0 else -1)
+    return k, n
+
+
+@_jit
 def _spmm(begin, end, order, crow, col, weight, x, scale, diagonal, extra, beta, out, past_caches):
     zero = scale.dtype.type(0)
     wide, narrow, single = broadcast(zero, WIDE), broadcast(zero, NARROW), broadcast(zero, 1)
     ahead = np.empty(AHEAD, np.int32)
     for k in range(begin, end):
-        i, n = k, (k + 1 if k + 1 < end else -1)
-        if len(order):
-            i, n = order[k], (order[k + 1] if n >= 0 else -1)
+        i, n = _row_and_next(order, k, end)
         _look_ahead(n, crow, col, ahead)
         for h in range(x.shape[1]):
             c = 0
@@ -155,9 +162,7 @@ def _edge_dots(begin, end, order, crow, col, x, y, distance, out):
     ahead = np.empty(AHEAD, np.int32)
     sums = np.empty((_max_degree(crow), 1, NARROW), out.dtype)
     for k in range(begin, end):
-        i, n = k, (k + 1 if k + 1 < end else -1)
-        if len(order):
-            i, n = order[k], (order[k + 1] if n >= 0 else -1)
+        i, n = _row_and_next(order, k, end)
         _look_ahead(n, crow, col, ahead)
         for h in range(x.shape[1]):
             sums[: crow[i + 1] - crow[i]] = zero
@@ -196,9 +201,7 @@ def _spmm_backward(begin, end, order, crow, col, perm, weight, x, grad, grad_x, 
     ahead = np.empty(AHEAD, np.int32)
     sums = np.empty((_max_degree(crow), 1, NARROW), weight.dtype)
     for k in range(begin, end):
-        j, n = k, (k + 1 if k + 1 < end else -1)
-        if len(order):
-            j, n = order[k], (order[k + 1] if n >= 0 else -1)
+        j, n = _row_and_next(order, k, end)
         _look_ahead(n, crow, col, ahead)
         for h in range(x.shape[1]):
             sums[: crow[j + 1] - crow[j]] = zero
