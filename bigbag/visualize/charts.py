@@ -81,8 +81,10 @@ def series_chart(
         axes.set(xlabel=xlabel, ylabel=ylabel)
         if log_y:
             axes.set_yscale("log")
+        elif max((np.abs(y).max(initial=0) for _, _, y in series), default=0) >= 10_000:
+            axes.yaxis.set_major_formatter(lambda value, _: short_count(value))
         if len(series) + (faint is not None) + (marked is not None) > 1:
-            _legend_above(axes)
+            legend_above(axes)
 
     return svg_text(draw)
 
@@ -116,7 +118,7 @@ def precision_recall_chart(curves: Sequence[tuple[str, np.ndarray, np.ndarray]],
             chance = "chance" if len(curves) == 1 else None
             axes.axhline(labels.mean(), color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), label=chance)
         axes.set(xlabel="recall (sensitivity)", ylabel="precision", xlim=(-0.02, 1.02), ylim=(-0.02, 1.03))
-        _legend_above(axes)
+        legend_above(axes)
 
     return svg_text(draw)
 
@@ -133,7 +135,8 @@ def survival_chart(curves: Sequence[tuple[str, Survival]]) -> str:
     def draw(axes: Axes) -> None:
         for (name, curve), colour in zip(curves, CLASS_COLOURS):
             time = np.r_[curve.time, max(curve.last, curve.time[-1])]
-            share, low, high = (np.r_[values, values[-1]] for values in (curve.share, curve.low, curve.high))
+            share = np.r_[curve.share, curve.share[-1]]
+            low, high = (_held(np.r_[values, values[-1]]) for values in (curve.low, curve.high))
             axes.step(time, share, where="post", color=colour, label=name)
             axes.fill_between(time, low, high, step="post", color=colour, alpha=0.15, linewidth=0)
         axes.set(xlabel="time", ylabel="share without event", ylim=(-0.02, 1.03))
@@ -141,6 +144,12 @@ def survival_chart(curves: Sequence[tuple[str, Survival]]) -> str:
         axes.legend(loc="upper right")
 
     return svg_text(draw)
+
+
+def _held(ends: np.ndarray) -> np.ndarray:
+    """The end of a band; it is NaN from where the share is 0, and is drawn as it was up to there, as the share is."""
+    known = ends[~np.isnan(ends)]
+    return np.r_[known, np.full(len(ends) - len(known), known[-1])]
 
 
 def calibration_chart(probability: np.ndarray, observed: np.ndarray, count: np.ndarray, what: str) -> str:
@@ -165,7 +174,7 @@ def calibration_chart(probability: np.ndarray, observed: np.ndarray, count: np.n
         )
         axes.set(xlabel="mean predicted probability", ylabel=f"share of {what}")
         axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.03))
-        _legend_above(axes)
+        legend_above(axes)
 
     return svg_text(draw)
 
@@ -206,7 +215,8 @@ def histogram_chart(
         axes.set(xlabel=xlabel, ylabel="bags")
         axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
         _plain_log_ticks(axes, log_x, values)
-        _legend_above(axes)
+        if len(groups) > 1 or marked is not None:
+            legend_above(axes)
 
     return svg_text(draw)
 
@@ -224,7 +234,7 @@ def size_chart(groups: Sequence[tuple[str, np.ndarray, np.ndarray]], ylabel: str
         axes.set_xscale("log")
         axes.set(xlabel="instances in the bag", ylabel=ylabel)
         _plain_log_ticks(axes, True, sizes)
-        _legend_above(axes)
+        legend_above(axes)
 
     return svg_text(draw)
 
@@ -237,7 +247,7 @@ def agreement_chart(labels: np.ndarray, predictions: np.ndarray) -> str:
         axes.plot([low, high], [low, high], color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), label="exact")
         axes.scatter(labels, predictions, s=20, color=NEGATIVE, alpha=0.75, linewidth=0)
         axes.set(xlabel="label", ylabel="predicted")
-        _legend_above(axes)
+        legend_above(axes)
 
     return svg_text(draw)
 
@@ -249,7 +259,7 @@ def residual_chart(predictions: np.ndarray, errors: np.ndarray) -> str:
         axes.axhline(0, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), label="exact")
         axes.scatter(predictions, errors, s=20, color=NEGATIVE, alpha=0.75, linewidth=0)
         axes.set(xlabel="predicted", ylabel="predicted - label")
-        _legend_above(axes)
+        legend_above(axes)
 
     return svg_text(draw)
 
@@ -268,12 +278,12 @@ def ranked_chart(values: np.ndarray, marked: np.ndarray | None, ylabel: str) -> 
         axes.set_xscale("log")
         axes.set(xlabel="rank of the instance", ylabel=ylabel)
         _plain_log_ticks(axes, True, rank)
-        _legend_above(axes)
+        legend_above(axes)
 
     return svg_text(draw)
 
 
-def _legend_above(axes: Axes) -> None:
+def legend_above(axes: Axes) -> None:
     """A legend over the plot, where it covers no data."""
     count = len(axes.get_legend_handles_labels()[1])
     axes.legend(

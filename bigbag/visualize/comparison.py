@@ -13,7 +13,7 @@ import numpy as np
 from bigbag.evaluation.cap_curve import Point
 from bigbag.evaluation.compare import NAMES, Line, Spread
 from bigbag.files import write_atomically
-from bigbag.visualize.charts import CLASS_COLOURS, INK, MUTED, NEGATIVE, POSITIVE, STYLE, svg_text
+from bigbag.visualize.charts import CLASS_COLOURS, INK, MUTED, NEGATIVE, POSITIVE, STYLE, legend_above, svg_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -90,7 +90,7 @@ def _cap_curve(axes: Axes, points: Sequence[Point], name: str) -> None:
         axes.set_xticks(caps, [f"{cap:,.0f}" for cap in caps])
         axes.minorticks_off()
     axes.set(xlabel="most instances of a bag, in training and testing", ylabel=f"test {NAMES[name]}")
-    axes.legend(loc="lower right")
+    legend_above(axes)
 
 
 def metric_svg(shown: Sequence[Line], name: str) -> tuple[str, tuple[int, int]]:

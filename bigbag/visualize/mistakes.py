@@ -10,6 +10,7 @@ import numpy as np
 from bigbag.data.manifest import make_keys
 from bigbag.engine.metrics import THRESHOLD, discordant_pairs, risk_of
 from bigbag.visualize.html import details, esc, table
+from bigbag.visualize.performance import measurement
 from bigbag.visualize.run_folder import PredictionTable, RunFolder
 from bigbag.visualize.slides import anchors
 
@@ -57,8 +58,8 @@ def _survival(run: RunFolder, bags: PredictionTable) -> Listed:
     order = np.argsort(-discordant, kind="stable")
     rows = []
     for i in order[:_LISTED_BAGS].tolist():
-        verdict = f"{discordant[i]:g} of {comparable[i]:g}" if comparable[i] else "no pair to compare"
-        became = f"{time[i]:g}, {'event' if event[i] else 'censored'}"
+        verdict = f"{discordant[i]:g} of {comparable[i]:g}" if comparable[i] else "none to compare"
+        became = f"{measurement(time[i])}, {'event' if event[i] else 'censored'}"
         cell = " ".join([esc(bags.keys[i]), *links.get(bags.keys[i], [])])
         rows.append([cell, became, f"{risk[i]:.3f}", f"{bags.sizes[i]:,}", verdict])
     text = (
@@ -111,6 +112,7 @@ def _row(task: str, bags: PredictionTable, i: int, error: float, links: Sequence
         verdict = '<span class="right">right</span>' if right else f'<span class="wrong">{wrong}</span>'
     shown = values[[int(label[0])]] if task == "multiclass" else values
     labels = {"binary": ["negative", "positive"][int(label[0])]} if task == "binary" else {}
-    name = labels.get(task, " ".join(f"{v:g}" for v in label))
+    name = labels.get(task, " ".join(map(measurement, label)))
     cell = " ".join([esc(bags.keys[i]), *links])
-    return [cell, name, " ".join(f"{v:.3f}" for v in shown), f"{bags.sizes[i]:,}", verdict]
+    said = map(measurement, shown) if task == "regression" else (f"{v:.3f}" for v in shown)
+    return [cell, name, " ".join(said), f"{bags.sizes[i]:,}", verdict]

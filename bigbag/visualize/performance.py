@@ -22,15 +22,21 @@ NAMES = {
     "average_precision": "Average precision",
     "accuracy": "Accuracy",
     "balanced_accuracy": "Balanced accuracy",
+    "subset_accuracy": "Subset accuracy",
+    "sensitivity": "Sensitivity",
+    "specificity": "Specificity",
+    "kappa": "Kappa",
+    "quadratic_kappa": "Quadratic kappa",
+    "brier": "Brier score",
+    "ece": "Calibration error",
     "f1": "F1 score",
     "mae": "Mean absolute error",
     "rmse": "Root mean square error",
     "r2": "R²",
     "c_index": "Concordance index",
+    "c_index_ipcw": "Concordance index, IPCW",
     "num_events": "Observed events",
     "loss": "Loss",
-    "instance_auroc": "Instance AUROC",
-    "instance_average_precision": "Instance average precision",
     "num_bags": "Bags",
     "num_instances": "Instances with a label",
 }
@@ -39,7 +45,13 @@ _PEAKS = ("measured_peak_bytes", "peak_bytes")
 
 
 def metric_name(key: str) -> str:
-    return NAMES.get(key, key.replace("_", " "))
+    """Its name for readers; that of a mean or of a class, such as ``f1_weighted``, begins with that of the metric."""
+    if key in NAMES:
+        return NAMES[key]
+    if key.startswith("instance_"):
+        return f"Instance {in_sentence(key.removeprefix('instance_'))}"
+    metric, _, what = key.rpartition("_")
+    return f"{NAMES[metric]}, {what}" if metric in NAMES else key.replace("_", " ")
 
 
 def in_sentence(key: str) -> str:
@@ -57,6 +69,11 @@ def number(value: Any) -> str:
     if 0.9995 <= value < 1:
         return f"{value:.4f}" if value < 0.99995 else "> 0.9999"
     return f"{value:.3f}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.3g}"
+
+
+def measurement(value: float) -> str:
+    """A label, a prediction or a time in its own unit: four digits, above 10,000 the whole number."""
+    return f"{value:.4g}" if abs(value) < 9999.5 else f"{value:,.0f}"
 
 
 def training_section(run: RunFolder) -> str:

@@ -19,7 +19,7 @@ from bigbag.visualize.figures import (
     slide_image,
 )
 from bigbag.visualize.html import chart, esc, png_uri
-from bigbag.visualize.performance import number
+from bigbag.visualize.performance import measurement, number
 from bigbag.visualize.run_folder import BagAttention, RunFolder, read_attention
 
 _MAX_SLIDES = 8
@@ -85,14 +85,15 @@ def _verdict(run: RunFolder, bag: BagAttention) -> str:
         return f": predicted {', '.join(f'{v:.3f}' for v in values)}"
     if run.task.startswith("survival"):
         (time, event), risk = row.labels[0], risk_of(row.logits, run.task)[0]
-        return f": {'event' if event else 'censored'} at {time:g}, predicted risk {risk:.3f}"
+        return f": {'event' if event else 'censored'} at {measurement(time)}, predicted risk {risk:.3f}"
     if run.task == "multiclass":
         true, taken = int(row.labels[0]), int(values.argmax())
         verdict = '<span class="right">(right)</span>' if true == taken else '<span class="wrong">(wrong)</span>'
         return f": class {true}, predicted {taken} with {values[taken]:.3f} {verdict}"
     if run.task != "binary":
-        labels = ", ".join(f"{v:.4g}" for v in np.atleast_1d(row.labels[0]))
-        return f": label {labels}, predicted {', '.join(f'{v:.3f}' for v in values)}"
+        labels = ", ".join(map(measurement, np.atleast_1d(row.labels[0])))
+        said = map(measurement, values) if run.task == "regression" else (f"{v:.3f}" for v in values)
+        return f": label {labels}, predicted {', '.join(said)}"
     label, chance = bool(row.labels[0]), float(row.probabilities[0])
     right = (row.logits[0] >= 0) == label
     verdict = "right" if right else "wrong"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def write_comparison_report(
     columns, *rows = compare.table_cells(lines, [*names, "instance_auroc"])
     sections = [
         ("figure", "Models", f'<div class="charts">{"".join(charts)}</div>'),
-        ("table", "All numbers", table(columns, [[esc(cell) for cell in row] for row in rows], css="numbers")),
+        ("table", "All numbers", _numbers(columns, rows)),
         ("runs", "Runs", _runs(study, outcomes, names)),
         ("details", "Everything else", _everything_else(study, outcomes)),
     ]
@@ -68,7 +69,7 @@ def write_cap_curve_report(study: Study, points: Sequence[Point], outcomes: Sequ
     curve = chart(cap_curve_svg(points, name), f"Test {NAMES[name]} by cap", f"{NAMES[name]} by cap: {alt}.", caption)
     sections = [
         ("figure", "What a cap costs", f'<div class="charts">{curve}</div>'),
-        ("table", "All numbers", table(columns, [[esc(cell) for cell in row] for row in rows], css="numbers")),
+        ("table", "All numbers", _numbers(columns, rows)),
         ("runs", "Runs", _runs(study, outcomes, [name])),
         ("details", "Everything else", _everything_else(study, outcomes)),
     ]
@@ -100,7 +101,8 @@ def _lead(shown: Sequence[Line], name: str) -> str:
     compared = [line for line in others if not math.isnan(line.p_value)]
     if compared:
         num = sum(line.p_value < _SIGNIFICANT for line in compared)
-        text += f" On the same bags it differs from {num} of {len(compared)} others, each with p < {_SIGNIFICANT}."
+        differ = "differs" if num == 1 else "differ"
+        text += f" On the same bags {num} of {len(compared)} others {differ} from it with p < {_SIGNIFICANT}."
     return text
 
 
@@ -112,8 +114,14 @@ def _cap_lead(points: Sequence[Point], name: str) -> str:
     first, whole = known[0], known[-1]
     return (
         f"Test {NAMES[name]} is {first.metrics[name].mean:.3f} with a random {first.cap:,} instances of each bag, "
-        f"which leave {first.instances_left_out:.0%} out, and {whole.metrics[name].mean:.3f} with whole bags."
+        f"which leave {100 * first.instances_left_out:.0f} % out, and {whole.metrics[name].mean:.3f} with whole bags."
     )
+
+
+def _numbers(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose intervals, in brackets, stand below their values."""
+    cells = [[re.sub(r" (\[.*\])", r" <small>\1</small>", esc(cell)) for cell in row] for row in rows]
+    return table(columns, cells, css="numbers")
 
 
 def _metric_chart(shown: Sequence[Line], name: str) -> str:

@@ -34,13 +34,15 @@ nav ul { display: flex; flex-wrap: wrap; gap: 4px 18px; list-style: none; paddin
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 20px 26px;
   margin: 14px 0; }
 figure { margin: 0; min-width: 0; }
-figure > img { width: 100%; height: auto; display: block; }
+figure > img { width: 100%; max-width: 600px; height: auto; display: block; }
 figcaption { margin-top: 4px; }
 figcaption b, .title { color: var(--ink); font-weight: 600; }
 .title { margin: 0 0 6px; font-size: .95rem; }
 .note { border-left: 4px solid #c98a1b; background: #fdf8ec; padding: 8px 14px; margin: 12px 0;
   border-radius: 0 6px 6px 0; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto;
+  background: linear-gradient(to left, #fff 24px, #fff0 48px) right / 48px 100% no-repeat local,
+    linear-gradient(to left, #1d273333, #1d273300) right / 18px 100% no-repeat scroll; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--muted); font-size: .9rem; padding-bottom: 6px; }
 th, td { text-align: right; padding: 6px 10px; border-bottom: 1px solid var(--line); vertical-align: top; }
@@ -49,6 +51,7 @@ thead th { color: var(--muted); font-weight: 600; border-bottom: 2px solid var(-
 tbody th { font-weight: 500; }
 .numbers td, .numbers tbody th { white-space: nowrap; }
 .numbers th:first-child { position: sticky; left: 0; background: #fff; padding-right: 12px; overflow-wrap: normal; }
+.numbers small { display: block; color: var(--muted); }
 .wrong { color: var(--positive); font-weight: 600; }
 .right { color: var(--good); }
 .confusion { max-width: 380px; }
@@ -100,9 +103,10 @@ footer { color: var(--muted); font-size: .86rem; padding-top: 32px; padding-bott
   .closeups { grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); }
   .strip { grid-template-columns: repeat(6, minmax(0, 1fr)); }
   table { font-size: .8rem; }
-  th, td { padding: 6px 4px; }
+  th, td { padding: 6px 3px; }
   .bags th:first-child { min-width: 5.5em; }
   .bags td:last-child, .bags th:last-child { padding-right: 0; }
+  details { padding: 0 8px; }
   .settings { grid-template-columns: minmax(0, 1fr); gap: 0; }
   .settings dd { margin-bottom: 6px; }
 }
@@ -118,7 +122,7 @@ footer { color: var(--muted); font-size: .86rem; padding-top: 32px; padding-bott
   .views { grid-template-columns: minmax(0, 5fr) minmax(0, 5fr) minmax(0, 2.42fr); }
   details::details-content { content-visibility: visible; height: auto; }
   .numbers td { white-space: normal; }
-  .scroll { overflow: visible; }
+  .scroll { overflow: visible; background: none; }
   .confusion th, .confusion td { padding: 4px 2px; }
   pre { white-space: pre-wrap; overflow-wrap: anywhere; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }

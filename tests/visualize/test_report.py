@@ -21,8 +21,10 @@ from sklearn.datasets import load_digits
 from bigbag.data.manifest import make_keys
 from bigbag.engine.metrics import bag_metrics, instance_metrics, probabilities
 from bigbag.evaluation.predictions import read_predictions
+from bigbag.evaluation.survival import kaplan_meier
 from bigbag.visualize import write_report
-from bigbag.visualize.charts import wilson_interval
+from bigbag.visualize.charts import survival_chart, wilson_interval
+from bigbag.visualize.performance import measurement, metric_name
 from bigbag.visualize.run_folder import read_run
 
 
@@ -360,7 +362,7 @@ def test_survival_by_risk_split_at_the_median_of_validation(tmp_path: Path, task
     assert f"Split at {median:.3g}, the median risk of the validation split" in page
     assert f"Concordance index {results['test']['c_index']:.3f}." in page
     rows = rows_of(section(whole, "mistakes"))
-    of_bag = {row[0]: [float(n) for n in row[4].split(" of ")] for row in rows if "no pair" not in row[4]}
+    of_bag = {row[0]: [float(n) for n in row[4].split(" of ")] for row in rows if "none" not in row[4]}
     wrong, pairs = np.zeros(40), np.zeros(40)
     for i, j in product(range(40), repeat=2):
         if event[i] and (time[j] > time[i] or (time[j] == time[i] and not event[j])):
@@ -372,6 +374,27 @@ def test_survival_by_risk_split_at_the_median_of_validation(tmp_path: Path, task
     assert 1 - wrong.sum() / pairs.sum() == pytest.approx(results["test"]["c_index"], abs=1e-12)
     first = int(rows[0][0].removeprefix("test-"))
     assert rows[0][1:3] == [f"{time[first]:g}, {'event' if event[first] else 'censored'}", f"{risk[first]:.3f}"]
+
+
+def test_the_band_of_a_survival_curve_lasts_until_the_share_is_zero() -> None:
+    """The last event is of the last bag at risk: from 4 to 9 the share is 1/4, and its interval known."""
+    svg = survival_chart([("all", kaplan_meier(np.array([1.0, 2, 3, 4, 9]), np.array([1, 1, 1, 0, 1])))])
+    (band,) = re.findall(r'<g id="FillBetweenPolyCollection_1">.*?<path[^>]* d="([^"]*)"', svg, re.S)
+    line = re.findall(r'<path d="([^"]*)"[^>]*stroke: #3b6ea8', svg)[0]  # the others are in the legend
+    right = [max(float(x) for x in re.findall(r"[ML] ([\d.]+) ", path)) for path in (band, line)]
+    assert right[0] == pytest.approx(right[1], abs=1e-3)
+
+
+def test_names_and_values_for_readers() -> None:
+    assert metric_name("f1_weighted") == "F1 score, weighted" and metric_name("auroc_12") == "AUROC, 12"
+    assert metric_name("instance_auroc") == "Instance AUROC" and metric_name("instance_best_f1") == "Instance best f1"
+    assert [measurement(v) for v in (2.67117, 1825.0, 3, 9999.7, -12345.6)] == [
+        "2.671",
+        "1825",
+        "3",
+        "10,000",
+        "-12,346",
+    ]
 
 
 def read_run_logits(folder: Path, split: str) -> np.ndarray:
