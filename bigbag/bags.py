@@ -225,7 +225,11 @@ class PackedBags:
         batch, length = X.shape[:2]
         for name, value, rank in (("mask", mask, 2), ("adj", adj, 3), ("coords", coords, 3), ("y_inst", y_inst, 2)):
             expected = (batch, length, length)[:rank] if name == "adj" else (batch, length)
-            if value is not None and (value.dim() < rank or tuple(value.shape[: len(expected)]) != expected):
+            if value is None:
+                continue
+            # Further dimensions belong to what each instance has; a mask has none.
+            fits = value.dim() == rank if name in ("mask", "adj") else value.dim() >= rank
+            if not fits or tuple(value.shape[: len(expected)]) != expected:
                 raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {expected} to go with X")
         sizes = [length] * batch if mask is None else (mask != 0).sum(1).tolist()
         # A batch without padding, as a bag alone always is, need not be copied.

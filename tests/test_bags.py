@@ -127,3 +127,5 @@ def test_errors_say_what_was_expected():
         PackedBags.from_bags([Bag(np.zeros((1, 2)), key="a"), Bag(np.zeros((1, 3)), key="b")])
     with pytest.raises(ValueError, match="mask has shape"):
         PackedBags.from_padded(torch.zeros(2, 3, 1), torch.ones(2, 4))
+    with pytest.raises(ValueError, match=r"mask has shape \(2, 3, 3\), expected \(2, 3\)"):
+        PackedBags.from_padded(torch.zeros(2, 3, 1), mask=torch.ones(2, 3, 3))  # an adjacency in its place

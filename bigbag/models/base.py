@@ -126,9 +126,11 @@ class MILModel(torch.nn.Module):
 
         Returns:
             Y_pred: ``(B,)`` or ``(B, out_dim)`` logits.
-            losses: name to scalar; their sum is what training minimises.
+            losses: name to scalar; their sum is what training minimises. Empty for a model without a ``criterion``.
         """
         Y_pred = self.forward(X, *args, **kwargs)
+        if getattr(self, "criterion", None) is None:
+            return Y_pred, {}
         return Y_pred, {type(self.criterion).__name__: self.bag_loss(Y_pred, Y)}
 
     def predict(self, X: Tensor | PackedBags, mask: Tensor | None = None, return_inst_pred: bool = True) -> Any:

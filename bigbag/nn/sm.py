@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -74,7 +76,8 @@ class ApproxSm(_Smoothing):
 class ExactSm(_Smoothing):
     r"""Sm in the limit: ``g = (I + coef (I - A))^-1 f``, by conjugate gradients; no ``(N, N)`` matrix is formed.
 
-    The graph should be symmetric; others take :func:`bigbag.ops.smooth_exact_directed`, which is slower.
+    The graph should be symmetric, with eigenvalues up to 1 (symmetrically normalised); any other takes
+    :func:`bigbag.ops.smooth_exact_directed`, which is slower.
 
     ``coef`` is a parameter that starts at 1 or, for a float ``alpha``, the constant ``alpha / (1 - alpha)``. Memory and
     time: see :func:`bigbag.ops.smooth_exact`.
@@ -92,7 +95,9 @@ class ExactSm(_Smoothing):
     def forward_packed(self, f: Tensor, adj: Adjacency, adjoint: bool = False) -> Tensor:
         adj = ops.marked_symmetric(adj)
         if adj.symmetric:
-            return ops.smooth_exact(adj, f, self.coef)
+            # Whether the matrix is positive definite shows in the solution itself, at no cost.
+            with contextlib.suppress(ops.IndefiniteSystem):
+                return ops.smooth_exact(adj, f, self.coef)
         return ops.smooth_exact_directed(ops.transpose(adj) if adjoint else adj, f, self.coef)
 
 

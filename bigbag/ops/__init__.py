@@ -33,7 +33,7 @@ from bigbag.ops.rows import segment_dots, take_rows
 from bigbag.ops.segments import segment_max, segment_mean, segment_softmax, segment_sum
 from bigbag.ops.smooth import smooth
 from bigbag.ops.smooth_directed import smooth_exact_directed
-from bigbag.ops.smooth_exact import smooth_exact
+from bigbag.ops.smooth_exact import IndefiniteSystem, smooth_exact
 from bigbag.ops.spmm import degrees, spmm
 from bigbag.ops.topk import segment_logsumexp, segment_pool, segment_topk
 from bigbag.ops.transpose import marked_symmetric, transpose
@@ -42,6 +42,7 @@ __all__ = [
     "AttentionBias",
     "Branch",
     "DistanceBias",
+    "IndefiniteSystem",
     "RelativePositionBias",
     "attention_draws",
     "attention_pool",

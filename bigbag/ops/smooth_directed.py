@@ -51,6 +51,8 @@ def smooth_exact_directed(
 class _NormalEquations:
     """x -> M M^T x."""
 
+    can_be_indefinite = False
+
     def __init__(self, adj: Adjacency, gamma: Tensor, impl: str) -> None:
         wide = adj if adj.weight is None else replace(adj, weight=adj.weight.double())
         self.adj, self.adj_t, self.gamma, self.impl, self.halo = wide, transpose(wide), gamma, impl, adj.halo
@@ -71,7 +73,7 @@ def _solve(system: _NormalEquations, f: Tensor, tolerance: float, max_steps: int
         return out
     for start in range(0, f.shape[1], width):
         block = f[:, start : start + width].double().contiguous()
-        # All that it asks of a system is ``apply``.
+        # Of a system it asks these two members alone.
         y = _conjugate_gradients(system, block, tolerance, max_steps)  # type: ignore[arg-type]
         out[:, start : start + width] = system.multiply(y, transposed=True)
     return out

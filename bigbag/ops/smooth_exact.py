@@ -18,6 +18,12 @@ from bigbag.ops.spmm import DTYPES, accumulation_dtype, degrees, graph_of, kerne
 from bigbag.parts import Halo
 
 LAPLACIANS = ("normalized", "combinatorial")
+
+
+class IndefiniteSystem(ValueError):
+    """Conjugate gradients met a direction x with ``x^T (I + gamma L) x < 0``: the matrix is not positive definite."""
+
+
 # How often the residual is looked at: each look waits for the device.
 _CHECK_EVERY = 4
 
@@ -59,6 +65,7 @@ def smooth_exact(
         (T, ...) in the dtype of f.
 
     Raises:
+        IndefiniteSystem: eigenvalues of A so far above 1 that I + gamma L is not positive definite.
         ValueError: an adjacency not marked symmetric, shapes that do not fit, an unknown ``laplacian``, no convergence
             within ``max_steps``, an ``impl`` that can't run.
 
@@ -102,6 +109,8 @@ def _reference(adj: Adjacency, weight: Tensor | None, f: Tensor, gamma: Tensor, 
 
 class _System:
     """x -> (I + gamma L) x."""
+
+    can_be_indefinite = True
 
     def __init__(
         self,
@@ -172,18 +181,29 @@ def _conjugate_gradients(system: _System, f: Tensor, tolerance: float, max_steps
     x, q, goal = f.clone(), torch.empty_like(f), tolerance**2 * dot(f, f)
     r, refined = f - system.apply(x), False
     p, rr = r.clone(), dot(r, r)
+    lowest = torch.zeros_like(rr)
     for step in range(max_steps + 1):
-        if (step % _CHECK_EVERY == 0 or step == max_steps) and bool((rr <= goal).all()):
-            if refined:
+        if step % _CHECK_EVERY == 0 or step == max_steps:
+            solved, indefinite = torch.stack([(rr <= goal).all(), (lowest < 0).any()]).tolist()
+            if indefinite and system.can_be_indefinite:
+                raise IndefiniteSystem(
+                    "smooth_exact: I + gamma L is not positive definite; normalise the adjacency, so that its "
+                    "eigenvalues are up to 1, give it weights of 0 or more (combinatorial), or take "
+                    "smooth_exact_directed"
+                )
+            if solved and refined:
                 return x
-            # The recursion's residual drifts from the true one: once more from there, often in no step at all.
-            torch.sub(f, system.apply(x, out=q), out=r)
-            p.copy_(r)
-            rr, refined = dot(r, r), True
-            if bool((rr <= goal).all()):
-                return x
+            if solved:
+                # The recursion's residual drifts from the true one: once more from there, often in no step at all.
+                torch.sub(f, system.apply(x, out=q), out=r)
+                p.copy_(r)
+                rr, refined = dot(r, r), True
+                if bool((rr <= goal).all()):
+                    return x
         system.apply(p, out=q)
-        a = divided(rr, dot(p, q))
+        curvature = dot(p, q)
+        lowest = torch.minimum(lowest, curvature)
+        a = divided(rr, curvature)
         x.addcmul_(p, a)
         r.addcmul_(q, a, value=-1)
         before, rr = rr, dot(r, r)

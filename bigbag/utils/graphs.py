@@ -41,14 +41,15 @@ def normalize_adj(
     """``a_ij / sqrt(d_i d_j)`` with the degrees ``d``, 0 for a node without degree; arguments as in :func:`degree`.
 
     Returns:
-        ``(E,)`` the new weights.
+        ``(E,)`` the new weights, in the dtype of floating weights, float64 otherwise.
     """
     weight = np.ones(edge_index.shape[1]) if edge_weight is None else edge_weight
     degrees = degree(edge_index, edge_weight, n_nodes)
     factor = np.zeros_like(degrees)
     np.divide(1.0, np.sqrt(degrees), out=factor, where=degrees > 0)
     row, col = _nodes(edge_index)
-    return factor[row] * weight * factor[col]
+    normalized = factor[row] * weight * factor[col]
+    return normalized.astype(weight.dtype, copy=False) if np.issubdtype(weight.dtype, np.floating) else normalized
 
 
 def build_adj(

@@ -7,7 +7,8 @@ import torch
 from bigbag import Bag, PackedBags, load_model
 from bigbag.config import ConfigError, ModelConfig, TaskConfig
 from bigbag.graphs import build_adjacency, permute
-from bigbag.models import MODELS, build_model, save_model
+from bigbag.models import MODELS, MILModel, MILModelWrapper, build_model, save_model
+from bigbag.nn import AttentionPool
 
 WIDTH = 6
 SIZES = (5, 1, 9)
@@ -272,3 +273,28 @@ def test_errors_name_the_setting():
 def test_load_model_says_what_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match="checkpoints/best"):
         load_model(str(tmp_path))
+
+
+def test_a_users_own_model_without_a_criterion_has_no_losses():
+    """As torchmil's base class; its wrapper passes the mask on."""
+
+    def own(base, pool):
+        class Own(base):
+            def __init__(self):
+                super().__init__()
+                self.pool, self.classifier = pool(WIDTH, att_dim=4), torch.nn.Linear(WIDTH, 1)
+
+            def forward(self, X, mask=None):
+                return self.classifier(self.pool(X, mask)).squeeze(-1)
+
+        return Own()
+
+    theirs_models, theirs_nn = pytest.importorskip("torchmil.models"), pytest.importorskip("torchmil.nn")
+    theirs, ours = own(theirs_models.MILModel, theirs_nn.AttentionPool), own(MILModel, AttentionPool)
+    ours.load_state_dict(theirs.state_dict())
+    X, Y, mask = torch.randn(2, 5, WIDTH), torch.ones(2), torch.tensor([[1] * 5, [1, 1, 0, 0, 0]])
+    expected, nothing = theirs.compute_loss(Y, X, mask)
+    found, losses = ours.compute_loss(Y, X, mask)
+    torch.testing.assert_close(found, expected)
+    assert losses == nothing == {}
+    torch.testing.assert_close(MILModelWrapper(ours).compute_loss({"X": X, "Y": Y, "mask": mask})[0], expected)

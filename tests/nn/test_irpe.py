@@ -108,6 +108,7 @@ def test_any_number_of_positions_and_no_encoding():
     torch.nn.init.normal_(encoded.rpe_k.lookup_table_weight)
     assert encoded(X, height=1, width=11).shape == (2, 12, 8)
     assert not torch.allclose(encoded(X, height=1), encoded(X))
+    torch.testing.assert_close(encoded(X, None, False, 1, 11), encoded(X, height=1, width=11))
 
 
 @pytest.mark.parametrize("wrong", [{"rpe_method": "x"}, {"rpe_mode": "x"}, {"rpe_on": "kq"}, {"rpe_skip": 2}])

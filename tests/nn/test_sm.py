@@ -66,6 +66,19 @@ def test_adjoint_is_the_transpose_of_the_map(module, normalize):
     assert (normalize == "row") == bool((forward - forward.t()).abs().max() > 1e-3)
 
 
+@pytest.mark.parametrize("adjoint", [False, True])
+def test_exact_sm_of_a_symmetric_graph_that_is_not_normalised(adjoint):
+    """Eigenvalues of A far above 1, so I + coef (I - A) is indefinite: as by a dense solve, torchmil's way."""
+    adj, f = lattice(14, "none"), torch.randn(14, 9, dtype=torch.float64, requires_grad=True)
+    A, eye, sm = dense(adj, torch.float64), torch.eye(14, dtype=torch.float64), ExactSm("trainable").double()
+    assert torch.linalg.eigvalsh(A).max() > 3
+    expected = torch.linalg.solve((1 + sm.coef) * eye - sm.coef * A, f)
+    found = sm.forward_packed(f, adj, adjoint)
+    torch.testing.assert_close(found, expected)
+    grads = [torch.autograd.grad(out.sin().sum(), [f, sm.coef]) for out in (found, expected)]
+    torch.testing.assert_close(*grads)
+
+
 def test_exact_sm_is_the_limit_of_the_steps():
     """With neighbours weighted by coef / (1 + coef): for coef = 1 and its inverse the two conventions agree."""
     adj, f = lattice(12), torch.randn(12, 3, dtype=torch.float64)

@@ -15,7 +15,7 @@ from bigbag.ops.chebyshev import chebyshev, lambda_max
 from bigbag.ops.neighbor_attention import neighbor_attention, neighbor_scores
 from bigbag.ops.quadratic import dirichlet_energy, quadratic_form
 from bigbag.ops.smooth import smooth
-from bigbag.ops.smooth_exact import smooth_exact
+from bigbag.ops.smooth_exact import IndefiniteSystem, smooth_exact
 from bigbag.ops.spmm import degrees, graph_of, spmm
 from bigbag.samples.graphs import SAMPLES, pattern
 
@@ -142,8 +142,10 @@ def test_smooth_exact_is_torchmil_s() -> None:
 def test_smooth_exact_refuses_what_conjugate_gradients_cannot_solve() -> None:
     adj = pattern("lattice", (30,))
     # Eigenvalues up to 8: I + gamma (I - A) is indefinite.
-    with pytest.raises(ValueError, match="residual .* after 50 steps, expected 1e-06"):
-        smooth_exact(adj, randn(30, 2), 5.0, max_steps=50)
+    with pytest.raises(IndefiniteSystem, match="not positive definite; normalise"):
+        smooth_exact(adj, randn(30, 2), 5.0)
+    with pytest.raises(ValueError, match="residual .* after 3 steps, expected 1e-06"):
+        smooth_exact(normalised_lattice(30), randn(30, 2), 50.0, max_steps=3)
     with pytest.raises(ValueError, match=r"adj\.symmetric is False"):
         smooth_exact(replace(adj, symmetric=False), randn(30, 2), 1.0)
 

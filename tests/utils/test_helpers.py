@@ -38,15 +38,16 @@ def test_build_adj_without_edges(theirs):
     assert found[0].shape == expected[0].shape == (2, 0) and found[1].shape == expected[1].shape == (0,)
 
 
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("weighted", [None, "float32", "float64"])
 @pytest.mark.parametrize("n_nodes", [None, 30])
 def test_edge_lists(theirs, weighted, n_nodes):
     rng = np.random.default_rng(1)
     index = rng.integers(0, 25, (2, 90))
-    weight = rng.random(90) if weighted else None
+    weight = rng.random(90).astype(weighted) if weighted else None
     np.testing.assert_allclose(utils.degree(index, weight, n_nodes), theirs.degree(index, weight, n_nodes))
     found, expected = utils.normalize_adj(index, weight, n_nodes), theirs.normalize_adj(index, weight, n_nodes)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert found.dtype == expected.dtype
     for a, b in zip(utils.add_self_loops(index, weight, n_nodes), theirs.add_self_loops(index, weight, n_nodes)):
         np.testing.assert_array_equal(a, b)
 

@@ -153,6 +153,17 @@ class iRPEMultiheadSelfAttention(MultiheadSelfAttention):
         bags = PackedBags.from_padded(x, mask, coords=places.expand(x.shape[0], -1, -1))
         return bags, {"coords": bags.coords}
 
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        return_att: bool = False,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> Any:
+        """As :meth:`SelfAttention.forward`; ``height`` and ``width`` of the grid as in :meth:`pack`."""
+        return super().forward(x, mask, return_att, height=height, width=width)
+
     def attend(  # type: ignore[override]
         self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, coords: Tensor
     ) -> Tensor:
