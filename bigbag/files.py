@@ -37,6 +37,30 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def read_text(path: Path, remedy: str) -> str:
+    """A file of text in UTF-8.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is none; the message ends with ``remedy``, what the reader can do.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not text in UTF-8 ({error.reason} at byte {error.start}): {remedy}") from None
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object in a file; what it raises is what :func:`read_text` does."""
+    try:
+        value = json.loads(read_text(path, remedy))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not JSON ({error.msg}): {remedy}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}: {remedy}")
+    return value
+
+
 def read_npz(path: str | Path) -> dict[str, np.ndarray]:
     """All arrays of a ``.npz`` file.
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from bigbag.engine.backend import Backend
 from bigbag.engine.world import World
-from bigbag.files import write_json
+from bigbag.files import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -144,4 +144,4 @@ def _sha256(path: Path) -> str:
 
 def _latest_tags(folder: Path) -> list[str]:
     path = folder / _LATEST
-    return json.loads(path.read_text())["tags"] if path.is_file() else []
+    return read_json(path, "start the run again with --restart")["tags"] if path.is_file() else []

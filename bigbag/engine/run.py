@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,13 +23,15 @@ from bigbag.engine.memory_plan import MemoryPlan, plan_memory, strictest
 from bigbag.engine.predictions import write_predictions
 from bigbag.engine.trainer import Trainer
 from bigbag.engine.world import World, import_deepspeed, start_world
-from bigbag.files import write_atomically, write_json
+from bigbag.files import read_json, write_atomically, write_json
 from bigbag.memory import PeakMemory
 from bigbag.models import MODELS, MILModel, build_model, load_model
 from bigbag.models.criteria import fit_task
 
 _EVALUATED = ("val", "test")
 SPLITS_NAME = "splits.csv"
+_WRITE_AGAIN = "`bigbag train` writes it again, without training"
+_UNKNOWN_RUN = "remove it, if the run there is that of these settings, or train with --restart to delete the run"
 
 
 def train(config: Config, store: BagStore | None = None, world: World | None = None) -> dict[str, Any]:
@@ -143,7 +144,7 @@ def evaluate(
     world = world or start_world(choose_backend(config.engine.backend), config.engine.threads, config.engine.timeout_s)
     world = world.sharing_bags(config.parallel.bag)
     store = store or open_configured_store(config)
-    splits = splits or split_bags(store, table=str(config.run_dir / SPLITS_NAME))
+    splits = splits or _splits_of_run(config, store)
     model = load_model(config.run_dir).to(world.device)
     model.chunk_instances = chunk_instances or config.train.chunk_instances
     forward = StepModule(model, config.train.precision).eval()
@@ -232,13 +233,23 @@ def run_identity(config: Config, store: BagStore, splits: Mapping[str, Sequence[
     return {"config": config.digest(), "data": store.digest(), "splits": splits_digest(store, splits)}
 
 
+def _splits_of_run(config: Config, store: BagStore) -> dict[str, tuple[int, ...]]:
+    """The splits in the run's ``splits.csv``, whole."""
+    path, identity = config.run_dir / SPLITS_NAME, config.run_dir / "identity.json"
+    splits = split_bags(store, table=str(path))
+    there = read_json(identity, _UNKNOWN_RUN) if identity.is_file() else {}
+    if there.get("data") == store.digest() and there.get("splits") != splits_digest(store, splits):
+        raise ValueError(f"{path}: has not the splits that the run was trained with: {_WRITE_AGAIN}")
+    return splits
+
+
 def _claim_run_dir(config: Config, store: BagStore, splits: Mapping[str, Sequence[int]], world: World) -> None:
     """Make the run's folder, or make sure that the run in it has the same settings, data and splits."""
     folder = config.run_dir
     path = folder / "identity.json"
     identity = run_identity(config, store, splits)
     if path.is_file():
-        there = json.loads(path.read_text())
+        there = read_json(path, _UNKNOWN_RUN)
         for what, remedy in (("config", "settings"), ("data", "data"), ("splits", "splits")):
             if there.get(what) != identity[what]:
                 raise ConfigError(
@@ -294,5 +305,5 @@ def _changed(config: Config, store: BagStore, bags: Sequence[int]) -> dict[str, 
 def _read_results(config: Config) -> dict[str, Any]:
     path = config.run_dir / "results.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: train the run first")
-    return json.loads(path.read_text())
+        raise FileNotFoundError(f"{path} is missing: train the run, or, if it is trained, {_WRITE_AGAIN}")
+    return read_json(path, _WRITE_AGAIN)

@@ -152,7 +152,7 @@ def read_predictions(path: str | Path) -> PredictionTable:
     if fields["probability"]:
         probabilities = _numbers(rows, fields["probability"], path)
     sizes = _numbers(rows, ["num_instances"], path) if "num_instances" in columns else np.zeros(len(rows))
-    _refuse(path, ~np.isfinite(sizes), "num_instances is missing")
+    _refuse(path, ~((sizes >= 0) & np.isfinite(sizes)), "num_instances is missing or below 0")
     if logits is None:
         text = "probability: expected 0 to 1; scores on another scale are to be called logit"
         _refuse(path, (probabilities < 0) | (probabilities > 1), text)
@@ -197,6 +197,13 @@ def check_task_fits(task: str, predictions: PredictionTable, path: str | Path) -
     top = {"binary": 1, "multilabel": 1, "multiclass": logits.shape[-1] - 1}.get(task)
     if (task == "multiclass") != (logits.ndim == 2 and labels.ndim == 1) or (task == "binary" and labels.ndim == 2):
         raise ValueError(f"{path}: task {task} does not go with labels {labels.shape} and logits {logits.shape}")
+    if task.startswith("survival") and len(labels):
+        bins = logits.shape[1] if logits.ndim == 2 else 0
+        if labels.shape[1:] != (2,) or (bins == 0 if task == "survival_discrete" else bins > 1):
+            raise ValueError(
+                f"{path}: task {task} does not go with labels {labels.shape} and logits {logits.shape}: expected time "
+                "and event as label, and the logits of the time bins, or one risk without bins"
+            )
     known = labels[~np.isnan(labels)]
     if top is not None and not np.isin(known, np.arange(top + 1)).all():
         raise ValueError(f"{path}: task {task}: expected labels 0 to {top}, got {np.unique(known)[:8].tolist()}")

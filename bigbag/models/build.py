@@ -8,7 +8,6 @@ nothing.
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 
 import bigbag.nn
 from bigbag.config import ConfigError, ModelConfig, TaskConfig, check_arguments
-from bigbag.files import write_atomically, write_json
+from bigbag.files import read_json, write_atomically, write_json
 from bigbag.models.abmil import ABMIL
 from bigbag.models.base import MILModel
 from bigbag.models.camil import CAMIL
@@ -39,6 +38,8 @@ from bigbag.models.transformer_abmil import TransformerABMIL
 from bigbag.models.transformer_prob_smooth_abmil import TransformerProbSmoothABMIL
 from bigbag.models.transmil import TransMIL
 from bigbag.models.vaeabmil import VAEABMIL
+
+_REMEDY = "copy it from where it is whole, or train the run again with --restart"
 
 MODELS: dict[str, type[MILModel]] = {
     cls.__name__: cls
@@ -160,6 +161,7 @@ def saved_model(path: str | Path) -> tuple[Path, dict[str, Any]]:
 
     Raises:
         FileNotFoundError: none of these.
+        ValueError: the file is damaged.
     """
     place = Path(path)
     folders = (place.parent,) if place.is_file() else (place, place / "checkpoints" / "best")
@@ -168,7 +170,7 @@ def saved_model(path: str | Path) -> tuple[Path, dict[str, Any]]:
         raise FileNotFoundError(
             f"{path}: no model.json here or in checkpoints/best; give the folder of a run or of a saved model"
         )
-    return folder, json.loads((folder / "model.json").read_text())
+    return folder, read_json(folder / "model.json", _REMEDY)
 
 
 def load_model(path: str | Path) -> MILModel:
@@ -179,10 +181,25 @@ def load_model(path: str | Path) -> MILModel:
 
     Raises:
         FileNotFoundError: no model there.
+        ValueError: a file of it is damaged, or the weights are those of another model.
     """
-    from safetensors.torch import load_file
-
     folder, about = saved_model(path)
     model = build_model(ModelConfig(**about["model"]), tuple(about["in_shape"]), TaskConfig(**about["task"]))
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    path = folder / "model.safetensors"
+    try:
+        model.load_state_dict(_read_weights(path))
+    except RuntimeError as error:
+        raise ValueError(f"{path}: not the weights of the model in model.json ({error}): {_REMEDY}") from None
     return model.eval()
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: {_REMEDY}") from None
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole file of weights ({error}): {_REMEDY}") from None

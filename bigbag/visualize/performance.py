@@ -165,7 +165,8 @@ def lead(run: RunFolder, split: str, bags: PredictionTable) -> str:
 def performance_section(run: RunFolder, split: str, bags: PredictionTable) -> str:
     """Curves, confusion and bag sizes of the labelled bags of ``split``."""
     if not len(bags.keys):
-        return f"<p>No bag of the {esc(split)} split has both a prediction and a label.</p>"
+        text = f"<p>No bag of the {esc(split)} split has both a prediction and a label.</p>"
+        return _cross_check(run, split, bags) + text
     figures: list[str] = []
     if run.task == "regression":
         figures += _agreement(bags)
@@ -183,10 +184,11 @@ def performance_section(run: RunFolder, split: str, bags: PredictionTable) -> st
 def _cross_check(run: RunFolder, split: str, bags: PredictionTable) -> str:
     """Say so where the metrics of predictions.csv and those in results.json differ."""
     stated = run.metrics(split)
-    found = bag_metrics(bags.labels, bags.logits, run.task)
+    found = bag_metrics(bags.labels, bags.logits, run.task) if len(bags.keys) else {"num_bags": 0}
     differ = [k for k, v in found.items() if isinstance(stated.get(k), int | float) and abs(stated[k] - v) > 2e-3]
     text = ", ".join(f"{metric_name(k)} {number(found[k])} against {number(stated[k])}" for k in differ)
-    return note(f"predictions.csv and results.json do not agree on {split}: {text}.") if differ else ""
+    remedy = "One of them is damaged or of another evaluation: evaluate the run again."
+    return note(f"predictions.csv and results.json do not agree on {split}: {text}. {remedy}") if differ else ""
 
 
 def _ranking(task: str, bags: PredictionTable) -> list[str]:

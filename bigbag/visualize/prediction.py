@@ -11,7 +11,7 @@ import numpy as np
 
 from bigbag.data.names import file_name
 from bigbag.engine.predict import SlideScores, read_scores
-from bigbag.files import write_json
+from bigbag.files import read_json, write_json
 from bigbag.visualize.figures import colours
 from bigbag.visualize.geojson import ObjectType, instance_features, region_features, write_geojson
 from bigbag.visualize.heatmap import (
@@ -114,7 +114,7 @@ _FILES_OF = {
 def settle(out: Path, pictures: Pictures, with_slides: bool) -> None:
     """Remove pictures of the wanted kinds that are in ``out`` and were drawn otherwise, and note how they are drawn."""
     path = out / _SETTINGS
-    noted = json.loads(path.read_text()) if path.is_file() else {}
+    noted = read_json(path, "remove it, and the pictures are drawn again") if path.is_file() else {}
     look = {**asdict(pictures), "slides": with_slides}
     look = json.loads(
         json.dumps({key: value for key, value in look.items() if key not in ("heatmaps", "deepzoom", "geojson")})

@@ -73,8 +73,10 @@ def _facts(run: RunFolder) -> str:
     parts = [f"model {model['name']}"] if isinstance(model, dict) and "name" in model else []
     parts.append(f"task {run.task}")
     data = environment.get("data", {})
-    if isinstance(data, dict) and isinstance(data.get("instances"), dict):
-        parts.append(f"{sum(data['bags'].values()):,} bags, {sum(data['instances'].values()):,} instances")
+    counts = [data.get(name) if isinstance(data, dict) else None for name in ("bags", "instances")]
+    sums = [sum(count.values()) for count in counts if isinstance(count, dict)]
+    if len(sums) == 2:
+        parts.append(f"{sums[0]:,} bags, {sums[1]:,} instances")
     devices = environment.get("devices")
     if isinstance(devices, dict):
         parts += [str(devices[key]) for key in ("device", "backend", "precision") if key in devices]

@@ -13,8 +13,13 @@ import numpy as np
 
 from bigbag.engine.metrics import TASKS
 from bigbag.evaluation.predictions import PredictionTable, check_task_fits, read_predictions
+from bigbag.files import read_json, read_npz, read_text
 
 SPLITS = ("test", "val", "train")
+_TRAIN = "`bigbag train` writes it again, and does not train a finished run again"
+_REMOVE = "remove it, since the report does without, or write it again"
+_STEPS = {"train": ("step",), "epoch": ("step", "epoch")}
+"""Kinds of lines of a log that are drawn, and their whole numbers."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +55,15 @@ class RunFolder:
     @cached_property
     def intervals(self) -> dict[tuple[str, str], tuple[float, float]]:
         """95 % intervals of (split, metric) over bags, from ``metrics.json``; empty where the run has none."""
-        path = self.path / "metrics.json"
-        rows = _read_json(path).get("metrics", []) if path.is_file() else []
-        whole = [row for row in rows if row["unit"] == "bag" and None not in (row["low"], row["high"])]
-        return {(row["split"], row["metric"]): (row["low"], row["high"]) for row in whole}
+        path, found = self.path / "metrics.json", {}
+        for row in _read_object(path, _REMOVE, metrics=list).get("metrics", []) if path.is_file() else []:
+            try:
+                unit, metric, ends = row["unit"], (row["split"], row["metric"]), (row["low"], row["high"])
+            except (KeyError, TypeError):
+                raise ValueError(f"{path}: a metric without unit, split, name or interval: {_REMOVE}") from None
+            if unit == "bag" and None not in ends:
+                found[metric] = ends
+        return found
 
     def attention_files(self) -> list[Path]:
         return sorted((self.path / "attention").glob("*.npz"))
@@ -74,21 +84,23 @@ def read_run(run_dir: str | Path) -> RunFolder:
         state = "has no" if path.is_dir() else "does not exist, so there is no"
         raise FileNotFoundError(
             f"run folder {path} {state} {', '.join(missing)}; a run writes them when its evaluation ends: "
-            "let it finish, or run the evaluation on its checkpoint"
+            "let it finish, or start it again: it goes on from its checkpoint"
         )
-    text = (path / "config.yaml").read_text(encoding="utf-8")
+    text = read_text(path / "config.yaml", _TRAIN)
     try:
         config = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"{path / 'config.yaml'}: not YAML: {error}") from error
+        raise ValueError(f"{path / 'config.yaml'}: not YAML: {error}; {_TRAIN}") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{path / 'config.yaml'}: expected settings by name, got {type(config).__name__}")
-    environment = _read_json(path / "environment.json") if (path / "environment.json").is_file() else {}
+        raise ValueError(f"{path / 'config.yaml'}: expected settings by name, got {type(config).__name__}: {_TRAIN}")
+    environment = {}
+    if (path / "environment.json").is_file():
+        environment = _read_object(path / "environment.json", _REMOVE, data=dict)
     predictions = read_predictions(path / "predictions.csv")
     log = tuple(_read_log(path / "metrics.jsonl")) if (path / "metrics.jsonl").is_file() else ()
     task = _task_of(config) or predictions.likely_task()
     check_task_fits(task, predictions, path / "predictions.csv")
-    results = _read_json(path / "results.json")
+    results = _read_object(path / "results.json", _TRAIN, left_out=list, capped=dict, best_epoch=int)
     return RunFolder(path, task, config, text, environment, results, predictions, log)
 
 
@@ -96,34 +108,39 @@ def read_attention(path: Path) -> BagAttention:
     """Read one file of ``attention/``.
 
     Raises:
-        ValueError: ``key`` or ``scores`` is missing, or an array does not have one row per score.
+        ValueError: the file is damaged, ``key`` or ``scores`` is missing, an array does not have one row per score, or
+            holds no numbers.
     """
-    with np.load(path, allow_pickle=False) as stored:
-        arrays = {name: stored[name] for name in stored.files}
+    arrays = read_npz(path)
     absent = [name for name in ("key", "scores") if name not in arrays]
     if absent:
         raise ValueError(f"{path}: expected the arrays key and scores, {' and '.join(absent)} missing")
     scores = arrays["scores"].reshape(-1)
     optional = {name: arrays.get(name) for name in ("coords", "y_inst", "patches", "rgb")}
+    for name, value in (("scores", scores), *optional.items()):
+        if value is not None and value.dtype.kind not in "fiub":
+            raise ValueError(f"{path}: {name}: expected numbers, got {value.dtype}: {_REMOVE}")
     for name, value in optional.items():
         if value is not None and (value.ndim == 0 or len(value) != len(scores)):
             raise ValueError(f"{path}: {name} has shape {value.shape}, expected {len(scores)} rows, one per score")
+    if (coords := optional["coords"]) is not None and not np.isfinite(coords).all():
+        raise ValueError(f"{path}: coords: expected finite positions: {_REMOVE}")
     return BagAttention(key=str(arrays["key"]), scores=scores, **optional)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected an object, got {type(value).__name__}")
+def _read_object(path: Path, remedy: str, **types: type) -> dict[str, Any]:
+    """A JSON object, some of whose values are of a type or null where they are there."""
+    value = read_json(path, remedy)
+    for name, expected in types.items():
+        if not isinstance(value.get(name), expected | None):
+            got = f"{expected.__name__}, got {type(value[name]).__name__}"
+            raise ValueError(f"{path}: {name}: expected {got}: {remedy}")
     return value
 
 
 def _read_log(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of a log. A last line that breaks off is what a killed run leaves, and is passed over."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = read_text(path, _REMOVE).splitlines(keepends=True)
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -132,9 +149,12 @@ def _read_log(path: Path) -> Iterator[dict[str, Any]]:
         except json.JSONDecodeError as error:
             if number == len(lines) and not line.endswith("\n"):
                 return
-            raise ValueError(f"{path}:{number}: not JSON: {error.msg}") from error
+            raise ValueError(f"{path}:{number}: not JSON ({error.msg}): remove the line") from error
         if not isinstance(event, dict) or "kind" not in event:
-            raise ValueError(f"{path}:{number}: expected an object with a kind, got {line[:80]!r}")
+            raise ValueError(f"{path}:{number}: expected an object with a kind, got {line[:80]!r}: remove the line")
+        for name in _STEPS.get(event["kind"], ()):
+            if not isinstance(event.get(name), int):
+                raise ValueError(f"{path}:{number}: {name}: got {event.get(name)!r}, not a number: remove the line")
         yield event
 
 

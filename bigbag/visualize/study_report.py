@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from bigbag.evaluation import cap_curve, compare
 from bigbag.evaluation.cap_curve import Point
 from bigbag.evaluation.compare import NAMES, Line, spread_text
 from bigbag.evaluation.study import Outcome, Study
-from bigbag.files import write_atomically
+from bigbag.files import read_json, write_atomically
 from bigbag.visualize.comparison import cap_curve_svg, cost_svg, metric_svg
 from bigbag.visualize.html import chart, details, esc, footer, note, page, settings, table
 
@@ -163,7 +162,7 @@ def _environment(study: Study, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     for outcome in outcomes:
         path = study.folder / outcome.planned.name / "environment.json"
         if not outcome.error and path.is_file():
-            return json.loads(path.read_text())
+            return read_json(path, "remove it, since the report does without")
     return {}
 
 

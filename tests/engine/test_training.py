@@ -134,6 +134,35 @@ def test_evaluating_again_changes_nothing(run_settings):
     assert ((run_dir / "results.json").read_bytes(), (run_dir / "predictions.csv").read_bytes()) == before
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("results.json", r"results.json:\d+: not JSON .*: `bigbag train` writes it again"),
+        ("splits.csv", "splits.csv: has not the splits that the run was trained with: `bigbag train` writes it"),
+        ("identity.json", r"identity.json:\d+: not JSON .*: remove it"),
+        ("checkpoints/best/model.json", r"model.json:\d+: not JSON .*: copy it"),
+        ("checkpoints/best/model.safetensors", "model.safetensors: not a whole file of weights .*: copy it"),
+    ],
+)
+def test_a_damaged_run_is_not_evaluated(run_settings, name, message):
+    """Each file cut in the middle, the table of splits after a line; training again mends what a run can write."""
+    run_dir = train_alone(run_settings)
+    path, before = run_dir / name, (run_dir / "results.json").read_bytes()
+    whole = path.read_bytes()
+    cut = whole.rindex(b"\n", 0, len(whole) // 2) + 1 if name.endswith("csv") else len(whole) // 2
+    path.write_bytes(whole[:cut])
+    with pytest.raises(ValueError, match=message):
+        evaluate(build_config(run_settings), world=World())
+    if name.endswith(("splits.csv", "results.json")):
+        assert (train_alone(run_settings) / name).read_bytes() == whole
+    else:
+        path.unlink()
+    if name.endswith("safetensors"):
+        with pytest.raises(FileNotFoundError, match="model.safetensors is missing: copy it"):
+            load_model(run_dir)
+    assert (run_dir / "results.json").read_bytes() == before
+
+
 class Killed(Exception):
     """Stands for a process that dies."""
 

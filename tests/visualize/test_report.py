@@ -430,7 +430,7 @@ def test_no_bag_at_all(tmp_path: Path) -> None:
     header = (folder / "predictions.csv").read_text().splitlines()[0]
     (folder / "predictions.csv").write_text(header + "\n")
     page = write_report(folder).read_text()
-    assert "No bag of the test split" in page
+    assert "No bag of the test split" in page and "do not agree on test: Bags 0 against 20." in page
 
 
 @pytest.mark.parametrize("missing", ["coords", "y_inst", "patches", "patches, then colours"])
@@ -484,14 +484,32 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         ("predictions.csv", "key,split,label,logit,num_instances\na,test,1,oops,5\n", r"csv:2: logit: .*'oops'"),
         ("predictions.csv", "key,split,label,logit,num_instances\na,test,7,0.5,5\n", r"labels 0 to 1, got \[7.0\]"),
         ("results.json", "{\n oops", "results.json:2: not JSON"),
-        ("config.yaml", "- a\n", "expected settings by name, got list"),
+        ("config.yaml", "- a\n", "expected settings by name, got list: `bigbag train` writes it again"),
+        ("config.yaml", "task: {type: survival}\n", r"csv: task survival does not go with labels \(.*expected time"),
+        ("results.json", "", "results.json:1: not JSON .*: `bigbag train` writes it again"),
+        ("results.json", '{"left_out": 3}', "results.json: left_out: expected list, got int: `bigbag train`"),
+        ("results.json", b"\xff\xfe{}", r"results.json: not text in UTF-8 \(invalid start byte at byte 0\)"),
+        ("environment.json", '{"data": {', "environment.json:1: not JSON .*: remove it"),
+        ("environment.json", "[]", "environment.json: expected a JSON object, got list: remove it"),
+        ("metrics.json", '{"metrics": [{"unit": "bag"}]}', "metrics.json: a metric without .*: remove it"),
+        ("metrics.jsonl", '{"kind": "epoch", "epoch": 0}\n', "jsonl:1: step: got None, not a number: remove the line"),
+        ("metrics.jsonl", b"\x80", r"metrics.jsonl: not text in UTF-8"),
+        (
+            "predictions.csv",
+            "key,split,label,logit,num_instances\na,test,1,0.5,-5\n",
+            "csv:2: num_instances .* below 0",
+        ),
+        ("attention/00.npz", b"PK\x03\x04", "00.npz: not a readable .npz file"),
     ],
 )
-def test_malformed_files_are_named(tmp_path: Path, name: str, content: str, message: str) -> None:
+def test_malformed_files_are_named(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
     folder = small_run(tmp_path)
-    (folder / name).write_text(content)
+    (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    (folder / "report.html").write_text("the report before")
+    files = set(folder.iterdir())
     with pytest.raises(ValueError, match=message):
         write_report(folder)
+    assert (folder / "report.html").read_text() == "the report before" and set(folder.iterdir()) == files
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
