@@ -31,8 +31,8 @@ _SIMULATED_EPOCHS = 3
 _SMALLEST_CHUNK = 16
 _WORTH_IT = 0.99  # a way that saves less is not worth its time
 # Freed blocks below 32 MiB stay with the allocator of the C library, and gaps among them: in runs of ten models about
-# two fifths of a step, as long as that has no more than some six blocks of this size.
-_KEPT_SHARE, _KEPT_BYTES = 0.4, 200 * 2**20
+# two fifths of a step, as long as that has no more than some five blocks of this size.
+_KEPT_SHARE, _KEPT_BYTES = 0.4, 64 * 2**20
 _CHECKPOINT_BYTES = 256 * 2**20
 
 

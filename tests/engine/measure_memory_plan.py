@@ -1,4 +1,4 @@
-"""The predicted and the measured peak of a run of one epoch, both in MiB.
+"""The predicted and the measured peak of a run, both in MiB: planned for 50 epochs, as runs have, of which one runs.
 
     python -m tests.engine.measure_memory_plan FOLDER '{"name": "PatchGCN"}' 60000,3000,20000,30000 [WIDTH]
 
@@ -8,16 +8,20 @@ The sizes are those of the bags, in fp16 on a lattice; the last one validates.
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
 from bigbag import Bag
-from bigbag.config import build_config
+from bigbag.config import Config, build_config
 from bigbag.data import pack
 from bigbag.data.sources.base import SourceEntry
+from bigbag.engine.memory_plan import MemoryPlan, plan_memory
 from bigbag.engine.run import train
 from bigbag.engine.world import World
 from bigbag.memory import use_one_heap
+
+_EPOCHS = 50
 
 
 class Lattices:
@@ -41,6 +45,12 @@ class Lattices:
         return {}
 
 
+def planned_for_all(config: Config, *others: object) -> MemoryPlan:
+    """The plan of the whole run: the longer it takes, the further its steps are measured."""
+    train = config.train.model_copy(update={"epochs": _EPOCHS})
+    return plan_memory(config.model_copy(update={"train": train}), *others)
+
+
 def main(folder: str, model: str, sizes: str, width: str = "512") -> None:
     use_one_heap()
     data = {"shards": f"{folder}/shards", "graph": {}}
@@ -48,7 +58,8 @@ def main(folder: str, model: str, sizes: str, width: str = "512") -> None:
     config = build_config({"name": "run", "out": folder, "data": data, "model": json.loads(model), "train": run})
     source = Lattices([int(size) for size in sizes.split(",")], int(width))
     pack(source, data["shards"], progress=False, graph=config.data.graph)
-    train(config, world=World())
+    with mock.patch("bigbag.engine.run.plan_memory", planned_for_all):
+        train(config, world=World())
     memory = json.loads(Path(folder, "run", "environment.json").read_text())["memory"]
     told, measured = memory["peak_bytes"], memory["measured_peak_bytes"]
     parts = {name[:-6]: value >> 20 for name, value in memory.items() if name.endswith("bytes") and value is not None}
