@@ -28,8 +28,9 @@ class Bootstrap:
         level: probability of covering the true value.
         method: "percentile": the quantiles of the resampled values. "bca": those quantiles shifted for bias and for how
             the spread changes with the value (Efron, JASA 1987), at the cost of one more evaluation per patient; it
-            covers at the nominal rate from fewer patients on. Areas under curves, RMSE and R² have
-            :func:`jackknife_interval` instead, since neither covers them with few patients of a class or large errors.
+            covers at the nominal rate from fewer patients on. Areas under curves, the Brier score, MAE, RMSE and R²
+            have :func:`jackknife_interval` instead, since neither covers them with few patients of a class or a few
+            large errors.
         stratified: draw the patients of each label on their own, as many as there are: for sets whose share of
             positives was fixed when they were made. A patient with several labels counts by the largest.
         seed: seed of the draws.
@@ -55,14 +56,15 @@ class Scale:
     """What is known of a metric beside its values, for intervals where resamples tell too little.
 
     Attributes:
-        transform: scale of :func:`jackknife_interval`: "logit" of areas under curves, "log" of what is positive,
-            "complement", ``log(1 - v)``, of what is at most 1. None: the bootstrap's interval.
+        transform: scale of :func:`jackknife_interval`: "logit" of areas under curves, "complement", ``log(1 - v)``, of
+            what is at most 1; "mean" and "root" of means of positive values and their roots, which
+            :func:`mean_interval` does. None: the bootstrap's interval.
         num_groups: groups (patients) that it is a mean over: those of the smallest class that it asks for.
         perfect: whether 1 means that no group is wrong; then :func:`perfect_interval` is the interval of 1.
         worst: whether 0 means that every group is wrong; then it is that of 0, too.
     """
 
-    transform: Literal["logit", "log", "complement"] | None
+    transform: Literal["logit", "complement", "mean", "root"] | None
     num_groups: int
     perfect: bool = True
     worst: bool = False
@@ -161,8 +163,9 @@ def jackknife_interval(value: float, left_out: np.ndarray, scale: Scale, level: 
     of ``scale.num_groups - 1`` degrees of freedom. Log-odds keep an area under a curve within 0 and 1, where they make
     its error nearly normal (Boyd, Eng & Page, ECML 2013; Qin & Hotilovac, Stat. Methods Med. Res. 2008).
 
-    In simulation it covers AUROC at 93 to 98 %, RMSE and R² at 95 to 96 % where labels and errors are normal, and at 85
-    to 93 % where they have long tails; BCa covers AUROC at 87 to 95 %, the others at 93 to 94 % and 82 to 90 %.
+    In simulation it covers AUROC at 93 to 98 %, and R² at 95 to 96 % where labels and errors are normal, at 92 to 94 %
+    where errors have long tails (Student's t of 5 degrees of freedom, Laplace); BCa covers AUROC at 87 to 95 %, R² at
+    92 to 94 % and 89 to 93 %.
 
     Args:
         value: v, of all groups.
@@ -179,6 +182,11 @@ def jackknife_interval(value: float, left_out: np.ndarray, scale: Scale, level: 
     if scale.num_groups < 2 or np.isnan(value) or not len(known) or np.ptp(known) == 0:
         return np.nan, np.nan
     assert scale.transform is not None
+    if scale.transform == "mean":
+        return mean_interval(value, known, level)
+    if scale.transform == "root":
+        low, high = mean_interval(value**2, known**2, level)
+        return low**0.5, high**0.5
     forward, back, slope = _TRANSFORMS[scale.transform]
     # the slope at v carries the error over: f of a v_g of exactly 0 or 1 is infinite
     error = np.sqrt((len(known) - 1) * known.var()) * abs(slope(value))
@@ -187,13 +195,42 @@ def jackknife_interval(value: float, left_out: np.ndarray, scale: Scale, level: 
     return float(ends.min()), float(ends.max())
 
 
+def mean_interval(value: float, left_out: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """Student's interval of a mean of values from 0 on, corrected for their skewness; not below 0.
+
+    ``v - s g^-1(+-t)``, s the jackknife's standard error and t of G - 1 degrees of freedom;
+    ``g(x) = x + k x^2 / 3 + k^2 x^3 / 27 + k / 6`` removes the skewness of ``(v - mean) / s`` and has the inverse
+    ``3 / k ((1 + k (x - k / 6))^(1/3) - 1)``, k being the skewness of the groups' values over sqrt(G) (Hall, J. R.
+    Stat. Soc. B 1992).
+
+    Squared errors are skewed by a few large ones. In simulations of 30, 60 and 150 bags it covers the Brier score of a
+    sure and good model at 82, 90 and 93 %, BCa at 65, 75 and 82; of other models at 95 to 97 %, BCa at 93 to 96; RMSE
+    under errors of Student's t of 5 degrees of freedom at 90, 94 and 93 %, BCa at 85, 89 and 90; RMSE of normal errors
+    at 94 to 95 %, BCa at 91 to 94; MAE at 93 to 96 %, BCa at 90 to 94.
+
+    Args:
+        value: v, of all groups.
+        left_out: ``(G,)`` without each group, at least two, not all the same.
+        level: probability of covering the true value.
+    """
+    from scipy.stats import skew, t
+
+    count = len(left_out)
+    error = np.sqrt((count - 1) * left_out.var())
+    k = skew(left_out.mean() - left_out) / np.sqrt(count)
+    ends = t.ppf(np.array([1 + level, 1 - level]) / 2, count - 1)
+    if abs(k) > 1e-6:  # g is the identity at 0
+        ends = 3 / k * (np.cbrt(1 + k * (ends - k / 6)) - 1)
+    low, high = np.maximum(value - error * ends, 0)
+    return float(low), float(high)
+
+
 def _expit(x: np.ndarray) -> np.ndarray:
     return 0.5 * (1 + np.tanh(0.5 * x))
 
 
 _TRANSFORMS: Mapping[str, tuple[Callable[..., Any], Callable[..., Any], Callable[[float], float]]] = {
     "logit": (lambda v: np.log(v / (1 - v)), _expit, lambda v: 1 / (v * (1 - v))),
-    "log": (np.log, np.exp, lambda v: 1 / v),
     "complement": (lambda v: np.log(1 - v), lambda x: 1 - np.exp(x), lambda v: 1 / (1 - v)),
 }
 

@@ -228,9 +228,10 @@ def scales_of(task: str, labels: np.ndarray, groups: np.ndarray) -> dict[str, Sc
     """
     num_groups = int(groups.max(initial=-1)) + 1
     if task == "regression":
-        names = ["r2", *(f"r2_{k}" for k in range(labels.reshape(len(labels), -1).shape[1]))]
-        explained = {name: Scale("complement", num_groups, perfect=False) for name in names}
-        return explained | {"rmse": Scale("log", num_groups, perfect=False)}
+        of_each = ["", *(f"_{k}" for k in range(labels.reshape(len(labels), -1).shape[1]))]
+        explained = {f"r2{k}": Scale("complement", num_groups, perfect=False) for k in of_each}
+        errors = {f"mae{k}": Scale("mean", num_groups, perfect=False) for k in of_each}
+        return explained | errors | {"rmse": Scale("root", num_groups, perfect=False)}
     if task not in ("binary", "multiclass", "multilabel"):
         return {}
     classes = np.unique(labels) if task == "multiclass" else np.ones(1)
@@ -240,7 +241,7 @@ def scales_of(task: str, labels: np.ndarray, groups: np.ndarray) -> dict[str, Sc
     of_rest = [len(np.unique(groups[~column])) for column in positive.T]
     of_smaller = [min(pair) for pair in zip(of_class, of_rest)]
     any_class = len(np.unique(groups[positive.any(1)]))
-    scales: dict[str, Scale] = {}
+    scales = {"brier": Scale("mean", num_groups, perfect=False)}
     for name, counts in (("auroc", of_smaller), ("average_precision", of_class), ("f1", of_class)):
         each = {f"{name}_{k}": count for k, count in zip(numbers, counts)}
         whole = {name: min(counts), f"{name}_weighted": min(counts), f"{name}_micro": any_class}
