@@ -248,7 +248,8 @@ def scales_of(task: str, labels: np.ndarray, groups: np.ndarray) -> dict[str, Sc
         for key, count in (each | whole).items():
             scales[key] = Scale(None if name == "f1" else "logit", count, worst=name == "auroc")
     smallest = min(of_smaller) if task == "binary" else min(of_class)
-    share = {"accuracy": num_groups, "subset_accuracy": num_groups, "balanced_accuracy": smallest}
+    scales["balanced_accuracy"] = Scale("logit", smallest, worst=True, num_in_error=num_groups)
+    share = {"accuracy": num_groups, "subset_accuracy": num_groups}
     share |= {"sensitivity": of_class[0], "specificity": of_rest[0]} if task == "binary" else {}
     scales |= {name: Scale(None, count, worst=True) for name, count in share.items()}
     return scales | {name: Scale(None, smallest) for name in ("kappa", "quadratic_kappa")}

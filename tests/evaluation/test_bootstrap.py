@@ -12,6 +12,7 @@ from sklearn import metrics as sk
 
 from bigbag.engine.metrics import weighted_metrics
 from bigbag.engine.metrics.ranking import ranking
+from bigbag.engine.metrics.tasks import confusion, mean_over, recall
 from bigbag.evaluation.bootstrap import (
     Bootstrap,
     Scale,
@@ -223,6 +224,26 @@ def test_interval_of_a_mean_is_what_removes_its_skewness() -> None:
         x = (values.mean() - np.array(ends)) / stats.sem(values)
         assert x + k * x**2 / 3 + k**2 * x**3 / 27 + k / 6 == pytest.approx(stats.t.ppf([0.975, 0.025], 24), abs=1e-9)
     assert mean_interval(0.1, np.array([0.0, 0.1, 0.2]))[0] == 0.0
+
+
+def test_interval_of_balanced_accuracy_covers_where_classes_are_small() -> None:
+    """Four ordered classes of 40, 30, 20 and 10 % of 30 bags, taken for the nearest one. BCa covers at 90 %."""
+    share, noise, num = np.array([0.4, 0.3, 0.2, 0.1]), 0.7, 30
+    within = stats.norm.cdf(0.5 / noise)
+    truth = np.mean([within, 2 * within - 1, 2 * within - 1, within])
+    rng, hits, groups = np.random.default_rng(18), [], np.arange(num)
+    for _ in range(400):
+        labels = rng.choice(4, num, p=share)
+        logits = -np.abs(labels + noise * rng.normal(size=num) - np.arange(4)[:, None]).T
+        if len(np.unique(labels)) == 4:
+            found = intervals(
+                lambda w, y=labels, s=logits: {"balanced_accuracy": mean_over(recall(confusion(y, s.argmax(1), 4, w)))},
+                groups,
+                options=Bootstrap(2),
+                scales=scales_of("multiclass", labels, groups),
+            )
+            hits.append(found["balanced_accuracy"][0] <= truth <= found["balanced_accuracy"][1])
+    assert len(hits) > 350 and 0.917 <= np.mean(hits) <= 0.983, np.mean(hits)  # 0.95 within three standard errors
 
 
 def test_interval_of_the_brier_score_covers_where_a_few_bags_are_far_off() -> None:
