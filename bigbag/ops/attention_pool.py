@@ -150,6 +150,11 @@ def _compute_dtype(x: Tensor, w1: Tensor) -> torch.dtype:
     return w1.dtype
 
 
+def _scaled(a: Tensor, factors: Tensor | None) -> Tensor:
+    """Attention weights, or gradients to them, as dropout leaves them."""
+    return a if factors is None else a * factors
+
+
 def _drop_factors(x: Tensor, w2: Tensor, acc: torch.dtype, dropout: float, seed: int) -> Tensor:
     """(T, H): 0 for the weights that dropout drops, 1 / (1 - dropout) for the others."""
     rows = torch.arange(x.shape[0], device=x.device)
@@ -169,7 +174,7 @@ def _reference(
     scores = hidden @ w2.t()
     starts = offsets.tolist()
     a = reference_softmax(scores, offsets)
-    a = a if factors is None else a * factors
+    a = _scaled(a, factors)
     bags = [a[s:e].t() @ x[s:e].to(a.dtype) for s, e in zip(starts, starts[1:])]
     z = torch.stack(bags) if bags else x.new_zeros(0, w2.shape[0], x.shape[1], dtype=a.dtype)
     return z, scores
@@ -185,14 +190,34 @@ _SCHEMA_BACKWARD = (
 )
 
 
-def _register(impl: str, module: str) -> Any:
-    """Custom operators ``bigbag::attention_pool_{impl}`` and ``..._backward`` around the launchers of ``module``."""
+def _register(impl: str, kernels: str) -> Any:
+    """Custom operators ``bigbag::attention_pool_{impl}`` and ``..._backward`` around the launchers below ``kernels``.
 
-    def run_forward(*args: Any) -> Any:
-        return importlib.import_module(module).forward(*args)
+    Those of ``attention_pool`` know no bags, and no dropout; softmax, sums and dots are those of ``segments``.
+    """
 
-    def run_backward(*args: Any) -> Any:
-        return importlib.import_module(module).backward(*args)
+    def launchers() -> tuple[Any, Any]:
+        return importlib.import_module(f"{kernels}.attention_pool"), importlib.import_module(f"{kernels}.segments")
+
+    def run_forward(
+        x: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor, w2: Tensor, factors: Any, *options: Any
+    ) -> Any:
+        own, segments = launchers()
+        scores, kept = own.forward(x, weight, bias, w2, *options)
+        a = segments.softmax(scores, offsets)
+        return segments.weighted_sum(x, _scaled(a, factors), offsets), scores, a, kept
+
+    def run_backward(
+        grad_z: Any, grad_scores: Any, x: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor, w2: Tensor, *rest: Any
+    ) -> Any:
+        a, kept, factors, *options = rest
+        own, segments = launchers()
+        ds = torch.zeros_like(a)
+        if grad_z is not None:
+            ds = segments.softmax_backward(a, _scaled(segments.row_dots(x, grad_z, offsets), factors), offsets)
+        if grad_scores is not None:
+            ds = ds + grad_scores
+        return own.backward(ds, grad_z, _scaled(a, factors), x, offsets, weight, bias, w2, kept, *options)
 
     name = f"bigbag::attention_pool_{impl}"
     forward = torch.library.custom_op(name, run_forward, mutates_args=(), schema=_SCHEMA_FORWARD)
@@ -231,8 +256,8 @@ def _register(impl: str, module: str) -> Any:
 
 
 _FORWARD = {
-    "cpu": _register("cpu", "bigbag.kernels.cpu.attention_pool"),
-    "triton": _register("triton", "bigbag.kernels.gpu.attention_pool"),
+    "cpu": _register("cpu", "bigbag.kernels.cpu"),
+    "triton": _register("triton", "bigbag.kernels.gpu"),
 }
 
 OPERATORS = (Operator("attention_pool", attention_pool, _DTYPES),)

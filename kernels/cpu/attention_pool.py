@@ -5,7 +5,7 @@
 
 The scores do not know bags: they are computed in chunks of instances, one GEMM per chunk with the concatenated weight
 [W1; Wg] into a reused buffer, activations in place. What knows bags (softmax, a^T x, and x dz in backward) is bound by
-memory and runs over the whole pack with the kernels of ``segments``.
+memory; the operator runs it over the whole pack with the kernels of ``segments``, dropout's factors included.
 Backward walks over the chunks again; it recomputes the pre-activations unless they were kept.
 
 Each worker thread walks over its own share of the rows, with its own buffers and its own gradients of the weights,
@@ -29,7 +29,6 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from bigbag.kernels.cpu import segments
 from bigbag.kernels.cpu.memory import huge_pages
 from bigbag.kernels.cpu.segments import accumulation_dtype
 
@@ -164,24 +163,11 @@ class _Scorer:
         return pre[:, : self.dim], hidden, gate
 
 
-def _scaled(a: Tensor, factors: Tensor | None) -> Tensor:
-    """Attention weights, or gradients to them, as dropout leaves them."""
-    return a if factors is None else a * factors
-
-
 def forward(
-    x: Tensor,
-    offsets: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    w2: Tensor,
-    factors: Tensor | None,
-    act: str,
-    gated: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x (T, P), weight (D', P) in the compute dtype, bias (D',), w2 (H, D) and factors (T, H) in the accumulation dtype
-    -> z (B, H, P), scores (T, H), a (T, H), kept (T, D') or (0,)."""
+    x: Tensor, weight: Tensor, bias: Tensor, w2: Tensor, act: str, gated: bool, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """x (T, P), weight (D', P) in the compute dtype, bias (D',) and w2 (H, D) in the accumulation dtype
+    -> scores (T, H), kept (T, D') or (0,)."""
     x = x.contiguous()
     num_rows = x.shape[0]
     chunk_rows = _chunk_rows(num_rows, x.shape[1], weight.shape[0])
@@ -199,35 +185,28 @@ def forward(
             torch.mm(hidden, w2.t(), out=scores[start:end])
 
     _share(part, num_rows)
-    a = segments.softmax(scores, offsets)
-    return segments.weighted_sum(x, _scaled(a, factors), offsets), scores, a, kept
+    return scores, kept
 
 
 def backward(
+    ds: Tensor,
     grad_z: Tensor | None,
-    grad_scores: Tensor | None,
+    weights: Tensor,
     x: Tensor,
     offsets: Tensor,
     weight: Tensor,
     bias: Tensor,
     w2: Tensor,
-    a: Tensor,
     kept: Tensor,
-    factors: Tensor | None,
     act: str,
     gated: bool,
     need_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x (T, P) or (0,), weight (D', P), bias (D',), w2 (H, D)."""
-    weights = _scaled(a, factors)
+    """From the gradients of the scores (T, H) and of z, and the weights (T, H) of its rows: those of x (T, P) or (0,),
+    weight (D', P), bias (D',), w2 (H, D)."""
     x = x.contiguous()
     num_rows = x.shape[0]
     acc = accumulation_dtype(weight.dtype)
-    ds = torch.zeros_like(a)
-    if grad_z is not None:
-        ds = segments.softmax_backward(a, _scaled(segments.row_dots(x, grad_z, offsets), factors), offsets)
-    if grad_scores is not None:
-        ds += grad_scores
     chunk_rows = _chunk_rows(num_rows, x.shape[1], weight.shape[0])
     grad_x = huge_pages(torch.empty(x.shape if need_x else (0,), dtype=x.dtype))
     bags = torch.repeat_interleave(offsets.diff(), output_size=num_rows) if need_x else None
@@ -268,7 +247,7 @@ def backward(
             if bags is not None:
                 grad_chunk = torch.mm(grad_pre, weight).to(acc)
                 if grad_z is not None:
-                    for head in range(a.shape[1]):
+                    for head in range(w2.shape[0]):
                         grad_chunk.addcmul_(weights[start:end, head : head + 1], grad_z[bags[start:end], head])
                 grad_x[start:end] = grad_chunk
         return grad_weight, grad_bias, grad_w2

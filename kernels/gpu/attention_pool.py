@@ -7,7 +7,8 @@ The scores do not know bags. ``_scores``: one program owns BLOCK_T instances; it
 [W1; Wg] by x in tiles of P with tensor cores, and reduces to H scores without writing the (T, D) activations.
 ``_grad_projection`` does the same in backward, recomputing the pre-activations unless they were kept; it writes the
 gradient of the pre-activations for one chunk of instances, whose product with x is cuBLAS's, and partial sums for the
-gradients of the biases and of w2, one row per program (no atomics). Softmax, a^T x and x dz are ``segments``'.
+gradients of the biases and of w2, one row per program (no atomics). Softmax, a^T x and x dz the operator takes from
+``segments``.
 
 Reads x from memory twice forward and three times backward. FLOPs as in kernels/cpu/attention_pool. Working memory:
 CHUNK_ROWS * (D' + P) elements, three (T, H) float32, and (D' + H D) floats per BLOCK_T instances of a chunk.
@@ -21,8 +22,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from bigbag.kernels.gpu import segments
 
 CHUNK_ROWS = 65536
 INTERPRETED = triton.knobs.runtime.interpret
@@ -175,24 +174,11 @@ def _options(weight: Tensor, dim: int, act: str, gated: bool, keep: bool) -> dic
     return {"ACT": act, "GATED": gated, "KEEP": keep, "UPCAST": INTERPRETED, "PRECISION": precision, **tiles}
 
 
-def _scaled(a: Tensor, factors: Tensor | None) -> Tensor:
-    """Attention weights, or gradients to them, as dropout leaves them."""
-    return a if factors is None else a * factors
-
-
 def forward(
-    x: Tensor,
-    offsets: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    w2: Tensor,
-    factors: Tensor | None,
-    act: str,
-    gated: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x (T, P), weight (D', P) in the compute dtype, bias (D',), w2 (H, D) and factors (T, H) float32
-    -> z (B, H, P) float32, scores (T, H), a (T, H), kept (T, D') or (0,)."""
+    x: Tensor, weight: Tensor, bias: Tensor, w2: Tensor, act: str, gated: bool, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """x (T, P), weight (D', P) in the compute dtype, bias (D',) and w2 (H, D) float32
+    -> scores (T, H) float32, kept (T, D') or (0,)."""
     x, weight, bias, w2 = x.contiguous(), weight.contiguous(), bias.contiguous(), w2.contiguous()
     (num_rows, width), (heads, dim) = x.shape, w2.shape
     scores = x.new_empty(num_rows, heads, dtype=torch.float32)
@@ -202,8 +188,7 @@ def forward(
         grid = (triton.cdiv(num_rows, options["BLOCK_T"]),)
         block_h = triton.next_power_of_2(heads)
         _scores[grid](x, weight, bias, w2, scores, kept, num_rows, width, dim, heads, BLOCK_H=block_h, **options)
-    a = segments.softmax(scores, offsets)
-    return segments.weighted_sum(x, _scaled(a, factors), offsets), scores, a, kept
+    return scores, kept
 
 
 def _matmul(left: Tensor, right: Tensor) -> Tensor:
@@ -216,30 +201,24 @@ def _matmul(left: Tensor, right: Tensor) -> Tensor:
 
 
 def backward(
+    ds: Tensor,
     grad_z: Tensor | None,
-    grad_scores: Tensor | None,
+    weights: Tensor,
     x: Tensor,
     offsets: Tensor,
     weight: Tensor,
     bias: Tensor,
     w2: Tensor,
-    a: Tensor,
     kept: Tensor,
-    factors: Tensor | None,
     act: str,
     gated: bool,
     need_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x (T, P) or (0,), weight (D', P), bias (D',), w2 (H, D)."""
-    weights = _scaled(a, factors)
+    """From the gradients of the scores (T, H) and of z, and the weights (T, H) of its rows: those of x (T, P) or (0,),
+    weight (D', P), bias (D',), w2 (H, D)."""
     x, weight, bias, w2 = x.contiguous(), weight.contiguous(), bias.contiguous(), w2.contiguous()
     (num_rows, width), (heads, dim) = x.shape, w2.shape
     total = weight.shape[0]
-    ds = torch.zeros_like(a)
-    if grad_z is not None:
-        ds = segments.softmax_backward(a, _scaled(segments.row_dots(x, grad_z, offsets), factors), offsets)
-    if grad_scores is not None:
-        ds = ds + grad_scores
     keep = kept.numel() > 0
     options = _options(weight, dim, act, gated, keep)
     block_t, block_d = int(options["BLOCK_T"]), int(options["BLOCK_D"])

@@ -78,9 +78,8 @@ def attention_pool_cases(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
             yield {"width": width, "act": act, "gated": gated, "keep": keep}
             total = dim * (1 + gated)
             weight, bias, w2 = torch.randn(total, width).to(dtype), torch.zeros(total), torch.zeros(2, dim)
-            *_, a, kept = attention_pool.forward(x, offsets, weight, bias, w2, None, act, gated, keep)
-            grad_z = torch.zeros(2, 2, width)
-            attention_pool.backward(grad_z, None, x, offsets, weight, bias, w2, a, kept, None, act, gated, False)
+            scores, kept = attention_pool.forward(x, weight, bias, w2, act, gated, keep)
+            attention_pool.backward(scores, None, scores, x, offsets, weight, bias, w2, kept, act, gated, False)
 
 
 def segments_cases(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
