@@ -33,7 +33,8 @@ def slides_section(run: RunFolder) -> str:
     """Every bag in ``attention/``, at most eight."""
     files = run.attention_files()
     if not files:
-        return "<p>This run saved no attention: <code>attention/</code> holds no file.</p>"
+        why = "" if run.task == "binary" else "; runs save that of positive bags of a binary task only"
+        return f"<p>This run saved no attention: <code>attention/</code> holds no file{why}.</p>"
     shown = files[:_MAX_SLIDES]
     intro = (
         "<p class='wide'>Each bag is drawn from its own instances, each in its place. Attention is given against the "

@@ -372,6 +372,10 @@ def test_survival_by_risk_split_at_the_median_of_validation(tmp_path: Path, task
     listed = [of_bag[row[0]][0] for row in rows if row[0] in of_bag]
     assert len(rows) == 40 and listed == sorted(listed, reverse=True) and listed[0] > listed[-1]
     assert 1 - wrong.sum() / pairs.sum() == pytest.approx(results["test"]["c_index"], abs=1e-12)
+    shutil.rmtree(folder / "attention")
+    assert "holds no file; runs save that of positive bags of a binary task only" in re.sub(
+        "<.*?>", "", write_report(folder).read_text()
+    )
     first = int(rows[0][0].removeprefix("test-"))
     assert rows[0][1:3] == [f"{time[first]:g}, {'event' if event[first] else 'censored'}", f"{risk[first]:.3f}"]
 
