@@ -30,9 +30,9 @@ from bigbag.nn.rows import chunk_rows
 _SIMULATED_EPOCHS = 3
 _SMALLEST_CHUNK = 16
 _WORTH_IT = 0.99  # a way that saves less is not worth its time
-# Freed blocks below 32 MiB stay with the allocator of the C library, and gaps among them: in runs of ten models about
-# two fifths of a step, as long as that has no more than some five blocks of this size.
-_KEPT_SHARE, _KEPT_BYTES = 0.4, 64 * 2**20
+# Freed blocks below 32 MiB stay with the allocator of the C library, and gaps among them: in runs of ten models, and of
+# many bags of all sizes, up to four fifths of a step, as long as that has no more than some five blocks of this size.
+_KEPT_SHARE, _KEPT_BYTES = 0.8, 128 * 2**20
 _CHECKPOINT_BYTES = 256 * 2**20
 
 
