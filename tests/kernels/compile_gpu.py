@@ -91,6 +91,8 @@ def segments_cases(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
         x = torch.randn(1040, width).to(dtype)
         segments.sum_rows(x, offsets)
         segments.max_rows(x, offsets)
+        weights = segments.softmax(torch.zeros(1040, 2), offsets)
+        segments.row_dots(x, segments.weighted_sum(x, weights, offsets), offsets)
 
 
 def topk_cases(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
