@@ -164,7 +164,7 @@ def _train(options: argparse.Namespace) -> int:
     from bigbag.engine import preemption
     from bigbag.engine.backend import choose_backend
     from bigbag.engine.run import train
-    from bigbag.engine.world import joined_world
+    from bigbag.engine.world import joined_world, leave
 
     config = _config(options)
     engine = config.engine
@@ -178,8 +178,8 @@ def _train(options: argparse.Namespace) -> int:
         except preemption.Preempted:
             if world.is_main:
                 print("asked to leave: a checkpoint is written, and the same command goes on from there", flush=True)
-            preemption.leave()
-    _conclude(config, results, world.is_main)
+            leave(preemption.EXIT_PREEMPTED)
+        _conclude(config, results, world.is_main)
     return 0
 
 
@@ -208,7 +208,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     engine = config.engine
     with joined_world(choose_backend(engine.backend), engine.threads, engine.timeout_s) as world:
         results = evaluate(config, world=world)
-    _conclude(config, results, world.is_main)
+        _conclude(config, results, world.is_main)
 
 
 def _predict(options: argparse.Namespace) -> None:

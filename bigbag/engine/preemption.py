@@ -7,11 +7,8 @@ process then ends with status :data:`EXIT_PREEMPTED`, by which a batch script kn
 
 from __future__ import annotations
 
-import os
 import signal
-import sys
 from types import FrameType
-from typing import NoReturn
 
 from bigbag.engine.world import World
 
@@ -38,17 +35,6 @@ def watch() -> None:
 def asked_to_leave(world: World) -> bool:
     """Whether any rank has been asked to leave: the same answer on every rank, which all have to ask for."""
     return _watching and world.any(_received is not None)
-
-
-def leave() -> NoReturn:
-    """End the process of a run that has saved with :data:`EXIT_PREEMPTED`.
-
-    At once: on the usual way out ``srun --kill-on-bad-exit`` sends SIGTERM to the ranks that are slower, and threads of
-    gloo that are still at work abort the process, and either would make it another status.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(EXIT_PREEMPTED)
 
 
 def _note(number: int, frame: FrameType | None) -> None:

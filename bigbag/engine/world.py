@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cache
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -163,14 +164,29 @@ def start_world(backend: str, threads: int | None = None, timeout_s: int = 1800)
 
 @contextmanager
 def joined_world(backend: str, threads: int | None = None, timeout_s: int = 1800) -> Iterator[World]:
-    """:func:`start_world`, and the end of it: groups and their threads are gone before the interpreter is.
+    """:func:`start_world`, and the end of it: each of several ranks ends its process here, with status 0.
 
-    A rank that ends with an error leaves them to the launcher, since to wait for the others there could be for ever.
+    A rank that ends with an error leaves the groups to the launcher: to wait for the others there could be for ever.
     """
-    yield start_world(backend, threads, timeout_s)
+    world = start_world(backend, threads, timeout_s)
+    yield world
+    if world.size > 1:
+        leave(0)
     if dist.is_initialized():
         _host_group.cache_clear()
         dist.destroy_process_group()
+
+
+def leave(status: int) -> NoReturn:
+    """End this process at once: all that is to be kept must be written.
+
+    On the usual way out threads of gloo that are still at work can abort the process, as the interpreter goes ("terminate
+    called without an active exception"), and ``srun --kill-on-bad-exit`` sends SIGTERM to the ranks that are slower.
+    Either would make it another status.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _cores() -> int:
