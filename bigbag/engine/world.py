@@ -180,9 +180,9 @@ def joined_world(backend: str, threads: int | None = None, timeout_s: int = 1800
 def leave(status: int) -> NoReturn:
     """End this process at once: all that is to be kept must be written.
 
-    On the usual way out threads of gloo that are still at work can abort the process, as the interpreter goes ("terminate
-    called without an active exception"), and ``srun --kill-on-bad-exit`` sends SIGTERM to the ranks that are slower.
-    Either would make it another status.
+    On the usual way out threads of gloo that are still at work can abort the process as the interpreter goes
+    ("terminate called without an active exception"), and ``srun --kill-on-bad-exit`` sends SIGTERM to the ranks that
+    are slower. Either would make it another status.
     """
     sys.stdout.flush()
     sys.stderr.flush()
