@@ -16,24 +16,23 @@ time, fall on a part of the cache's sets. Where neighbours lie far apart, rows a
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from bigbag.kernels.cpu.memory import huge_pages
+from bigbag.kernels.cpu.order import LARGE_BYTES, _jit_serial, row_order
 from bigbag.kernels.cpu.segments import _block, _jit, _launch, accumulation_dtype, array
 from bigbag.kernels.cpu.vectors import (
     LINE_BYTES,
     WIDE,
     broadcast,
     fence,
-    fold,
     lane_sum,
     lanes,
     load,
     multiply_add,
+    multiply_fold,
     prefetch,
     store,
     stream,
@@ -43,12 +42,6 @@ from bigbag.kernels.cpu.vectors import (
 PAIRED, NARROW = 64, 16
 # Rows asked for ahead, at most, and their count.
 AHEAD = 17
-# Outputs larger than caches are written past them: what a cache would read first, only to overwrite it, stays unread.
-_LARGE_BYTES = 32 << 20
-# Neighbours so far apart, on average, are out of reach of a core's own cache.
-_FAR_BYTES = 4 << 20
-
-_jit_serial = numba.njit(cache=True, nogil=True, error_model="numpy")
 
 
 @_jit
@@ -130,10 +123,10 @@ def _max_degree(crow):
 
 
 @_block
-def _add(value, sums, k):
-    """Add to the k-th partial sums: as many lanes for each edge of the row, which are added up once, at its end."""
+def _add_product(u, v, sums, k):
+    """Add u * v to the k-th partial sums: as many lanes for each edge of the row, added up once, at its end."""
     zero = broadcast(sums.dtype.type(0), NARROW)
-    store(multiply_add(load(zero, sums, k, 0, 0), sums.dtype.type(1), fold(zero, value)), sums, k, 0, 0)
+    store(multiply_fold(load(zero, sums, k, 0, 0), u, v), sums, k, 0, 0)
 
 
 @_block
@@ -148,9 +141,9 @@ def _dots_row(zero, c, i, n, ahead, h, crow, col, x, y, distance, sums):
             other = load(zero, y, col[e], h, c)
             if distance:
                 other = multiply_add(other, np.float32(-1), own)
-                _add(multiply_add(zero, other, other), sums, e - crow[i])
+                _add_product(other, other, sums, e - crow[i])
             else:
-                _add(multiply_add(zero, own, other), sums, e - crow[i])
+                _add_product(own, other, sums, e - crow[i])
         c += lanes(zero)
     return c
 
@@ -185,7 +178,7 @@ def _backward_row(zero, c, j, n, ahead, h, crow, col, perm, weight, x, grad, gra
         for e in range(crow[j], crow[j + 1]):
             other = load(zero, grad, col[e], h, c)
             acc = multiply_add(acc, weight[perm[e], h], other)
-            _add(multiply_add(zero, own, other), sums, e - crow[j])
+            _add_product(own, other, sums, e - crow[j])
         if past_caches:
             stream(acc, grad_x, j, h, c)
         else:
@@ -262,71 +255,18 @@ def _transpose(crow, col, crow_t, col_t, perm):
             perm[k] = e
 
 
-@_jit_serial
-def _mean_distance(crow, col):
-    total = 0
-    for i in range(len(crow) - 1):
-        for e in range(crow[i], crow[i + 1]):
-            total += abs(col[e] - i)
-    return total / max(len(col), 1)
-
-
-@_jit_serial
-def _breadth_first(crow, col, order):
-    seen = np.zeros(len(order), np.bool_)
-    count = 0
-    for root in range(len(order)):
-        if not seen[root]:
-            seen[root] = True
-            order[count] = root
-            done = count
-            count += 1
-            while done < count:
-                i = order[done]
-                done += 1
-                for e in range(crow[i], crow[i + 1]):
-                    # Columns beyond the rows have none of their own.
-                    if col[e] < len(seen) and not seen[col[e]]:
-                        seen[col[e]] = True
-                        order[count] = col[e]
-                        count += 1
-
-
-# By the tensor of columns: the order of a graph is found once.
-_orders = WeakTensorKeyDictionary()
-_IN_ORDER = np.empty(0, np.int32)
-
-
-def _order(crow: Tensor, col: Tensor, row_bytes: int) -> np.ndarray:
-    """The order in which rows are computed; empty for that in which they lie.
-
-    Where neighbours lie further apart than caches reach, rows are taken breadth first along the edges, so that what one
-    has read is still there for its neighbours. Found once per graph, in O(T + E).
-    """
-    rows = crow.shape[0] - 1
-    if rows * row_bytes < _LARGE_BYTES:
-        return _IN_ORDER
-    known = _orders.get(col)
-    if known is None or known[0] != rows:
-        distance = _mean_distance(crow.numpy(), col.numpy())
-        known = _orders[col] = [rows, distance, None]
-    if known[1] * row_bytes < _FAR_BYTES:
-        return _IN_ORDER
-    if known[2] is None:
-        known[2] = np.empty(rows, np.int32)
-        _breadth_first(crow.numpy(), col.numpy(), known[2])
-    return known[2]
-
-
 def _split(x: Tensor, heads: int = 1) -> np.ndarray:
     """(T, D) as (T, heads, D / heads)."""
     return array(x).reshape(x.shape[0], heads, x.shape[1] // max(heads, 1))
 
 
 def _past_caches(out: Tensor, heads: int = 1) -> bool:
-    """Whether ``out`` is large, and its rows and heads begin at cache lines."""
+    """Whether ``out`` is large, and its rows and heads begin at cache lines.
+
+    What a cache would read first, only to overwrite it, then stays unread.
+    """
     line = out.element_size() * out.shape[1] // max(heads, 1)
-    return out.nbytes >= _LARGE_BYTES and out.data_ptr() % LINE_BYTES == 0 and line % LINE_BYTES == 0
+    return out.nbytes >= LARGE_BYTES and out.data_ptr() % LINE_BYTES == 0 and line % LINE_BYTES == 0
 
 
 def _values(x: Tensor | None, dtype: torch.dtype, dims: int = 1) -> np.ndarray:
@@ -359,7 +299,7 @@ def spmm(
     args = (crow.numpy(), col.numpy(), _values(weight, dtype, 2), rows, _values(one if scale is None else scale, dtype))
     factors = (_values(diagonal, dtype), extra, _values(one if beta is None else beta, dtype))
     work = (col.shape[0] + num_rows) * x.shape[1]
-    order = _order(crow, col, x.element_size() * x.shape[1])
+    order = row_order(crow, col, x.element_size() * x.shape[1])
     _launch(_spmm, num_rows, work, order, *args, *factors, _split(out, heads), _past_caches(out, heads))
     return out
 
@@ -373,7 +313,7 @@ def spmm_backward(
     grad_weight = huge_pages(torch.empty(weight.shape, dtype=weight.dtype))
     args = (crow_t.numpy(), col_t.numpy(), perm.numpy(), array(weight), _split(x, heads), _split(grad, heads))
     outs = (_split(grad_x, heads), grad_weight.numpy(), _past_caches(grad_x, heads))
-    order = _order(crow_t, col_t, x.element_size() * x.shape[1])
+    order = row_order(crow_t, col_t, x.element_size() * x.shape[1])
     _launch(_spmm_backward, x.shape[0], 2 * col_t.shape[0] * x.shape[1], order, *args, *outs)
     return grad_x, grad_weight
 
@@ -390,7 +330,7 @@ def edge_distances(crow: Tensor, col: Tensor, x: Tensor) -> Tensor:
 
 def _along_edges(crow: Tensor, col: Tensor, x: Tensor, y: Tensor, heads: int, distance: bool) -> Tensor:
     out = huge_pages(torch.empty(col.shape[0], heads, dtype=accumulation_dtype(x.dtype)))
-    order = _order(crow, col, x.element_size() * x.shape[1])
+    order = row_order(crow, col, x.element_size() * x.shape[1])
     args = (crow.numpy(), col.numpy(), _split(x, heads), _split(y, heads), distance, out.numpy())
     _launch(_edge_dots, crow.shape[0] - 1, col.shape[0] * x.shape[1], order, *args)
     return out

@@ -175,21 +175,19 @@ def lane_sum(typing, value):
 
 
 @intrinsic
-def fold(typing, like, value):
-    """The lanes of ``value`` added up to as many as ``like`` has; zeros fill what it lacks."""
+def multiply_fold(typing, acc, u, v):
+    """``acc + u * v``, the lanes of the product added up to as many as ``acc`` has; zeros fill what it lacks."""
 
     def code(context, builder, signature, args):
-        total = None
-        for first in range(0, value.lanes, like.lanes):
+        total = args[0]
+        for first in range(0, u.lanes, acc.lanes):
             # An index past the end takes a zero.
-            picked = ir.Constant(
-                ir.VectorType(_INT, like.lanes), [min(first + k, value.lanes) for k in range(like.lanes)]
-            )
-            part = builder.shuffle_vector(args[1], _all(args[1].type, 0.0), picked)
-            total = part if total is None else builder.fadd(total, part, flags=_FAST)
+            picked = ir.Constant(ir.VectorType(_INT, acc.lanes), [min(first + k, u.lanes) for k in range(acc.lanes)])
+            left, right = (builder.shuffle_vector(side, _all(side.type, 0.0), picked) for side in args[1:])
+            total = builder.fadd(total, builder.fmul(left, right, flags=_FAST), flags=_FAST)
         return total
 
-    return like(like, value), code
+    return acc(acc, u, v), code
 
 
 @intrinsic
