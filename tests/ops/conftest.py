@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -20,6 +21,24 @@ _TRITON = pytest.param(
         ),
     ],
 )
+
+
+def _patch_language_once() -> None:
+    """Triton's interpreter patches its language at every launch, and again at every call of a helper within the kernel,
+    which took half of the time; what a helper's first call patches lasts."""
+    from triton.runtime import interpreter
+
+    patch_language = cache(interpreter._patch_lang)
+
+    def call_helper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        patch_language(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call_helper
+
+
+if INTERPRETED:
+    _patch_language_once()
 
 
 @pytest.fixture(params=["cpu", _TRITON])
