@@ -53,18 +53,15 @@ class StubDriver(DriverBase):
         raise RuntimeError("nothing runs here")
 
 
-def usage(ptx: str, capability: int) -> dict[str, int]:
-    """Registers and spilled bytes, from ptxas."""
-    ptxas = Path(triton.backends.nvidia.__file__).parent / "bin" / "ptxas"
-    arch = f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
+def usage(cubin: bytes) -> dict[str, int]:
+    """Registers of a thread, and the bytes that it keeps on its stack: what registers spilled."""
+    reader = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile("wb", suffix=".cubin") as file:
+        file.write(cubin)
         file.flush()
-        command = [str(ptxas), "-v", f"--gpu-name={arch}", file.name, "-o", "/dev/null"]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    patterns = {"registers": r"Used (\d+) registers", "spill_bytes": r"(\d+) bytes spill stores"}
-    found = {name: re.search(pattern, text) for name, pattern in patterns.items()}
-    return {name: int(match.group(1)) for name, match in found.items() if match is not None}
+        text = subprocess.run([str(reader), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    patterns = {"registers": r"REG:(\d+)", "spill_bytes": r"STACK:(\d+)"}
+    return {name: int(re.findall(pattern, text)[0]) for name, pattern in patterns.items()}
 
 
 def attention_pool_cases(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
@@ -196,7 +193,7 @@ def main(capability: int, dtypes: list[str], files: list[str]) -> None:
             ptx = kernel.asm["ptx"]
             row = {"kernel": self.__name__, "sm": capability, **context, "shared_bytes": kernel.metadata.shared}
             row |= {"warps": kernel.metadata.num_warps, "cubin_bytes": len(kernel.asm["cubin"])}
-            row |= usage(ptx, capability)
+            row |= usage(kernel.asm["cubin"])
             row["tensor_cores"] = "wgmma" if "wgmma" in ptx else "mma" if "mma.sync" in ptx else ""
             print(json.dumps(row), flush=True)
 
