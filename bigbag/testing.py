@@ -221,10 +221,12 @@ def poisoned_empty() -> Iterator[None]:
         yield
 
 
-def _rank_main(rank: int, world_size: int, folder: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    # The time limit of a collective; the process itself is killed by the parent.
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    os.environ |= {"LOCAL_WORLD_SIZE": str(world_size)}
+def _rank_main(
+    rank: int, environment: dict[str, str], folder: str, fn: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    os.environ.clear()
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+    world_size = int(environment["WORLD_SIZE"])
     torch.set_num_threads(1)
     try:
         torch.distributed.init_process_group(
@@ -246,8 +248,17 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def forkserver() -> Any:
+    """A multiprocessing context whose processes are forked off a server that has imported what a run needs, which takes
+    a fresh process several seconds. The server does nothing else, and asks no driver for devices."""
+    context = torch.multiprocessing.get_context("forkserver")
+    # torch imports the second for its first custom operator; the third brings numba.
+    context.set_forkserver_preload(["bigbag.engine.run", "torch._inductor", "bigbag.kernels.cpu.attention_pool"])
+    return context
+
+
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120) -> list[Any]:
-    """Run ``fn(*args)`` on ``world_size`` gloo ranks, each a fresh process with one thread.
+    """Run ``fn(*args)`` on ``world_size`` gloo ranks, each a process of its own (:func:`forkserver`) with one thread.
 
     RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE are set, and the process group is initialised.
 
@@ -262,11 +273,13 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: fl
     Raises:
         RuntimeError: a rank raised (with its traceback), died, or the time ran out.
     """
-    context = torch.multiprocessing.get_context("spawn")
+    context = forkserver()
+    one_thread = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
+    environment = {**os.environ, **one_thread, "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
     with tempfile.TemporaryDirectory(prefix="bigbag-ranks-") as folder:
-        ranks = range(world_size)
-        processes = [context.Process(target=_rank_main, args=(r, world_size, folder, fn, args)) for r in ranks]
-        with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}):
+        given = [(rank, environment, folder, fn, args) for rank in range(world_size)]
+        processes = [context.Process(target=_rank_main, args=arguments) for arguments in given]
+        with mock.patch.dict(os.environ, one_thread):  # of the server, when this is the first call
             for process in processes:
                 process.start()
         try:

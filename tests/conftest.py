@@ -10,6 +10,12 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
+def in_full() -> bool:
+    """Whether tests that repeat one thing do so as often as they can; the gate takes a few of the repetitions."""
+    return os.environ.get("BIGBAG_TEST_FULL", "0") == "1"
+
+
+@pytest.fixture(scope="session")
 def test_data() -> Path:
     """The folder of real data; a test skips where what it needs is not there."""
     return Path(os.environ.get("BIGBAG_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
