@@ -26,7 +26,7 @@ class ProbSmoothABMIL(GraphMILModel):
     In training the logits of a bag are the mean over ``n_samples_train`` draws. Differs from torchmil in evaluation:
     the mean is exact (:func:`bigbag.ops.expected_attention`), where torchmil averages over ``n_samples_test`` draws; so
     it is the same in every run and pack. Draws are made where they are asked for: ``return_samples``, ``compute_loss``
-    (there by a fixed seed in evaluation). The scores are exact means, too.
+    (there by a fixed seed in evaluation, the same for each bag). The scores are exact means, too.
 
     Args:
         in_shape: shape of one instance; None learns it from the first input.

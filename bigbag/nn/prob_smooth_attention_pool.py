@@ -119,7 +119,7 @@ class ProbSmoothAttentionPool(torch.nn.Module):
             segments: how the instances are cut into bags.
             n_samples: S; None: ``n_samples_train`` or ``n_samples_test``.
             return_draws: also return the draws.
-            seed: of the draws; None: from torch's generator.
+            seed: of the draws of each bag; None: a new one for each.
 
         Returns:
             pooled: ``(B, S, K)``.
@@ -130,8 +130,8 @@ class ProbSmoothAttentionPool(torch.nn.Module):
             return pooled, mu[:, None] if return_draws else None
         if n_samples is None:
             n_samples = self.n_samples_train if self.training else self.n_samples_test
-        seed = int(torch.randint(2**62, (), device="cpu")) if seed is None else seed
-        draws = (segments, n_samples, seed)
+        each = torch.randint(2**62, (segments.num_bags,), device="cpu").tolist() if seed is None else seed
+        draws = (segments, n_samples, each)
         pooled = ops.sampled_attention(mu, log_var, values, *draws)
         return pooled, ops.attention_draws(mu, log_var, *draws) if return_draws else None
 

@@ -8,7 +8,7 @@ Both are plain PyTorch over blocks of instances; nothing of size (T, S) exists.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ _BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 
 def sampled_attention(
-    mu: Tensor, log_var: Tensor, values: Tensor, segments: Segments, num_samples: int, seed: int
+    mu: Tensor, log_var: Tensor, values: Tensor, segments: Segments, num_samples: int, seed: int | Sequence[int]
 ) -> Tensor:
     """Pool each bag with S draws of its attention.
 
@@ -41,7 +41,7 @@ def sampled_attention(
         values: (T, K), in any precision.
         segments: how the T instances are cut into B bags.
         num_samples: S.
-        seed: of the draws, which depend on the place of an instance in the pack.
+        seed: of the draws, for each bag or one for all; they depend on it and on an instance's place in its bag.
 
     Returns:
         (B, S, K) float32 (float64 where an input is); zeros for an empty bag.
@@ -54,7 +54,9 @@ def sampled_attention(
         return _Sampled.apply(mu.to(acc), log_var.to(acc), values, segments, num_samples, seed)
 
 
-def attention_draws(mu: Tensor, log_var: Tensor, segments: Segments, num_samples: int, seed: int) -> Tensor:
+def attention_draws(
+    mu: Tensor, log_var: Tensor, segments: Segments, num_samples: int, seed: int | Sequence[int]
+) -> Tensor:
     """The draws f of :func:`sampled_attention` of the same arguments, (T, S) in the dtype of ``mu``; with gradients."""
     f = mu.new_empty(mu.shape[0], num_samples)
     for _, rows, eps in _blocks(mu, segments, num_samples, seed):
@@ -69,12 +71,15 @@ def _step(device: torch.device, per_row: int) -> int:
     return max(1, _BLOCK_ELEMENTS.get(device.type, 1 << 24) // max(1, per_row))
 
 
-def _blocks(like: Tensor, segments: Segments, num_samples: int, seed: int) -> Iterator[tuple[int, slice, Tensor]]:
+def _blocks(
+    like: Tensor, segments: Segments, num_samples: int, seed: int | Sequence[int]
+) -> Iterator[tuple[int, slice, Tensor]]:
     """Bag, rows and noise (rows, S) of each block, the noise in one buffer."""
-    generator = torch.Generator(like.device).manual_seed(seed)
+    generator = torch.Generator(like.device)
     step = _step(like.device, num_samples)
     noise = like.new_empty(min(step, like.shape[0]), num_samples)
     for bag, (start, end) in enumerate(zip(segments.starts, segments.starts[1:])):
+        generator.manual_seed(seed if isinstance(seed, int) else seed[bag])
         for first in range(start, end, step):
             rows = slice(first, min(first + step, end))
             yield bag, rows, noise[: rows.stop - rows.start].normal_(generator=generator)
@@ -83,7 +88,13 @@ def _blocks(like: Tensor, segments: Segments, num_samples: int, seed: int) -> It
 class _Sampled(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, mu: Tensor, log_var: Tensor, values: Tensor, segments: Segments, num_samples: int, seed: int
+        ctx: Any,
+        mu: Tensor,
+        log_var: Tensor,
+        values: Tensor,
+        segments: Segments,
+        num_samples: int,
+        seed: int | Sequence[int],
     ) -> Tensor:
         sigma = (log_var / 2).exp()
         sums = mu.new_zeros(segments.num_bags, num_samples, values.shape[1] + 1)

@@ -19,6 +19,15 @@ def adjacency(size: int, normalize: str = "symmetric") -> torch.Tensor:
     return build_adjacency(coords, radius=1.5, normalize=normalize).to_coo().to_dense()[None]
 
 
+def padded(X: list[torch.Tensor], adj: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Bags (1, size, width), their mask and adjacencies, padded to the longest."""
+    longest = max(x.shape[1] for x in X)
+    short = [longest - x.shape[1] for x in X]
+    mask = torch.stack([torch.arange(longest) < x.shape[1] for x in X]).float()
+    x = torch.cat([torch.nn.functional.pad(x, (0, 0, 0, n)) for x, n in zip(X, short)])
+    return x, mask, torch.cat([torch.nn.functional.pad(a, (0, n, 0, n)) for a, n in zip(adj, short)])
+
+
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("where", ["early", "mid", "late", "none"])
 @pytest.mark.parametrize("mode", ["approx", "exact"])
@@ -108,6 +117,17 @@ def test_samples_where_they_are_asked_for(name, settings):
     assert model.predict(X, mask, return_inst_pred=False).shape == (2,)
     with pytest.raises(ValueError, match="needs adj"):
         model.compute_loss(torch.ones(2), X, None, mask)
+
+
+@pytest.mark.parametrize("name", ["ProbSmoothABMIL", "TransformerProbSmoothABMIL"])
+def test_the_loss_of_a_bag_in_eval_does_not_depend_on_its_pack(name):
+    model, sizes = MODELS[name]((WIDTH,)).eval(), (5, 9, 12)
+    X, Y = [torch.randn(1, size, WIDTH) for size in sizes], torch.tensor([1.0, 0.0, 1.0])
+    adj = [adjacency(size) for size in sizes]
+    packs = [PackedBags.from_padded(x, adj=a) for x, a in zip(X, adj)]
+    alone = [model.compute_loss(Y[b : b + 1], pack)[1]["BCEWithLogitsLoss"] for b, pack in enumerate(packs)]
+    whole = PackedBags.from_padded(*padded(X, adj))
+    torch.testing.assert_close(model.compute_loss(Y, whole)[1]["BCEWithLogitsLoss"], torch.stack(alone).mean())
 
 
 def test_classifier_and_pooling_commute():

@@ -48,6 +48,24 @@ def test_draws_are_differentiable_through_several_blocks(monkeypatch):
     assert torch.autograd.gradcheck(lambda m, v: attention_draws(m, v, segments, 10, 7), leaves)
 
 
+def test_draws_of_a_bag_do_not_depend_on_its_pack(monkeypatch):
+    """Through blocks of three rows; bags with one seed share the noise of their first instances, others do not."""
+    monkeypatch.setitem(gaussian_attention._BLOCK_ELEMENTS, "cpu", 30)
+    mu, log_var, values, segments = inputs((7, 0, 12))
+    alone = [slice(0, 7), slice(7, 7), slice(7, 19)]
+    for seeds in ([3, 4, 5], 3):
+        packed = attention_draws(mu, log_var, segments, 10, seeds)
+        pooled = sampled_attention(mu, log_var, values, segments, 10, seeds)
+        for bag, rows in enumerate(alone):
+            seed = seeds if isinstance(seeds, int) else seeds[bag]
+            args = (mu[rows], log_var[rows])
+            own = Segments.from_sizes((rows.stop - rows.start,))
+            assert torch.equal(attention_draws(*args, own, 10, seed), packed[rows])
+            torch.testing.assert_close(sampled_attention(*args, values[rows], own, 10, seed)[0], pooled[bag])
+        noise = (packed - mu[:, None]) / (log_var / 2).exp()[:, None]
+        assert torch.allclose(noise[:6], noise[7:13]) == isinstance(seeds, int)
+
+
 def test_draws_differ_by_seed_and_have_the_right_spread():
     mu, log_var, _, segments = inputs((500,))
     log_var[:] = 0.6
