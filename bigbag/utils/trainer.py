@@ -41,7 +41,7 @@ class Trainer:
         logger: gets every epoch's metrics by ``logger.log(dict)``.
         early_stop_patience: epochs without a better ``obj_metric`` after which training stops; None: never.
         disable_pbar: show no progress bar.
-        verbose: print the best and the present ``obj_metric`` after every epoch.
+        verbose: print the best and the present ``obj_metric`` after every epoch, and for how many it was not better.
 
     Raises:
         ValueError: another ``obj_metric_mode``.
@@ -77,7 +77,7 @@ class Trainer:
         self.early_stop_patience = float("inf") if early_stop_patience is None else early_stop_patience
         self.disable_pbar, self.verbose = disable_pbar, verbose
         self.best_model_state_dict: dict[str, Tensor] | None = None
-        self.best_obj_metric: float | None = None
+        self.best_obj_metric = float("-inf" if obj_metric_mode == "max" else "inf")
 
     def train(
         self,
@@ -100,6 +100,8 @@ class Trainer:
         loaders = {"train": train_dataloader, "val": train_dataloader if val_dataloader is None else val_dataloader}
         if test_dataloader is not None:
             loaders["test"] = test_dataloader
+        if self.best_model_state_dict is None:
+            self.best_model_state_dict = self.get_model_state_dict()
         stale_epochs = 0
         for epoch in range(1, max_epochs + 1):
             results: dict[str, float] = {}
@@ -111,6 +113,8 @@ class Trainer:
             if self.lr_scheduler is not None:
                 self.lr_scheduler.step()
             stale_epochs = 0 if self._keep_if_better(results) else stale_epochs + 1
+            if stale_epochs:
+                self._print(f"Early stopping count: {stale_epochs}")
             if stale_epochs >= self.early_stop_patience:
                 self._print("Reached early stopping condition")
                 break
@@ -120,7 +124,7 @@ class Trainer:
         return deepcopy(self.model.model.state_dict())
 
     def get_best_model_state_dict(self) -> dict[str, Tensor] | None:
-        """The state dict of the best model so far; None before training."""
+        """The state dict of the best model so far, at first of the untrained one; None before :meth:`train`."""
         return self.best_model_state_dict
 
     def get_best_model(self) -> torch.nn.Module:
@@ -182,7 +186,8 @@ class Trainer:
             raise ValueError(f"obj_metric is {self.obj_metric_name!r}, expected one of {', '.join(known)}")
         value, best = results[name], self.best_obj_metric
         self._print(f"Best {self.obj_metric_name}: {best}, Current {self.obj_metric_name}: {value}")
-        better = best is None or (value > best if self.obj_metric_mode == "max" else value < best)
+        # A value that is not a number is never better.
+        better = value > best if self.obj_metric_mode == "max" else value < best
         if better:
             self.best_obj_metric, self.best_model_state_dict = value, self.get_model_state_dict()
         return better

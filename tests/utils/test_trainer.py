@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -203,6 +205,15 @@ def test_early_stopping_and_the_best_weights():
     assert trainer.get_best_model() is model and model.weight.item() == 2
 
 
+def test_a_metric_that_is_not_a_number_is_never_the_best():
+    values = iter([0, math.nan, 0, 0.3, 0, math.nan])  # of training and of validation, in turn
+    score = SimpleNamespace(reset=lambda: None, update=lambda *_: None, compute=lambda: next(values))
+    model, loader = ABMIL((4,), att_dim=4), DataLoader(make_bags(2), batch_size=2, collate_fn=collate_fn)
+    trainer = make_trainer(model, metrics_dict={"score": score}, obj_metric="score", obj_metric_mode="max")
+    trainer.train(3, loader)
+    assert trainer.best_obj_metric == 0.3
+
+
 def test_mistakes_are_named():
     model = ABMIL((4,), att_dim=4)
     loader = DataLoader(make_bags(2), batch_size=2, collate_fn=collate_fn)
@@ -214,18 +225,22 @@ def test_mistakes_are_named():
         make_trainer(model).train(1, [])
 
 
-def test_the_loss_curve_is_torchmils():
+def test_the_loss_curve_and_what_is_printed_are_torchmils(capsys):
     torchmil_utils = pytest.importorskip("torchmil.utils")
     torchmil_models = pytest.importorskip("torchmil.models")
     torch.manual_seed(0)
     own = ABMIL((4,), att_dim=4)
     theirs = torchmil_models.ABMIL((4,), att_dim=4)
     theirs.load_state_dict(own.state_dict())
-    logs = []
+    logs, printed = [], []
     for model, cls in ((own, Trainer), (theirs, torchmil_utils.Trainer)):
         log, loader = Log(), DataLoader(make_bags(), batch_size=4, collate_fn=collate_fn)
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-        cls(model, optimizer, device="cpu", logger=log, disable_pbar=True, verbose=False).train(3, loader)
+        options = {"device": "cpu", "disable_pbar": True, "early_stop_patience": 3}
+        cls(model, optimizer, logger=log, **options).train(30, loader)
         logs.append(log)
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    assert "Best accuracy: -inf" in printed[0] and "Early stopping count: 3\nReached" in printed[0]
     for a, b in zip(*logs, strict=True):
         assert a == pytest.approx(b, abs=1e-5)
