@@ -2,13 +2,16 @@
 
     f_t ~ N(mu_t, exp(log_var_t)), independent, clipped to [-20, 20];   s = softmax of f over each bag
 
-Both are plain PyTorch over blocks of instances; nothing of size (T, S) exists.
+Nothing of size (T, S) exists: in float32 on a CPU draws are made, used and forgotten row by row
+(:mod:`bigbag.kernels.cpu.gaussian`); all else is plain PyTorch over blocks of instances.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -33,7 +36,8 @@ def sampled_attention(
 
     With ``values = X w`` for a linear layer w, this is what w makes of the S pooled vectors, at K / P of the work.
     Draws are made again in the backward pass. FLOPs: 2 T S (K + 1) forward, twice that backward, and T S normals and
-    exponentials each way. Memory: inputs, outputs, and a few blocks of 1 M numbers (16 M on a GPU).
+    exponentials each way (about 40 FLOP). Memory: inputs, outputs, and S (K + 1) sums for each 2,048 instances; in
+    float64 or on a GPU a few blocks of 1 M numbers (16 M on a GPU).
 
     Args:
         mu: (T,) mean of f.
@@ -41,7 +45,8 @@ def sampled_attention(
         values: (T, K), in any precision.
         segments: how the T instances are cut into B bags.
         num_samples: S.
-        seed: of the draws, for each bag or one for all; they depend on it and on an instance's place in its bag.
+        seed: of the draws, for each bag or one for all; they depend on it, on an instance's place in its bag, and on
+            whether they are made on a CPU or a GPU.
 
     Returns:
         (B, S, K) float32 (float64 where an input is); zeros for an empty bag.
@@ -74,15 +79,27 @@ def _step(device: torch.device, per_row: int) -> int:
 def _blocks(
     like: Tensor, segments: Segments, num_samples: int, seed: int | Sequence[int]
 ) -> Iterator[tuple[int, slice, Tensor]]:
-    """Bag, rows and noise (rows, S) of each block, the noise in one buffer."""
-    generator = torch.Generator(like.device)
+    """Bag, rows and noise (rows, S) of each block."""
     step = _step(like.device, num_samples)
-    noise = like.new_empty(min(step, like.shape[0]), num_samples)
-    for bag, (start, end) in enumerate(zip(segments.starts, segments.starts[1:])):
-        generator.manual_seed(seed if isinstance(seed, int) else seed[bag])
+    for bag, (start, end, key) in enumerate(zip(segments.starts, segments.starts[1:], _seeds(seed, segments))):
+        on_cpu = like.device.type == "cpu"
+        generator = None if on_cpu else torch.Generator(like.device).manual_seed(key)
         for first in range(start, end, step):
             rows = slice(first, min(first + step, end))
-            yield bag, rows, noise[: rows.stop - rows.start].normal_(generator=generator)
+            shape = (rows.stop - rows.start, num_samples)
+            if on_cpu:
+                yield bag, rows, _kernels().draw(key, first - start, *shape).to(like.dtype)
+            else:
+                yield bag, rows, like.new_empty(shape).normal_(generator=generator)
+
+
+def _kernels() -> ModuleType:
+    # Numba takes a second to import.
+    return importlib.import_module("bigbag.kernels.cpu.gaussian")
+
+
+def _seeds(seed: int | Sequence[int], segments: Segments) -> Sequence[int]:
+    return [seed] * segments.num_bags if isinstance(seed, int) else seed
 
 
 class _Sampled(torch.autograd.Function):
@@ -97,10 +114,12 @@ class _Sampled(torch.autograd.Function):
         seed: int | Sequence[int],
     ) -> Tensor:
         sigma = (log_var / 2).exp()
-        sums = mu.new_zeros(segments.num_bags, num_samples, values.shape[1] + 1)
-        for bag, rows, eps in _blocks(mu, segments, num_samples, seed):
-            p = torch.addcmul(mu[rows, None], sigma[rows, None], eps).clamp_(-CLIP, CLIP).exp_()
-            sums[bag] += p.t() @ _with_column(values[rows].to(mu.dtype), 1.0)
+        if _fused(mu):
+            keys = _seeds(seed, segments)
+            rows_of_sums = _kernels().pool(mu, sigma, values.float(), segments.offsets, keys, num_samples, CLIP)
+            sums = rows_of_sums.transpose(1, 2)
+        else:
+            sums = _sums(mu, sigma, values, segments, num_samples, seed)
         total = sums[:, :, -1:]
         y = torch.where(total > 0, sums[:, :, :-1] / total, 0.0)
         ctx.save_for_backward(mu, sigma, values, y, total)
@@ -110,11 +129,15 @@ class _Sampled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         mu, sigma, values, y, total = ctx.saved_tensors
-        grad_mu, grad_log_var = torch.zeros_like(mu), torch.zeros_like(mu)
-        grad_values = torch.zeros_like(values) if ctx.needs_input_grad[2] else None
         # df_ts = p_ts / total_s <grad_s, values_t - y_s>
         scaled = torch.where(total > 0, grad / total, 0.0)
         factors = torch.cat([scaled, -(scaled * y).sum(-1, keepdim=True)], -1)
+        if _fused(mu):
+            keys, by_column = _seeds(ctx.seed, ctx.segments), factors.transpose(1, 2)
+            grads = _kernels().pool_backward(mu, sigma, values.float(), ctx.segments.offsets, keys, by_column, CLIP)
+            return grads[0], grads[1] * sigma / 2, grads[2].to(values.dtype), None, None, None
+        grad_mu, grad_log_var = torch.zeros_like(mu), torch.zeros_like(mu)
+        grad_values = torch.zeros_like(values) if ctx.needs_input_grad[2] else None
         for bag, rows, eps in _blocks(mu, ctx.segments, ctx.num_samples, ctx.seed):
             f = torch.addcmul(mu[rows, None], sigma[rows, None], eps)
             d = _with_column(values[rows].to(mu.dtype), 1.0) @ factors[bag].t()
@@ -126,6 +149,21 @@ class _Sampled(torch.autograd.Function):
             grad_mu[rows] = d.sum(1)
             grad_log_var[rows] = torch.linalg.vecdot(d, eps) * sigma[rows] / 2
         return grad_mu, grad_log_var, grad_values, None, None, None
+
+
+def _fused(mu: Tensor) -> bool:
+    return mu.device.type == "cpu" and mu.dtype == torch.float32
+
+
+def _sums(
+    mu: Tensor, sigma: Tensor, values: Tensor, segments: Segments, num_samples: int, seed: int | Sequence[int]
+) -> Tensor:
+    """(B, S, K + 1): the sums over the instances of exp(f) times values, and of exp(f)."""
+    sums = mu.new_zeros(segments.num_bags, num_samples, values.shape[1] + 1)
+    for bag, rows, eps in _blocks(mu, segments, num_samples, seed):
+        p = torch.addcmul(mu[rows, None], sigma[rows, None], eps).clamp_(-CLIP, CLIP).exp_()
+        sums[bag] += p.t() @ _with_column(values[rows].to(mu.dtype), 1.0)
+    return sums
 
 
 def _with_column(rows: Tensor, value: float) -> Tensor:

@@ -1,6 +1,10 @@
 """Gaussian attention: draws, their gradients, and the exact mean."""
 
+import math
+
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from bigbag import Segments
@@ -64,6 +68,67 @@ def test_draws_of_a_bag_do_not_depend_on_its_pack(monkeypatch):
             torch.testing.assert_close(sampled_attention(*args, values[rows], own, 10, seed)[0], pooled[bag])
         noise = (packed - mu[:, None]) / (log_var / 2).exp()[:, None]
         assert torch.allclose(noise[:6], noise[7:13]) == isinstance(seeds, int)
+
+
+def noise_of(seed: int, place: int, sample: int, num_samples: int) -> float:
+    """The definition, in whole numbers and float64."""
+
+    def mix(x: int) -> int:
+        x ^= x >> 16
+        x = x * 0x7FEB352D % 2**32
+        x ^= x >> 15
+        x = x * 0x846CA68B % 2**32
+        return x ^ x >> 16
+
+    key = (seed + (place + 1) * 0x9E3779B97F4A7C15) % 2**64
+    key = (key ^ key >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    key = (key ^ key >> 27) * 0x94D049BB133111EB % 2**64
+    key ^= key >> 31
+    half = (num_samples + 1) // 2
+    one = mix(mix((sample % half + key) % 2**32) ^ key >> 32)
+    two = mix((one + 0x9E3779B9) % 2**32)
+    angle = 2 * math.pi * (two - 2**32 * (two >> 31)) / 2**32
+    return math.sqrt(-2 * math.log(((one >> 8) + 0.5) / 2**24)) * (math.cos, math.sin)[sample // half](angle)
+
+
+def test_noise_is_box_and_mullers_of_a_hash():
+    """Every instance and sample of a bag, to the rounding of float32: radius up to 5.8, of which 1e-6."""
+    zero = torch.zeros(300)
+    noise = attention_draws(zero, zero, Segments.from_sizes((300,)), 21, 2**61 + 5)
+    expected = [[noise_of(2**61 + 5, place, sample, 21) for sample in range(21)] for place in range(300)]
+    torch.testing.assert_close(noise.double(), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=6e-6)
+
+
+@pytest.mark.parametrize("direction", ["instances", "samples", "halves"])
+def test_noise_is_normal_and_independent(direction):
+    zero = torch.zeros(2000)
+    noise = attention_draws(zero, zero, Segments.from_sizes((2000,)), 1000, 9).double().numpy()
+    assert scipy.stats.kstest(noise.ravel()[::7], "norm").pvalue > 1e-3
+    if direction == "halves":  # the two that come of one radius, and their squares
+        pairs = [(noise[:, :500].ravel() ** power, noise[:, 500:].ravel() ** power) for power in (1, 2)]
+        found, count = max(abs(np.corrcoef(*pair)[0, 1]) for pair in pairs), 1_000_000
+    else:
+        rows = noise[:200] if direction == "instances" else noise[:, :200].T
+        found, count = np.abs(np.corrcoef(rows) - np.eye(200)).max(), rows.shape[1]
+    # Of 20,000 correlations of independent rows, the largest is beyond 5.5 standard errors once in a thousand times.
+    assert found < 5.5 / math.sqrt(count)
+
+
+def test_kernel_equals_float64():
+    """In float32 by the kernel, in float64 by torch, of the same draws; bags longer than a piece, empty, and of one."""
+    mu, log_var, values, segments = inputs((2500, 0, 1, 40), width=3)
+    num_samples = 33
+    mu[5], mu[6] = 19.8, -19.8  # some of their draws are clipped
+    weights = torch.randn(4, num_samples, 3, generator=torch.Generator().manual_seed(1))
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        leaves = [t.to(dtype).requires_grad_() for t in (mu, log_var, values)]
+        y = sampled_attention(*leaves, segments, num_samples, [1, 2, 3, 4])
+        grads = torch.autograd.grad((y * weights.to(dtype)).sum(), leaves)
+        found.append([t.double() for t in (y.detach(), *grads)])
+    for single, double in zip(*found):
+        # Exponents up to 20 round at 1e-6 of themselves; sums of 2,500 terms add little.
+        torch.testing.assert_close(single, double, rtol=1e-4, atol=1e-5 * float(double.abs().max()))
 
 
 def test_draws_differ_by_seed_and_have_the_right_spread():
