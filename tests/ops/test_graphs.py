@@ -232,7 +232,7 @@ def test_large_outputs_are_written_past_the_caches_with_the_same_bits(
         adj, x = normalised_lattice(300), randn(300, width).to(dtype)
         found = []
         for least in (1 << 40, 0):
-            monkeypatch.setattr(kernels, "_LARGE_BYTES", least)
+            monkeypatch.setattr(kernels, "LARGE_BYTES", least)
             assert kernels._past_caches(x) == (least == 0)
             graph = graph_of(adj, "cpu", transposed=True, same=False)
             found.append((smooth(adj, x, 0.6, 3), *kernels.spmm_backward(*graph, adj.weight[:, None].to(acc), x, x)))
@@ -260,18 +260,18 @@ def test_gradients_in_one_pass_are_those_of_two_products(heads: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_in_an_order_of_their_own_have_the_same_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = spmm_module.kernels("cpu")
+    kernels, row_orders = spmm_module.kernels("cpu"), importlib.import_module("bigbag.kernels.cpu.order")
     # Two components, a loop, repeated edges, rows without any, and columns beyond the rows, as of a halo.
     graph = pattern("random", (200, 150))
     crow, col = graph.crow, torch.where(graph.col > 340, graph.col + 10, graph.col)
     weight, x, y = torch.rand(len(col), 1), randn(360, 200).to(dtype), randn(360, 200, seed=1).to(dtype)
     found = []
     for least in (1 << 40, 0):
-        monkeypatch.setattr(kernels, "_LARGE_BYTES", least)
-        monkeypatch.setattr(kernels, "_FAR_BYTES", least)
-        order = kernels._order(crow, col, 400)
+        monkeypatch.setattr(row_orders, "LARGE_BYTES", least)
+        monkeypatch.setattr(row_orders, "_FAR_BYTES", least)
+        order = row_orders.row_order(crow, col, 400)
         if least == 0:
-            assert sorted(order.tolist()) == list(range(350)) and kernels._order(crow, col, 400) is order
+            assert sorted(order.tolist()) == list(range(350)) and row_orders.row_order(crow, col, 400) is order
             place = {row: k for k, row in enumerate(order.tolist())}
             # Breadth first: what a row reads is computed, if not before, in the order of those who read.
             reader = {}
