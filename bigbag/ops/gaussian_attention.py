@@ -121,7 +121,7 @@ class _Sampled(torch.autograd.Function):
         else:
             sums = _sums(mu, sigma, values, segments, num_samples, seed)
         total = sums[:, :, -1:]
-        y = torch.where(total > 0, sums[:, :, :-1] / total, 0.0)
+        y = torch.where(total == 0, 0.0, sums[:, :, :-1] / total)
         ctx.save_for_backward(mu, sigma, values, y, total)
         ctx.segments, ctx.num_samples, ctx.seed = segments, num_samples, seed
         return y
@@ -130,7 +130,7 @@ class _Sampled(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         mu, sigma, values, y, total = ctx.saved_tensors
         # df_ts = p_ts / total_s <grad_s, values_t - y_s>
-        scaled = torch.where(total > 0, grad / total, 0.0)
+        scaled = torch.where(total == 0, 0.0, grad / total)
         factors = torch.cat([scaled, -(scaled * y).sum(-1, keepdim=True)], -1)
         if _fused(mu):
             keys, by_column = _seeds(ctx.seed, ctx.segments), factors.transpose(1, 2)

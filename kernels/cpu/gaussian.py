@@ -47,6 +47,12 @@ def _exp(x):
 
 
 @_block
+def _clipped(f, clip):
+    """What is not a number stays what it is."""
+    return -clip if f < -clip else (clip if f > clip else f)
+
+
+@_block
 def _log(u):
     """Of 0 < u <= 1, by the series of artanh: log(m) = 2 artanh(z), z = (m - 1) / (m + 1), m in [0.7, 1.42)."""
     bits = _F(u).view(_U)
@@ -101,7 +107,7 @@ def _draw(begin, end, seed, place, out):
 def _add_exponentials(mu, sigma, clip, eps, v, part):
     num_values = len(part) - 1
     for s in range(part.shape[1]):
-        p = _exp(min(max(mu + sigma * eps[s], -clip), clip))
+        p = _exp(_clipped(mu + sigma * eps[s], clip))
         part[num_values, s] += p
         eps[s] = p
     for k in range(num_values):
@@ -135,8 +141,8 @@ def _row_backward(mu, sigma, clip, eps, v, factors, grad_v):
             d[s] += v[k] * factors[k, s]
     for s in range(samples):
         f = mu + sigma * eps[s]
-        p = _exp(min(max(f, -clip), clip))
-        slope = d[s] * p if abs(f) <= clip else np.float32(0)
+        p = _exp(_clipped(f, clip))
+        slope = np.float32(0) if abs(f) > clip else d[s] * p
         total += slope
         moment += slope * eps[s]
         d[s] = p

@@ -131,6 +131,17 @@ def test_kernel_equals_float64():
         torch.testing.assert_close(single, double, rtol=1e-4, atol=1e-5 * float(double.abs().max()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_not_a_number_shows_in_its_bag_alone(dtype):
+    mu, log_var, values, segments = inputs(dtype=dtype)
+    mu[0] = math.nan
+    leaves = [t.requires_grad_() for t in (mu, log_var, values)]
+    y = sampled_attention(*leaves, segments, 10, 7)
+    assert y[0].isnan().all() and y[1:].isfinite().all()
+    for grad in torch.autograd.grad(y.sum(), leaves):
+        assert grad[:4].isnan().all() and grad[4:].isfinite().all()
+
+
 def test_draws_differ_by_seed_and_have_the_right_spread():
     mu, log_var, _, segments = inputs((500,))
     log_var[:] = 0.6
