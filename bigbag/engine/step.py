@@ -25,6 +25,7 @@ from bigbag.engine.backend import Backend
 from bigbag.engine.nonfinite import Skipping
 from bigbag.engine.world import World
 from bigbag.models import MILModel
+from bigbag.nn.encoded import seed_generators
 from bigbag.ops.join import join_parts
 
 Packs = Iterable[tuple[int, int, PackPlan, PackedBags]]
@@ -205,14 +206,6 @@ def _forward(
     seed_generators(pack.seed + world.bag_rank)
     bags = to_device(host_bags, world)
     return bags, backend(bags, "loss")
-
-
-def seed_generators(seed: int) -> None:
-    """``torch.manual_seed`` of the generators in use. For devices that are not it keeps a note of each call, with its
-    traceback: that takes milliseconds, and memory that is never freed."""
-    torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(seed)
 
 
 def to_device(host_bags: PackedBags, world: World) -> PackedBags:

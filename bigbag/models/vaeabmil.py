@@ -10,6 +10,7 @@ from torch import Tensor
 from bigbag.bags import PackedBags
 from bigbag.models.base import MILModel, feature_dim, squeeze_single_output
 from bigbag.nn import AttentionPool, LazyLinear, VariationalAutoEncoder, VariationalAutoEncoderMIL
+from bigbag.nn.encoded import seed_generators
 from bigbag.nn.variational_autoencoder import reduce_bags
 
 
@@ -89,7 +90,7 @@ class VAEABMIL(MILModel):
         found = []
         with torch.random.fork_rng([mean.device] if mean.is_cuda else []):
             for of_bag in zip(mean.split(bags.sizes), log_std.split(bags.sizes)):
-                torch.manual_seed(0)
+                seed_generators(0)
                 found.append(draw(*of_bag, n_samples))
         return torch.cat(found)
 

@@ -17,22 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bigbag.kernels.cpu.attention_pairs import _hash
 from bigbag.kernels.cpu.segments import _BLOCK_ROWS, Pieces, _block, _jit, _launch, array
 
 _U, _F, _I = np.uint32, np.float32, np.int32
 # A draw takes as long as so many of the additions that threads are counted by.
 _WORK = 16
 _LN2_HIGH, _LN2_LOW, _LOG2_E = _F(0.693359375), _F(-2.12194440e-4), _F(1.44269504)
-
-
-@_block
-def _mix(x):
-    """A permutation of the 32-bit numbers in which each bit depends on all (Wellons' lowbias32)."""
-    x = _U(x ^ (x >> _U(16)))
-    x = _U(x * _U(0x7FEB352D))
-    x = _U(x ^ (x >> _U(15)))
-    x = _U(x * _U(0x846CA68B))
-    return _U(x ^ (x >> _U(16)))
 
 
 @_block
@@ -84,8 +75,8 @@ def _normals(seed, place, eps):
     first, second = _U(key & np.uint64(0xFFFFFFFF)), _U(key >> np.uint64(32))
     half = len(eps) // 2
     for s in range(half):
-        one = _mix(_U(_mix(_U(_U(s) + first)) ^ second))
-        two = _mix(_U(one + _U(0x9E3779B9)))
+        one = _hash(_U(_hash(_U(_U(s) + first)) ^ second))
+        two = _hash(_U(one + _U(0x9E3779B9)))
         # In (0, 1), and in [-1/2, 1/2).
         u = _F(_I(one >> _U(8))) * _F(2.0**-24) + _F(2.0**-25)
         turn = _F(_I(two)) * _F(2.0**-32)
