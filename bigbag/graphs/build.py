@@ -117,7 +117,7 @@ def _as_features(features: Any, num_instances: int) -> np.ndarray | Tensor:
 
 
 def _weigh(x: np.ndarray | Tensor, crow: np.ndarray, col: np.ndarray) -> Tensor:
-    from bigbag.kernels.cpu.graphs import feature_weights
+    from bigbag.kernels.cpu.edges import feature_weights
 
     weight = feature_weights(x, crow, col)
     finite = np.isfinite(weight)

@@ -21,7 +21,7 @@ def add_self_loops(adj: Adjacency) -> Adjacency:
     Returns:
         A new graph, binary if ``adj`` is.
     """
-    from bigbag.kernels.cpu.graphs import with_diagonal
+    from bigbag.kernels.cpu.edges import with_diagonal
 
     _check_on_cpu(adj, "add_self_loops")
     crow, col, weight = with_diagonal(*_arrays(adj))
@@ -47,7 +47,7 @@ def normalize_adjacency(adj: Adjacency, mode: str) -> Adjacency:
     Raises:
         ValueError: another mode, a negative weight.
     """
-    from bigbag.kernels.cpu.graphs import row_sums, scale
+    from bigbag.kernels.cpu.edges import row_sums, scale
 
     if mode not in NORMALIZATIONS:
         raise ValueError(f"normalize_adjacency: mode is {mode!r}, expected one of {', '.join(NORMALIZATIONS)}")

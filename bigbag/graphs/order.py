@@ -73,7 +73,7 @@ def permute(adj: Adjacency, order: Tensor | np.ndarray) -> Adjacency:
     Raises:
         ValueError: ``order`` is no permutation of the nodes.
     """
-    from bigbag.kernels.cpu.graphs import permute as permute_rows
+    from bigbag.kernels.cpu.edges import permute as permute_rows
 
     _check_on_cpu(adj, "permute")
     places = torch.as_tensor(order).cpu().numpy().astype(np.int64)
