@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -37,6 +39,10 @@ def smooth(adj: Adjacency, f: Tensor, alpha: float | Tensor, num_steps: int = 10
     Cost: 2 T E D FLOP forward and backward, as much for the gradient to alpha. Bytes per step: the state twice and f
     once. It holds two (T, D) states in the dtype of f, one of them the result, and f if ``alpha`` requires grad. States
     are rounded to the dtype of f, sums are accumulated in float32 or float64.
+
+    On a CPU, where edges join rows that lie close to each other, as those of a lattice row by row, all steps go through
+    the rows together (:mod:`bigbag.kernels.cpu.recursion`): f is read and the result written once, states are held in
+    float32 or float64, a band of rows of each, and the gradient to alpha comes from the states of that to f.
 
     Where bags are shared out over ranks (``adj.halo``), each step asks for the states of the halo: H D numbers, H its
     rows. There, weights must not require grad.
@@ -110,6 +116,9 @@ def _recursion(
     impl: str, f: Tensor, scales: Tensor, betas: Tensor, weight: Tensor | None, crow: Tensor, col: Tensor
 ) -> Tensor:
     """``g <- scales[k] A g + betas[k] f`` for each k, from g = f."""
+    steps = _steps_per_wave(impl, crow, col)
+    if steps:
+        return _waves().recursion(crow, col, weight, f, scales, betas, steps)
     f = f.contiguous()
     # Two buffers in turn; the first step reads f, which is not ours to write.
     g, spare = f, None
@@ -117,6 +126,33 @@ def _recursion(
         out = kernels(impl).spmm(crow, col, weight, g, scales[k : k + 1], None, f, betas[k : k + 1], spare)
         g, spare = out, (g if k else None)
     return g
+
+
+def _waves() -> ModuleType:
+    return importlib.import_module("bigbag.kernels.cpu.recursion")
+
+
+def _steps_per_wave(impl: str, crow: Tensor, col: Tensor) -> int:
+    """How many steps go through the rows together, in cache; 0: step by step."""
+    return _waves().steps_per_wave(crow, col) if impl == "cpu" else 0
+
+
+def _both_gradients(
+    grad: Tensor, f: Tensor, a: Tensor, weight_t: Tensor | None, crow_t: Tensor, col_t: Tensor, num_steps: int
+) -> tuple[Tensor, Tensor] | None:
+    """Gradients to f and to alpha by one recursion; None where it takes two.
+
+    With the states e_1 = A^T grad - grad, e_k = alpha A^T e_{k-1} they are grad + alpha sum_k e_k and sum_k k <e_k, f>:
+    nothing is divided by alpha, nor taken from what is nearly the same.
+    """
+    steps = _steps_per_wave("cpu", crow_t, col_t)
+    if not steps:
+        return None
+    scales, betas = a.repeat(num_steps), a.new_zeros(num_steps)
+    scales[0], betas[0] = 1, -1
+    graph = (crow_t, col_t, weight_t)
+    grad_f, grad_a = _waves().recursion_total(*graph, grad, scales, betas, steps, float(a), f)
+    return grad_f, torch.full_like(a, grad_a)
 
 
 def _slope_factors(a: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
@@ -175,7 +211,9 @@ _ROWS = 1024
 
 
 def _register(impl: str) -> None:
-    """Custom operators ``bigbag::smooth_{impl}`` and ``bigbag::smooth_{impl}_alpha``, its gradient to alpha."""
+    """Custom operators ``bigbag::smooth_{impl}``, ``bigbag::smooth_{impl}_alpha``, its gradient to alpha, and
+    ``bigbag::smooth_{impl}_backward``, both its gradients.
+    """
 
     def run(f: Tensor, a: Tensor, weight: Any, weight_t: Any, crow: Tensor, col: Tensor, *rest: Any) -> Tensor:
         ones = a.new_ones(rest[-1])
@@ -185,6 +223,17 @@ def _register(impl: str) -> None:
         derivative = _recursion(impl, f, *_slope_factors(a, num_steps), weight, crow, col)
         return _dot(grad, derivative, a.dtype)
 
+    def run_backward(
+        grad: Tensor, f: Tensor, a: Tensor, weight: Any, weight_t: Any, crow: Any, col: Any, crow_t: Any, *rest: Any
+    ) -> tuple[Tensor, Tensor]:
+        col_t, num_steps = rest
+        both = _both_gradients(grad, f, a, weight_t, crow_t, col_t, num_steps) if impl == "cpu" else None
+        if both is None:
+            # The smaller result first: its states are gone before the other's are there.
+            grad_a = run_alpha(grad, f, a, weight, crow, col, num_steps)
+            both = run(grad, a, weight_t, weight, crow_t, col_t, num_steps), grad_a
+        return both
+
     name = f"bigbag::smooth_{impl}"
     steps = torch.library.custom_op(name, run, mutates_args=(), schema=f"(Tensor f, Tensor a, {_STEPS}) -> Tensor")
     to_alpha = torch.library.custom_op(
@@ -193,6 +242,13 @@ def _register(impl: str) -> None:
         mutates_args=(),
         schema="(Tensor grad, Tensor f, Tensor a, Tensor? weight, Tensor crow, Tensor col, int num_steps) -> Tensor",
     )
+    backward = torch.library.custom_op(
+        f"{name}_backward",
+        run_backward,
+        mutates_args=(),
+        schema=f"(Tensor grad, Tensor f, Tensor a, {_STEPS}) -> (Tensor, Tensor)",
+    )
+    backward.register_fake(lambda grad, f, a, *rest: (f.new_empty(f.shape), a.new_empty(())))
     steps.register_fake(lambda f, *rest: f.new_empty(f.shape))
     to_alpha.register_fake(lambda grad, f, a, *rest: a.new_empty(()))
 
@@ -202,11 +258,13 @@ def _register(impl: str) -> None:
 
     def differentiate(ctx: Any, grad: Tensor) -> Any:
         f, a, weight, weight_t, crow, col, crow_t, col_t = ctx.saved_tensors
-        # The smaller result first: its states are gone before the other's are there.
-        grad_a = None if f is None else to_alpha(grad, f, a, weight, crow, col, ctx.num_steps)
-        grad_f = None
-        if ctx.needs_input_grad[0]:
+        grad_f = grad_a = None
+        if f is None:
             grad_f = steps(grad, a, weight_t, weight, crow_t, col_t, crow, col, ctx.num_steps)
+        elif ctx.needs_input_grad[0]:
+            grad_f, grad_a = backward(grad, f, a, weight, weight_t, crow, col, crow_t, col_t, ctx.num_steps)
+        else:
+            grad_a = to_alpha(grad, f, a, weight, crow, col, ctx.num_steps)
         return grad_f, grad_a, *[None] * 7
 
     steps.register_autograd(differentiate, setup_context=setup)
