@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bigbag.kernels.cpu.memory import huge_pages
+from bigbag.nn.rows import _ROWS
 
 
 class LazyLinear(torch.nn.Module):
@@ -66,8 +68,26 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         ``(T, D)``.
     """
-    y = _Project.apply(x, weight, _compute_dtype(x, weight))
-    return y if bias is None else y + bias.to(y.dtype)
+    dtype = _compute_dtype(x, weight)
+    return _Project.apply(x, weight, None if bias is None else bias.to(dtype), dtype)
+
+
+def gelu_project(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``gelu(h) W^T + b``, in the dtypes of :func:`project`; it keeps h alone.
+
+    gelu(h) and its gradient exist for a block of rows at a time: fresh memory for a large tensor costs more time than
+    the activation. FLOPs: 2 T P D forward, twice as much backward.
+
+    Args:
+        h: ``(T, P)`` the layer before it, not yet activated.
+        weight: ``(D, P)``.
+        bias: ``(D,)``.
+
+    Returns:
+        ``(T, D)``.
+    """
+    dtype = _compute_dtype(h, weight)
+    return _GeluProject.apply(h, weight.to(dtype), bias.to(dtype))
 
 
 def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -77,8 +97,8 @@ def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
-def _chunks(x: Tensor, dtype: torch.dtype) -> list[slice]:
-    step = max(1, len(x) if x.dtype == dtype else _PROJECTED_ROWS)
+def _chunks(x: Tensor, rows: int) -> list[slice]:
+    step = max(1, rows)
     return [slice(start, start + step) for start in range(0, len(x), step)]
 
 
@@ -90,24 +110,51 @@ def _converted(rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 class _Project(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(x, weight)
         out, w = huge_pages(x.new_empty(len(x), weight.shape[0], dtype=dtype)), weight.to(dtype)
-        for chunk in _chunks(x, dtype):
-            torch.mm(_converted(x[chunk], dtype), w.t(), out=out[chunk])
+        for chunk in _chunks(x, len(x) if x.dtype == dtype else _PROJECTED_ROWS):
+            rows = _converted(x[chunk], dtype)
+            if bias is None:
+                torch.mm(rows, w.t(), out=out[chunk])
+            else:
+                torch.addmm(bias, rows, w.t(), out=out[chunk])
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        grad_x = huge_pages(torch.empty_like(x)) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for chunk in _chunks(x, grad.dtype):
+        for chunk in _chunks(x, len(x) if x.dtype == grad.dtype else _PROJECTED_ROWS):
             if grad_weight is not None:
                 grad_weight += grad[chunk].t() @ _converted(x[chunk], grad.dtype)
             if grad_x is not None:
                 grad_x[chunk] = grad[chunk] @ weight.to(grad.dtype)
-        return grad_x, grad_weight, None
+        return grad_x, grad_weight, grad.sum(0) if ctx.needs_input_grad[2] else None, None
+
+
+class _GeluProject(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(h, weight)
+        out = huge_pages(h.new_empty(len(h), weight.shape[0], dtype=weight.dtype))
+        for chunk in _chunks(h, _ROWS.get(h.device.type, _ROWS["cuda"])):
+            torch.addmm(bias, F.gelu(_converted(h[chunk], weight.dtype)), weight.t(), out=out[chunk])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        h, weight = ctx.saved_tensors
+        grad_h = huge_pages(torch.empty_like(h)) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for chunk in _chunks(h, _ROWS.get(h.device.type, _ROWS["cuda"])):
+            rows = _converted(h[chunk], weight.dtype)
+            if grad_weight is not None:
+                grad_weight += grad[chunk].t() @ F.gelu(rows)
+            if grad_h is not None:
+                grad_h[chunk] = torch.ops.aten.gelu_backward(grad[chunk] @ weight, rows)
+        return grad_h, grad_weight, grad.sum(0) if ctx.needs_input_grad[2] else None
 
 
 _ACTIVATIONS = {"relu": torch.nn.ReLU, "sigmoid": torch.nn.Sigmoid, "tanh": torch.nn.Tanh, "gelu": torch.nn.GELU}

@@ -11,7 +11,7 @@ from bigbag import ops
 from bigbag.adjacency import Adjacency
 from bigbag.bags import PackedBags, Segments
 from bigbag.nn.encoded import Encoded
-from bigbag.nn.linear import LazyLinear, project
+from bigbag.nn.linear import LazyLinear, gelu_project, project
 from bigbag.nn.rows import by_rows
 
 
@@ -93,12 +93,13 @@ class ProbSmoothAttentionPool(torch.nn.Module):
         return self._from_first(self._project(x))
 
     def _from_first(self, h: Tensor) -> Tensor:
-        h = self.in_mlp[1:](h)
+        second = self.in_mlp[2]
+        assert isinstance(second, torch.nn.Linear)
+        h = gelu_project(h, second.weight, second.bias)
         layers = [self.mu_f_nn] + ([self.log_diag_Sigma_nn] if self.covar_mode == "diag" else [])
         # Exponentials follow: not in 16 bits.
         with torch.autocast(h.device.type, enabled=False):
-            wide = h.to(layers[0].weight.dtype)
-            return torch.cat([layer(wide) for layer in layers], 1)
+            return gelu_project(h, *(torch.cat([getattr(at, name) for at in layers]) for name in ("weight", "bias")))
 
     def sample(
         self,
