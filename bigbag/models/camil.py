@@ -13,7 +13,8 @@ from bigbag.adjacency import Adjacency
 from bigbag.bags import PackedBags, Segments
 from bigbag.models.base import GraphMILModel, feature_dim, squeeze_single_output
 from bigbag.nn import NystromTransformerLayer
-from bigbag.nn.rows import Projection, Widen, by_rows, stream_dtype
+from bigbag.nn.rows import Projection, Widen, by_rows
+from bigbag.ops.registry import compute_dtype
 
 
 class CAMILSelfAttention(torch.nn.Module):
@@ -35,7 +36,7 @@ class CAMILSelfAttention(torch.nn.Module):
 
     def forward_packed(self, x: Tensor, segments: Segments, adj: Adjacency) -> Tensor:
         """``(T, in_dim)`` instances of a pack and their graph to ``(T, in_dim)``."""
-        widen = Widen(stream_dtype(x, self.v_nn.weight))
+        widen = Widen(compute_dtype(self.v_nn.weight))
         q, k = by_rows(widen, x, projection=Projection(self.qk_nn.weight, parts=2))
         a = ops.segment_softmax(ops.neighbor_scores(q, k, adj), segments)
         v = by_rows(widen, x, projection=Projection(self.v_nn.weight))
@@ -74,7 +75,7 @@ class CAMILAttentionPool(torch.nn.Module):
         return ops.segment_pool(a, m, segments).squeeze(1), f.squeeze(1)
 
     def _score(self, t: Tensor) -> Tensor:
-        t = t.to(stream_dtype(t, self.fc1.weight))
+        t = t.to(compute_dtype(self.fc1.weight))
         hidden = torch.tanh(self.fc1(t))
         return self.fc2(hidden * torch.sigmoid(self.fc_gated(t)) if self.gated else hidden)
 
@@ -157,7 +158,7 @@ class CAMIL(GraphMILModel):
         self.nystrom_transformer_layer.recompute = self.activation_checkpointing
         x = self.encode(self.feat_ext, bags.x)
         if isinstance(self.fc1, torch.nn.Linear):
-            widen = Widen(stream_dtype(x, self.fc1.weight))
+            widen = Widen(compute_dtype(self.fc1.weight))
             x = by_rows(widen, x, projection=Projection(self.fc1.weight, self.fc1.bias))
         t = self.nystrom_transformer_layer.forward_packed(x, bags.segments)
         if self.activation_checkpointing and torch.is_grad_enabled():

@@ -17,7 +17,7 @@ from bigbag.models.base import GraphMILModel, required_feature_dim, squeeze_sing
 from bigbag.nn.graph import GCNConv
 from bigbag.nn.mincut import mincut_losses
 from bigbag.nn.relprop import TransformerEncoder
-from bigbag.nn.rows import stream_dtype
+from bigbag.ops.registry import compute_dtype
 
 _ROWS = {"cpu": 2048, "cuda": 65_536}
 _COLUMNS = 256
@@ -139,7 +139,7 @@ class GTP(GraphMILModel):
 
     def _assign(self, x: Tensor, adj: Adjacency, segments: Segments) -> tuple[Tensor, Tensor]:
         """Assignments ``(T, C)`` and the features of the clusters ``(B, C, D)``, chunk by chunk of the rows of H."""
-        mixed = _add_neighbors(x, adj, stream_dtype(x, self.cluster_proj.weight))
+        mixed = _add_neighbors(x, adj, compute_dtype(self.cluster_proj.weight))
         chunks, first_bags = _cut(segments, _ROWS.get(x.device.type, _ROWS["cuda"]))
         found = []
         recompute = self.activation_checkpointing and torch.is_grad_enabled()

@@ -18,7 +18,8 @@ from bigbag.nn.dilated import (
     sinusoidal_position,
     unsorted,
 )
-from bigbag.nn.rows import by_rows, stream_dtype
+from bigbag.nn.rows import by_rows
+from bigbag.ops.registry import compute_dtype
 
 
 class LongNetMIL(CoordsMILModel):
@@ -128,6 +129,6 @@ class LongNetMIL(CoordsMILModel):
 
         def embed(rows: Tensor, near: Tensor) -> Tensor:
             position = sinusoidal_position(near / self.patch_size, weight.shape[0])
-            return (self.in_proj(rows.to(weight.dtype)) + position).to(stream_dtype(rows, weight))
+            return (self.in_proj(rows.to(weight.dtype)) + position).to(compute_dtype(weight))
 
         return by_rows(embed, x, places, modules=[self.in_proj])

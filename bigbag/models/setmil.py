@@ -12,7 +12,8 @@ from bigbag.bags import PackedBags, Segments
 from bigbag.models.base import CoordsMILModel, feature_dim, squeeze_single_output
 from bigbag.nn import SinusoidalPositionalEncodingND, TransformerLayer, iRPETransformerEncoder
 from bigbag.nn.lattice import Lattice, Window
-from bigbag.nn.rows import Projection, Widen, Windows, by_rows, stream_dtype
+from bigbag.nn.rows import Projection, Widen, Windows, by_rows
+from bigbag.ops.registry import compute_dtype
 
 Pairs = Sequence[Sequence[int]]
 
@@ -241,7 +242,7 @@ class SETMIL(CoordsMILModel):
     def _tokens(self, bags: PackedBags) -> tuple[Tensor, Lattice, Tensor]:
         """The tokens of a pack, where they lie, and for each instance which of them it is in, or -1."""
         x = self.encode(self.feat_ext, bags.x)
-        widen = Widen(stream_dtype(x, self.cls_token))
+        widen = Widen(compute_dtype(self.cls_token))
         x = (
             widen(x)
             if isinstance(self.proj, torch.nn.Identity)

@@ -12,8 +12,9 @@ from torch import Tensor
 from bigbag.bags import PackedBags, Segments
 from bigbag.models.base import MILModel, feature_dim, squeeze_single_output
 from bigbag.nn import NystromTransformerLayer
-from bigbag.nn.rows import Projection, Widen, by_rows, stream_dtype
+from bigbag.nn.rows import Projection, Widen, by_rows
 from bigbag.ops.join import fetch, windows
+from bigbag.ops.registry import compute_dtype
 from bigbag.parts import Parts
 
 
@@ -189,7 +190,7 @@ class TransMIL(MILModel):
     def _squares(self, bags: PackedBags) -> tuple[Tensor, Segments]:
         """Of each bag: the class token, the instances, and the first of them again up to a square."""
         x = self.encode(self.feat_ext, bags.x)
-        widen = Widen(stream_dtype(x, self.cls_token))
+        widen = Widen(compute_dtype(self.cls_token))
         if isinstance(self.fc1, torch.nn.Linear):
             x = by_rows(widen, x, projection=Projection(self.fc1.weight, self.fc1.bias))
         else:

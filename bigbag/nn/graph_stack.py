@@ -10,7 +10,8 @@ from torch import Tensor
 
 from bigbag import ops
 from bigbag.adjacency import Adjacency
-from bigbag.nn.rows import State, row_chunks, stream_dtype
+from bigbag.nn.rows import State, row_chunks
+from bigbag.ops.registry import compute_dtype
 
 RowFunction = Callable[[Tensor], Tensor]
 _COLUMNS = 128
@@ -55,7 +56,7 @@ def graph_stack(
     """
     if adj.weight is not None and adj.weight.requires_grad and torch.is_grad_enabled():
         raise ValueError("graph_stack: adj.weight requires grad, which it does not give; detach it")
-    stack = _Stack(adj, functions, tuple(modules), stream_dtype(x, weights[0]))
+    stack = _Stack(adj, functions, tuple(modules), compute_dtype(weights[0]))
     counts = [len(own) for own in parameters]
     return _GraphStack.apply(stack, counts, keep_every, x, *weights, *readouts, *(p for own in parameters for p in own))
 

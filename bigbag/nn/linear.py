@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigbag.kernels.cpu.memory import huge_pages
-from bigbag.nn.rows import _ROWS
+from bigbag.nn.rows import row_chunks
+from bigbag.ops.registry import compute_dtype
 
 
 class LazyLinear(torch.nn.Module):
@@ -51,9 +52,6 @@ class LazyLinear(torch.nn.Module):
         return self.module
 
 
-_PROJECTED_ROWS = 8192
-
-
 def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x W^T + b``, in autocast's dtype where autocast is on (float64 weights excepted), else in that of ``weight``.
 
@@ -68,8 +66,7 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         ``(T, D)``.
     """
-    dtype = _compute_dtype(x, weight)
-    return _Project.apply(x, weight, None if bias is None else bias.to(dtype), dtype)
+    return _Project.apply(x, weight, bias, compute_dtype(weight), False)
 
 
 def gelu_project(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -86,20 +83,14 @@ def gelu_project(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Returns:
         ``(T, D)``.
     """
-    dtype = _compute_dtype(h, weight)
-    return _GeluProject.apply(h, weight.to(dtype), bias.to(dtype))
+    return _Project.apply(h, weight, bias, compute_dtype(weight), True)
 
 
-def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and weight.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return weight.dtype
-
-
-def _chunks(x: Tensor, rows: int) -> list[slice]:
-    step = max(1, rows)
-    return [slice(start, start + step) for start in range(0, len(x), step)]
+def _chunks(x: Tensor, dtype: torch.dtype, gelu: bool) -> list[slice]:
+    """Rows to compute together: on a CPU, thin products are a fifth faster a block of rows at a time."""
+    if x.device.type != "cpu" and x.dtype == dtype and not gelu:
+        return [slice(None)]
+    return row_chunks(x)
 
 
 def _converted(rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -110,51 +101,37 @@ def _converted(rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 class _Project(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, gelu: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
-        out, w = huge_pages(x.new_empty(len(x), weight.shape[0], dtype=dtype)), weight.to(dtype)
-        for chunk in _chunks(x, len(x) if x.dtype == dtype else _PROJECTED_ROWS):
+        ctx.gelu, ctx.bias_dtype = gelu, None if bias is None else bias.dtype
+        out, w_t = huge_pages(x.new_empty(len(x), weight.shape[0], dtype=dtype)), weight.to(dtype).t()
+        low = None if bias is None else bias.to(dtype)
+        for chunk in _chunks(x, dtype, gelu):
             rows = _converted(x[chunk], dtype)
-            if bias is None:
-                torch.mm(rows, w.t(), out=out[chunk])
+            rows = F.gelu(rows) if gelu else rows
+            if low is None:
+                torch.mm(rows, w_t, out=out[chunk])
             else:
-                torch.addmm(bias, rows, w.t(), out=out[chunk])
+                torch.addmm(low, rows, w_t, out=out[chunk])
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
         grad_x = huge_pages(torch.empty_like(x)) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for chunk in _chunks(x, len(x) if x.dtype == grad.dtype else _PROJECTED_ROWS):
-            if grad_weight is not None:
-                grad_weight += grad[chunk].t() @ _converted(x[chunk], grad.dtype)
+        # Transposed, as the product of a tall matrix's columns with few others is faster than that of the few with it.
+        grad_weight_t = weight.new_zeros(weight.shape[::-1]) if ctx.needs_input_grad[1] else None
+        w = weight.to(grad.dtype)
+        for chunk in _chunks(x, grad.dtype, ctx.gelu):
+            rows = _converted(x[chunk], grad.dtype)
+            if grad_weight_t is not None:
+                grad_weight_t += (F.gelu(rows) if ctx.gelu else rows).t() @ grad[chunk]
             if grad_x is not None:
-                grad_x[chunk] = grad[chunk] @ weight.to(grad.dtype)
-        return grad_x, grad_weight, grad.sum(0) if ctx.needs_input_grad[2] else None, None
-
-
-class _GeluProject(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(h, weight)
-        out = huge_pages(h.new_empty(len(h), weight.shape[0], dtype=weight.dtype))
-        for chunk in _chunks(h, _ROWS.get(h.device.type, _ROWS["cuda"])):
-            torch.addmm(bias, F.gelu(_converted(h[chunk], weight.dtype)), weight.t(), out=out[chunk])
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        h, weight = ctx.saved_tensors
-        grad_h = huge_pages(torch.empty_like(h)) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for chunk in _chunks(h, _ROWS.get(h.device.type, _ROWS["cuda"])):
-            rows = _converted(h[chunk], weight.dtype)
-            if grad_weight is not None:
-                grad_weight += grad[chunk].t() @ F.gelu(rows)
-            if grad_h is not None:
-                grad_h[chunk] = torch.ops.aten.gelu_backward(grad[chunk] @ weight, rows)
-        return grad_h, grad_weight, grad.sum(0) if ctx.needs_input_grad[2] else None
+                grad_rows = grad[chunk] @ w
+                grad_x[chunk] = torch.ops.aten.gelu_backward(grad_rows, rows) if ctx.gelu else grad_rows
+        grad_weight = None if grad_weight_t is None else grad_weight_t.t().contiguous()
+        grad_bias = grad.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
+        return grad_x, grad_weight, grad_bias, None, None
 
 
 _ACTIVATIONS = {"relu": torch.nn.ReLU, "sigmoid": torch.nn.Sigmoid, "tanh": torch.nn.Tanh, "gelu": torch.nn.GELU}

@@ -15,7 +15,7 @@ from bigbag import ops
 from bigbag.bags import PackedBags, Segments
 from bigbag.nn.encoded import Encoded, segment_max
 from bigbag.nn.linear import LazyLinear
-from bigbag.nn.rows import stream_dtype
+from bigbag.ops.registry import compute_dtype
 
 
 class MeanPool(torch.nn.Module):
@@ -111,7 +111,7 @@ class AttentionPool(torch.nn.Module):
             gate = {"wg": fc_gated.weight, "bg": fc_gated.bias}
         if isinstance(x, Encoded):
             z, scores = x.pool(lambda rows: (rows, self.score(rows)), segments=segments, modules=[self])
-            return z.to(stream_dtype(x.x, fc1.weight)).squeeze(1), scores.squeeze(1)
+            return z.to(compute_dtype(fc1.weight)).squeeze(1), scores.squeeze(1)
         z, scores = ops.attention_pool(
             x,
             segments,

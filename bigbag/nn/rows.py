@@ -168,14 +168,6 @@ class _Take(torch.autograd.Function):
         return grad.index_add(0, ctx.saved_tensors[0], grad_rows), None
 
 
-def stream_dtype(x: Tensor | Windows, parameter: Tensor) -> torch.dtype:
-    """The dtype in which the rows of layers go on: autocast's where it is on, else that of the parameters."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and parameter.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return parameter.dtype
-
-
 def row_chunks(x: Tensor) -> list[slice]:
     """The rows of ``x``, a chunk at a time; one empty chunk where there are none."""
     return [rows for rows, _ in _chunks(x, None)]

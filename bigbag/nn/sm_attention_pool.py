@@ -13,8 +13,9 @@ from bigbag.adjacency import Adjacency
 from bigbag.bags import PackedBags, Segments
 from bigbag.nn.encoded import Encoded, rows_of, weighted_sum
 from bigbag.nn.linear import project
-from bigbag.nn.rows import by_rows, stream_dtype
+from bigbag.nn.rows import by_rows
 from bigbag.nn.sm import Sm
+from bigbag.ops.registry import compute_dtype
 
 _ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "gelu": torch.nn.functional.gelu}
 _PLACES = ("early", "mid", "late", "none")
@@ -102,7 +103,7 @@ class SmAttentionPool(torch.nn.Module):
                     segments=segments,
                     shared=[w1, w2, self.proj1.bias],
                 )
-                return z.to(stream_dtype(x.x, w1)).squeeze(1), f.squeeze(1)
+                return z.to(compute_dtype(w1)).squeeze(1), f.squeeze(1)
             z, f = ops.attention_pool(
                 x, segments, w1, self.proj1.bias, w2, act=self.act, keep_preactivations=not self.recompute
             )

@@ -17,7 +17,8 @@ from torch import Tensor
 from bigbag import ops
 from bigbag.bags import PackedBags, Segments
 from bigbag.nn.linear import MLP
-from bigbag.nn.rows import Projection, by_rows, stream_dtype
+from bigbag.nn.rows import Projection, by_rows
+from bigbag.ops.registry import compute_dtype
 
 
 class VariationalAutoEncoder(torch.nn.Module):
@@ -92,7 +93,7 @@ class VariationalAutoEncoder(torch.nn.Module):
         return torch.is_grad_enabled() and not self.recompute
 
     def _enter(self, x: Tensor) -> Tensor:
-        return self.encoder.norm(x.to(stream_dtype(x, next(self.encoder.net.parameters()))))
+        return self.encoder.norm(x.to(compute_dtype(next(self.encoder.net.parameters()))))
 
     def _encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return _mean_and_log_std(self.encoder.net, self._enter(x), self.d_var_enc)

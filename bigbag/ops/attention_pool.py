@@ -17,7 +17,7 @@ from torch import Tensor
 from bigbag.bags import Segments
 from bigbag.ops import distributed
 from bigbag.ops.dropout import fold_seed, keep
-from bigbag.ops.registry import FLOATING, HALF, Operator, choose
+from bigbag.ops.registry import FLOATING, HALF, Operator, choose, compute_dtype
 from bigbag.ops.segments import log_sums, reference_softmax
 
 ACTIVATIONS = ("tanh", "relu", "gelu")
@@ -84,7 +84,7 @@ def attention_pool(
     Ilse et al., Attention-based deep multiple instance learning, ICML 2018.
     """
     _check(x, segments, w1, b1, w2, wg, bg, act, dropout)
-    dtype = _compute_dtype(x, w1)
+    dtype = compute_dtype(w1)
     chosen = choose("attention_pool", _DTYPES, impl, x.device.type, dtype)
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     gated = wg is not None
@@ -141,13 +141,6 @@ def _check(
         if value.device != x.device or not value.is_floating_point():
             found = f"{value.dtype} on {value.device}"
             raise ValueError(f"attention_pool: {name} must be floating on {x.device}, got {found}")
-
-
-def _compute_dtype(x: Tensor, w1: Tensor) -> torch.dtype:
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and w1.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return w1.dtype
 
 
 def _scaled(a: Tensor, factors: Tensor | None) -> Tensor:

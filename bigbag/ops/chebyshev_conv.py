@@ -13,7 +13,7 @@ from bigbag.adjacency import Adjacency
 from bigbag.bags import Segments
 from bigbag.ops.chebyshev import chebyshev, scaling
 from bigbag.ops.join import with_halo
-from bigbag.ops.registry import choose
+from bigbag.ops.registry import choose, compute_dtype
 from bigbag.ops.spmm import DTYPES, accumulation_dtype, degrees, kernels, needs_grad
 from bigbag.ops.transpose import transpose
 
@@ -66,7 +66,7 @@ def chebyshev_conv(
         )
     if needs_grad(adj.weight):
         raise ValueError("chebyshev_conv: adj.weight requires grad, which it does not give; detach it")
-    dtype = _compute_dtype(x, weight)
+    dtype = compute_dtype(weight)
     chosen = choose("chebyshev_conv", DTYPES, impl, x.device.type, dtype)
     adj_t = transpose(adj)
     degree = degrees(adj_t)
@@ -77,13 +77,6 @@ def chebyshev_conv(
     ratio = scaling(lambda_max, segments, adj, accumulation_dtype(dtype))
     forward = _Laplacian(kernels(chosen), adj, ratio, degree)
     return _Convolution.apply(forward, _Laplacian(kernels(chosen), adj_t, ratio, degree), x, weight, dtype)
-
-
-def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and weight.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return weight.dtype
 
 
 @dataclass(frozen=True)

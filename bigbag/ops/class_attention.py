@@ -11,8 +11,7 @@ from bigbag.bags import Segments
 from bigbag.ops import attention_bias
 from bigbag.ops.attention_bias import AttentionBias
 from bigbag.ops.masked_attention import _check as _check_attention
-from bigbag.ops.masked_attention import compute_dtype
-from bigbag.ops.registry import FLOATING, HALF, Operator, choose
+from bigbag.ops.registry import FLOATING, HALF, Operator, choose, compute_dtype
 from bigbag.ops.segments import segment_softmax
 
 _DTYPES = {"triton": (*HALF, torch.float32), "cpu": FLOATING, "reference": FLOATING}

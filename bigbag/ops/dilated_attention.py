@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from bigbag.bags import Segments
-from bigbag.ops.masked_attention import compute_dtype
-from bigbag.ops.registry import FLOATING, HALF, Operator, choose
+from bigbag.ops.registry import FLOATING, HALF, Operator, choose, compute_dtype
 
 _DTYPES = {"triton": (*HALF, torch.float32), "cpu": FLOATING, "reference": FLOATING}
 

@@ -20,7 +20,7 @@ from bigbag.ops import attention_bias, fused_attention
 from bigbag.ops.attention_bias import AttentionBias, KernelBias
 from bigbag.ops.dropout import fold_seed, keep
 from bigbag.ops.fused_attention import kept_keys
-from bigbag.ops.registry import FLOATING, HALF, Operator, _overrides, choose
+from bigbag.ops.registry import FLOATING, HALF, Operator, _overrides, choose, compute_dtype
 
 _DTYPES = {
     "varlen": HALF,
@@ -154,13 +154,6 @@ def reference(
     if bias is not None:
         nothing = nothing + attention_bias.matrix(bias, q.to(acc), scale, slice(0), slice(0)).sum().to(q.dtype)
     return torch.cat([*out, v[:0]]) + nothing
-
-
-def compute_dtype(q: Tensor) -> torch.dtype:
-    kind = q.device.type
-    if torch.is_autocast_enabled(kind) and q.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return q.dtype
 
 
 def _check(

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bigbag.ops import fused_attention
 
@@ -125,6 +126,14 @@ def choose(
             return candidate
         refused.append(f"{candidate}: {reason}")
     raise ValueError(f"ops.{name}: no implementation can run: {'; '.join(refused)}")
+
+
+def compute_dtype(parameter: Tensor) -> torch.dtype:
+    """In what layers compute with it: in autocast's dtype where autocast is on, float64 excepted, else in its own."""
+    kind = parameter.device.type
+    if torch.is_autocast_enabled(kind) and parameter.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return parameter.dtype
 
 
 def _announce(name: str, impl: str, device: str, dtype: torch.dtype, refused: list[str]) -> None:

@@ -42,7 +42,8 @@ def smooth(adj: Adjacency, f: Tensor, alpha: float | Tensor, num_steps: int = 10
 
     On a CPU, where edges join rows that lie close to each other, as those of a lattice row by row, all steps go through
     the rows together (:mod:`bigbag.kernels.cpu.recursion`): f is read and the result written once, states are held in
-    float32 or float64, a band of rows of each, and the gradient to alpha comes from the states of that to f.
+    float32 or float64, a band of rows of each, and the gradient to alpha comes from the states of that to f. So do
+    those of a single column on any graph.
 
     Where bags are shared out over ranks (``adj.halo``), each step asks for the states of the halo: H D numbers, H its
     rows. There, weights must not require grad.
@@ -116,9 +117,9 @@ def _recursion(
     impl: str, f: Tensor, scales: Tensor, betas: Tensor, weight: Tensor | None, crow: Tensor, col: Tensor
 ) -> Tensor:
     """``g <- scales[k] A g + betas[k] f`` for each k, from g = f."""
-    steps = _steps_per_wave(impl, crow, col)
-    if steps:
-        return _waves().recursion(crow, col, weight, f, scales, betas, steps)
+    plan = _plan(impl, f, crow, col)
+    if plan is not None:
+        return _recursions().recursion(plan, crow, col, weight, f, scales, betas)
     f = f.contiguous()
     # Two buffers in turn; the first step reads f, which is not ours to write.
     g, spare = f, None
@@ -128,13 +129,13 @@ def _recursion(
     return g
 
 
-def _waves() -> ModuleType:
+def _recursions() -> ModuleType:
     return importlib.import_module("bigbag.kernels.cpu.recursion")
 
 
-def _steps_per_wave(impl: str, crow: Tensor, col: Tensor) -> int:
-    """How many steps go through the rows together, in cache; 0: step by step."""
-    return _waves().steps_per_wave(crow, col) if impl == "cpu" else 0
+def _plan(impl: str, f: Tensor, crow: Tensor, col: Tensor) -> Any:
+    """How all steps go through the rows together, in caches; None: step by step."""
+    return _recursions().plan(crow, col, f) if impl == "cpu" else None
 
 
 def _both_gradients(
@@ -145,13 +146,13 @@ def _both_gradients(
     With the states e_1 = A^T grad - grad, e_k = alpha A^T e_{k-1} they are grad + alpha sum_k e_k and sum_k k <e_k, f>:
     nothing is divided by alpha, nor taken from what is nearly the same.
     """
-    steps = _steps_per_wave("cpu", crow_t, col_t)
-    if not steps:
+    plan = _plan("cpu", grad, crow_t, col_t)
+    if plan is None:
         return None
     scales, betas = a.repeat(num_steps), a.new_zeros(num_steps)
     scales[0], betas[0] = 1, -1
     graph = (crow_t, col_t, weight_t)
-    grad_f, grad_a = _waves().recursion_total(*graph, grad, scales, betas, steps, float(a), f)
+    grad_f, grad_a = _recursions().recursion_total(plan, *graph, grad, scales, betas, float(a), f)
     return grad_f, torch.full_like(a, grad_a)
 
 

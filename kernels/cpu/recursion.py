@@ -17,14 +17,16 @@ M. Wolfe, More iteration space tiling, Supercomputing 1989, calls the schedule a
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from bigbag.kernels.cpu.memory import huge_pages
 from bigbag.kernels.cpu.order import _jit_serial
-from bigbag.kernels.cpu.segments import _block, _jit, _launch, array
-from bigbag.kernels.cpu.spmm import NARROW, _split
+from bigbag.kernels.cpu.segments import _block, _jit, _launch, accumulation_dtype, array
+from bigbag.kernels.cpu.spmm import NARROW, _split, _spmm_column
 from bigbag.kernels.cpu.vectors import (
     LINE_BYTES,
     broadcast,
@@ -136,79 +138,117 @@ def _recursion(begin, end, columns, crow, col, weight, g, f, y, total, scales, b
                 at = _copy_row(single, at, width, ring, k, 0, out, i, c)
 
 
-def steps_per_wave(crow: Tensor, col: Tensor) -> int:
-    """How many steps a wave through the rows can take in cache; 0 where edges reach too far for it to gain anything."""
-    rows = ROWS + 2 * _bandwidth(crow.numpy(), col.numpy())
-    steps = _RING_BYTES // (rows * COLUMNS * 4) - 1
-    return steps if steps >= _LEAST_STEPS else 0
+@_jit
+def _recursion_of_column(begin, end, crow, col, weight, f, y, total, scales, betas, share, out, dots):
+    """The same of one column, step after step: all of it stays in caches."""
+    none, states = f[:0], np.empty((2, len(f)), f.dtype)
+    for k in range(len(scales)):
+        g, state = f if k == 0 else states[(k - 1) % 2], states[k % 2]
+        _spmm_column(0, len(f), crow, col, weight, g, scales[k : k + 1], none, f, betas[k : k + 1], state)
+        for i in range(len(y)):
+            total[i] += share * state[i]
+            dots[0, i] += (k + 1) * np.float64(state[i]) * y[i]
+    out[:] = states[(len(scales) - 1) % 2, : len(out)]
 
 
-def _columns(width: int) -> int:
-    """Columns of a block: fewer where threads would be idle."""
-    return COLUMNS if width >= torch.get_num_threads() * COLUMNS else NARROW
+class Plan(NamedTuple):
+    """How the steps go through the rows: none a ``band`` at a time, so many ``steps`` together."""
+
+    band: int
+    steps: int
+
+
+def plan(crow: Tensor, col: Tensor, f: Tensor) -> Plan | None:
+    """For this graph; None where edges reach too far for going together to gain anything."""
+    if _is_column(f):
+        return Plan(0, 0)
+    band = _bandwidth(crow.numpy(), col.numpy())
+    steps = _RING_BYTES // ((ROWS + 2 * band) * COLUMNS * 4) - 1
+    return Plan(band, steps) if steps >= _LEAST_STEPS else None
 
 
 def recursion(
-    crow: Tensor,
-    col: Tensor,
-    weight: Tensor | None,
-    f: Tensor,
-    scales: Tensor,
-    betas: Tensor,
-    steps: int,
+    plan: Plan, crow: Tensor, col: Tensor, weight: Tensor | None, f: Tensor, scales: Tensor, betas: Tensor
 ) -> Tensor:
     """The last state of ``g_k = scales[k] A g_{k-1} + betas[k] f``, from ``g_0 = f``.
 
     Args:
+        plan: of this graph, from :func:`plan`.
         weight: (E, 1) in the accumulation dtype; None for ones.
         f: (N, D).
         scales, betas: (T,) in the accumulation dtype, T > 0.
-        steps: how many go through the rows together, from :func:`steps_per_wave`.
 
     Returns:
         (N, D) in the dtype of f.
     """
-    return _waves(crow, col, weight, f, scales, betas, steps)
+    f, nothing = f.contiguous(), scales.new_empty(0, f.shape[1])
+    sums = _Sums(f[:0], nothing, np.zeros((_blocks(f), 0)), 0.0)
+    return _run(plan, _arrays(crow, col, weight, scales), f, scales, betas, sums)
 
 
 def recursion_total(
+    plan: Plan,
     crow: Tensor,
     col: Tensor,
     weight: Tensor | None,
     f: Tensor,
     scales: Tensor,
     betas: Tensor,
-    steps: int,
     share: float,
     y: Tensor,
 ) -> tuple[Tensor, float]:
     """Of the same states, ``f + share (g_1 + ... + g_T)``, (N, D), and ``sum_k k <g_k, y>``; y like f."""
     total = huge_pages(torch.empty(f.shape, dtype=scales.dtype)).copy_(f)
     # Terms of both signs, that cancel: one sum after another would round too much away.
-    dots = np.zeros((-(-f.shape[1] // _columns(f.shape[1])), len(f)))
-    _waves(crow, col, weight, f, scales, betas, steps, share, y.contiguous(), total, dots)
-    return total.to(f.dtype), float(dots.sum())
+    sums = _Sums(y.contiguous(), total, np.zeros((_blocks(f), len(f))), share)
+    _run(plan, _arrays(crow, col, weight, scales), f.contiguous(), scales, betas, sums)
+    return total.to(f.dtype), float(sums.dots.sum())
 
 
-def _waves(crow, col, weight, f, scales, betas, steps, share=0.0, y=None, total=None, dots=None):
-    f = f.contiguous()
-    rows, columns = _split(f), _columns(f.shape[1])
-    blocks = -(-f.shape[1] // columns)
-    values = np.empty(0, scales.numpy().dtype) if weight is None else array(weight).reshape(-1)
-    graph = (crow.numpy().view(np.uint64), col.numpy().view(np.uint32), values)
-    band, share = _bandwidth(crow.numpy(), col.numpy()), scales.numpy().dtype.type(share)
-    along = rows[:0] if y is None else _split(y)
-    whole = _split(scales.new_empty(0, f.shape[1]) if total is None else total)
-    sums = np.zeros((blocks, 0)) if dots is None else dots
+class _Sums(NamedTuple):
+    """What :func:`recursion_total` adds up; of no rows where the last state is wanted."""
+
+    y: Tensor
+    total: Tensor
+    dots: np.ndarray
+    share: float
+
+
+def _is_column(f: Tensor) -> bool:
+    return f.shape[1] == 1 and f.dtype == accumulation_dtype(f.dtype)
+
+
+def _columns(f: Tensor) -> int:
+    """Columns of a block: fewer where threads would be idle."""
+    return COLUMNS if f.shape[1] >= torch.get_num_threads() * COLUMNS else NARROW
+
+
+def _blocks(f: Tensor) -> int:
+    return -(-f.shape[1] // _columns(f))
+
+
+def _arrays(crow: Tensor, col: Tensor, weight: Tensor | None, like: Tensor) -> tuple[np.ndarray, ...]:
+    values = array(like[:0] if weight is None else weight).reshape(-1)
+    return crow.numpy().view(np.uint64), col.numpy().view(np.uint32), values
+
+
+def _run(plan: Plan, graph: tuple[np.ndarray, ...], f: Tensor, scales: Tensor, betas: Tensor, sums: _Sums) -> Tensor:
+    """The last state, or no rows of it where sums are wanted."""
+    share, y, total = scales.numpy().dtype.type(sums.share), _split(sums.y), _split(sums.total)
+    work, wanted = (len(graph[1]) + len(f)) * f.shape[1], f[: len(f) - len(y)]
+    if _is_column(f):
+        out = torch.empty_like(wanted)
+        vectors = (a.reshape(-1) for a in (f.numpy(), y, total))
+        column = (scales.numpy(), betas.numpy(), share, out.numpy().reshape(-1), sums.dots)
+        _launch(_recursion_of_column, 1, work, *graph, *vectors, *column)
+        return out
     g, spare = f, None
-    for first in range(0, len(scales), steps):
-        part = slice(first, first + steps)
+    for first in range(0, len(scales), plan.steps):
+        part = slice(first, first + plan.steps)
         factors = (scales[part].contiguous().numpy(), betas[part].contiguous().numpy(), share, first)
-        last = total is not None and first + steps >= len(scales)
-        out = f[:0] if last else huge_pages(torch.empty_like(f)) if spare is None else spare
-        work = (col.shape[0] + f.shape[0]) * f.shape[1] * len(factors[0])
-        _launch(
-            _recursion, blocks, work, columns, *graph, _split(g), rows, along, whole, *factors, _split(out), sums, band
-        )
+        last = first + plan.steps >= len(scales)
+        out = huge_pages(torch.empty_like(wanted if last else f)) if spare is None or (last and len(y)) else spare
+        args = (*graph, _split(g), _split(f), y, total, *factors, _split(out), sums.dots, plan.band)
+        _launch(_recursion, _blocks(f), work * len(factors[0]), _columns(f), *args)
         g, spare = out, (g if first else None)
     return g

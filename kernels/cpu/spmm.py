@@ -121,6 +121,26 @@ def _spmm(begin, end, order, crow, col, weight, x, scale, diagonal, extra, beta,
 
 
 @_jit
+def _spmm_column(begin, end, crow, col, weight, x, scale, diagonal, extra, beta, out):
+    """The same of a single column, of numbers that need no widening; edge numbers and columns are unsigned."""
+    for i in range(begin, end):
+        acc = out.dtype.type(0)
+        first, last = crow[np.uint64(i)], crow[np.uint64(i + 1)]
+        if len(weight):
+            for e in range(first, last):
+                acc += weight[e] * x[col[e]]
+        else:
+            for e in range(first, last):
+                acc += x[col[e]]
+        acc *= scale[i] if len(scale) > 1 else scale[0]
+        if len(diagonal):
+            acc += diagonal[i] * x[i]
+        if len(extra):
+            acc += beta[0] * extra[i]
+        out[i] = acc
+
+
+@_jit
 def _max_degree(crow):
     degree = 0
     for i in range(len(crow) - 1):
@@ -302,11 +322,17 @@ def spmm(
     out = huge_pages(torch.empty(num_rows, x.shape[1], dtype=x.dtype)) if out is None else out
     rows, one = _split(x, heads), torch.ones(1)
     extra = rows[:0] if h is None else _split(h, heads)
-    args = (crow.numpy(), col.numpy(), _values(weight, dtype, 2), rows, _values(one if scale is None else scale, dtype))
-    factors = (_values(diagonal, dtype), extra, _values(one if beta is None else beta, dtype))
+    values, scales = _values(weight, dtype, 2), _values(one if scale is None else scale, dtype)
+    factors = (_values(diagonal, dtype), _values(one if beta is None else beta, dtype))
     work = (col.shape[0] + num_rows) * x.shape[1]
+    if x.shape[1] == 1 and x.dtype == dtype:
+        graph = (crow.numpy().view(np.uint64), col.numpy().view(np.uint32), values.reshape(-1))
+        vectors = (rows.reshape(-1), scales, factors[0], extra.reshape(-1), factors[1], out.numpy().reshape(-1))
+        _launch(_spmm_column, num_rows, work, *graph, *vectors)
+        return out
     order = row_order(crow, col, x.element_size() * x.shape[1])
-    _launch(_spmm, num_rows, work, order, *args, *factors, _split(out, heads), _past_caches(out, heads))
+    args = (order, crow.numpy(), col.numpy(), values, rows, scales, factors[0], extra, factors[1])
+    _launch(_spmm, num_rows, work, *args, _split(out, heads), _past_caches(out, heads))
     return out
 
 

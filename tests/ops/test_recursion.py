@@ -41,9 +41,10 @@ def results(adj: Adjacency, x: Tensor, alpha: float, steps: int) -> list[Tensor]
 def test_waves_are_the_steps_one_by_one(width: int, ring_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rings that hold 3, 6 and 20 states: 11 steps take six, three and one wave through bags of 1 to 700 rows."""
     adj, x = directed(700, 1, 45, 0, 333), randn(1079, width).double()
-    monkeypatch.setattr(SMOOTH, "_steps_per_wave", lambda *_: 0)
+    plan = waves.plan(adj.crow, adj.col, x)
+    monkeypatch.setattr(SMOOTH, "_plan", lambda *_: None)
     one_by_one = results(adj, x, 0.7, 11)
-    monkeypatch.setattr(SMOOTH, "_steps_per_wave", lambda *_: ring_rows - 1)
+    monkeypatch.setattr(SMOOTH, "_plan", lambda *_: plan._replace(steps=ring_rows - 1))
     together = results(adj, x, 0.7, 11)
     assert torch.equal(together[0], one_by_one[0])
     for found, expected in zip(together[1:], one_by_one[1:]):
@@ -54,7 +55,7 @@ def test_waves_are_the_steps_one_by_one(width: int, ring_rows: int, monkeypatch:
 def test_both_gradients_at_the_ends_of_alpha(alpha: float) -> None:
     """At 0 only one step remains, dL/dalpha = <grad, A f - f>."""
     adj, x = directed(333), randn(333, 70).double()
-    assert waves.steps_per_wave(adj.crow, adj.col) >= 4
+    assert waves.plan(adj.crow, adj.col, x).steps >= 4
     leaf, a = x.clone().requires_grad_(), torch.tensor(alpha, dtype=torch.float64, requires_grad=True)
     incoming = randn(333, 70, seed=3).double()
     expected = torch.autograd.grad(smooth(adj, leaf, a, 4, impl="reference"), (leaf, a), incoming)
@@ -78,8 +79,8 @@ def test_results_do_not_depend_on_the_number_of_threads_nor_bfloat16_on_the_step
 
 def test_edges_that_reach_far_take_step_after_step() -> None:
     near = directed(100, 100)
-    assert waves.steps_per_wave(near.crow, near.col) > 20
+    assert waves.plan(near.crow, near.col, randn(10_000, 4)).steps > 20
     # One edge from the first row to the last of 40,000.
     crow = torch.ones(40_001, dtype=torch.int64)
     crow[0] = 0
-    assert waves.steps_per_wave(crow, torch.tensor([39_999], dtype=torch.int32)) == 0
+    assert waves.plan(crow, torch.tensor([39_999], dtype=torch.int32), randn(40_000, 4)) is None

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from bigbag.bags import PackedBags, Segments
-from bigbag.nn.rows import Padding, Projection, Widen, by_rows, stream_dtype
+from bigbag.nn.rows import Padding, Projection, Widen, by_rows
+from bigbag.ops.registry import compute_dtype
 
 
 class Attention(torch.nn.Module):
@@ -67,7 +68,7 @@ class Attention(torch.nn.Module):
             plain = enter is None and padding is None
             found = (x if plain else by_rows(enter or torch.nn.Identity(), x, padding=padding),) * parts
         else:
-            entered = Widen(stream_dtype(x, weight)) if enter is None else enter
+            entered = Widen(compute_dtype(weight)) if enter is None else enter
             found = by_rows(entered, x, projection=Projection(weight, parts=parts), padding=padding)
             found = (found,) if parts == 1 else found
         return tuple(t.unflatten(-1, (self.n_heads, self.head_dim)) for t in found)

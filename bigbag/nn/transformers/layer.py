@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from bigbag.bags import Segments
 from bigbag.nn.attention.base import SelfAttention
-from bigbag.nn.rows import Widen, by_rows, chunk_rows, stream_dtype, take_of_bags
+from bigbag.nn.rows import Widen, by_rows, chunk_rows, take_of_bags
+from bigbag.ops.registry import compute_dtype
 
 _KEPT = [torch.ops.bigbag.masked_attention_cpu.default, torch.ops.bigbag.masked_attention_triton.default]
 
@@ -118,7 +119,7 @@ class Layer(torch.nn.Module):
         linear = (self.in_proj, self.att_proj, self._attention.out_proj, self.out_proj)
         if not self.use_mlp and all(isinstance(module, torch.nn.Identity) for module in linear):
             # A sum has the same gradient for both, so nothing need be computed again.
-            return (x + attended).to(stream_dtype(x, self.norm1.weight))
+            return (x + attended).to(compute_dtype(self.norm1.weight))
         modules = [self.in_proj, self.att_proj, self._attention.out_proj, self.out_proj]
         chunk = None
         if self.use_mlp:
@@ -130,8 +131,8 @@ class Layer(torch.nn.Module):
         return self.in_proj(x.to(self.norm1.weight.dtype))
 
     def _after(self, x: Tensor, attended: Tensor) -> Tensor:
-        y = self.att_proj(self._enter(x)) + self._attention.out_proj(attended.to(stream_dtype(x, self.norm1.weight)))
-        return self._finish(y).to(stream_dtype(x, self.norm1.weight))
+        y = self.att_proj(self._enter(x)) + self._attention.out_proj(attended.to(compute_dtype(self.norm1.weight)))
+        return self._finish(y).to(compute_dtype(self.norm1.weight))
 
     def _finish(self, y: Tensor) -> Tensor:
         if self.use_mlp:
