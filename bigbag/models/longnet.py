@@ -18,8 +18,8 @@ from bigbag.nn.dilated import (
     sinusoidal_position,
     unsorted,
 )
-from bigbag.nn.rows import by_rows
-from bigbag.ops.registry import compute_dtype
+from bigbag.nn.linear import project
+from bigbag.nn.rows import add_constant
 
 
 class LongNetMIL(CoordsMILModel):
@@ -124,11 +124,7 @@ class LongNetMIL(CoordsMILModel):
         return (Y_pred, unsorted(scores, order)) if return_att else Y_pred
 
     def _embed(self, x: Tensor, places: Tensor) -> Tensor:
-        """Features ``(T, P)`` and places ``(T, 2)`` to ``(T, att_dim)``, chunk by chunk."""
-        weight = self.in_proj.weight
-
-        def embed(rows: Tensor, near: Tensor) -> Tensor:
-            position = sinusoidal_position(near / self.patch_size, weight.shape[0])
-            return (self.in_proj(rows.to(weight.dtype)) + position).to(compute_dtype(weight))
-
-        return by_rows(embed, x, places, modules=[self.in_proj])
+        """Features ``(T, P)`` and places ``(T, 2)`` to ``(T, att_dim)``."""
+        near, width = places / self.patch_size, self.in_proj.out_features
+        projected = project(x, self.in_proj.weight, self.in_proj.bias)
+        return add_constant(projected, lambda rows: sinusoidal_position(near[rows], width))

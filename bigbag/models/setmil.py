@@ -12,7 +12,7 @@ from bigbag.bags import PackedBags, Segments
 from bigbag.models.base import CoordsMILModel, feature_dim, squeeze_single_output
 from bigbag.nn import SinusoidalPositionalEncodingND, TransformerLayer, iRPETransformerEncoder
 from bigbag.nn.lattice import Lattice, Window
-from bigbag.nn.rows import Projection, Widen, Windows, by_rows
+from bigbag.nn.rows import Projection, Widen, Windows, add_constant, by_rows
 from bigbag.ops.registry import compute_dtype
 
 Pairs = Sequence[Sequence[int]]
@@ -222,14 +222,13 @@ class SETMIL(CoordsMILModel):
     def forward_bags(self, bags: PackedBags, return_att: bool = False):  # type: ignore[no-untyped-def]
         x, tokens, token = self._tokens(bags)
         segments = Segments.from_sizes([1 + size for size in tokens.segments.sizes], x.device)
-        sequence = _behind(self.cls_token[0].to(x.dtype), x, tokens.segments)
         numbers = _behind(tokens.numbers.new_zeros(1), tokens.numbers + 1, tokens.segments)
+        sequence = _behind(self.cls_token[0].to(x.dtype), x, tokens.segments)
+        sequence = add_constant(sequence, lambda rows: self.pos_embed.encode(numbers[rows])[:, : self.att_dim])
         nowhere = torch.full((1, 2), torch.nan, device=x.device)
         coords = _behind(nowhere, tokens.places.float(), tokens.segments)
         self.se_transf.recompute = self.activation_checkpointing
-        found = self.se_transf.forward_first(
-            by_rows(self._place, sequence, numbers), segments, return_att, coords=coords
-        )
+        found = self.se_transf.forward_first(sequence, segments, return_att, coords=coords)
         z, att = found if return_att else (found, None)
         Y_pred = squeeze_single_output(self.classifier(z))
         if att is None:
@@ -280,9 +279,6 @@ class SETMIL(CoordsMILModel):
         last = places.new_full((count, 2), -1).scatter_reduce(0, bag, places, "amax")
         size = (last.amax(1, keepdim=True) + 1).expand(-1, 2)
         return Lattice(places, size, bags.segments)
-
-    def _place(self, x: Tensor, numbers: Tensor) -> Tensor:
-        return x + self.pos_embed.encode(numbers)[:, : self.att_dim].to(x.dtype)
 
 
 def _projection(linear: Any) -> Projection:

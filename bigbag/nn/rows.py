@@ -168,6 +168,27 @@ class _Take(torch.autograd.Function):
         return grad.index_add(0, ctx.saved_tensors[0], grad_rows), None
 
 
+def add_constant(x: Tensor, make: Callable[[slice], Tensor]) -> Tensor:
+    """``x[rows] + make(rows)``, chunk by chunk, in the memory of x: that of a result which nothing else needs.
+
+    ``make`` gives what needs no gradient, such as an encoding of places; it is not called again in the backward pass.
+    """
+    return _AddConstant.apply(x, make)
+
+
+class _AddConstant(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, make: Callable[[slice], Tensor]) -> Tensor:
+        ctx.mark_dirty(x)
+        for rows in row_chunks(x):
+            x[rows] += make(rows).to(x.dtype)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
 def row_chunks(x: Tensor) -> list[slice]:
     """The rows of ``x``, a chunk at a time; one empty chunk where there are none."""
     return [rows for rows, _ in _chunks(x, None)]
