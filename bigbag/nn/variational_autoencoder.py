@@ -279,9 +279,25 @@ def _wide(x: Tensor) -> Tensor:
 def _log_normal(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """Log-density (...) of x (..., K) under independent normals; one ``log_std`` may stand for all dimensions."""
     width = x.shape[-1]
-    errors = (x - mean).square()
     if log_std.shape[-1] == 1:
-        total = errors.sum(-1) * (-2 * log_std[..., 0]).exp() + 2 * width * log_std[..., 0]
+        errors, log_std = _SquaredDistance.apply(*torch.broadcast_tensors(x, mean)), log_std[..., 0]
+        total = errors * (-2 * log_std).exp() + 2 * width * log_std
     else:
-        total = (errors * (-2 * log_std).exp() + 2 * log_std).sum(-1)
+        total = ((x - mean).square() * (-2 * log_std).exp() + 2 * log_std).sum(-1)
     return -0.5 * (width * math.log(2 * math.pi) + total)
+
+
+class _SquaredDistance(torch.autograd.Function):
+    """``|x - y|^2`` over the last dimension, in half the passes over memory that squares and sums one by one take."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        difference = x - y
+        ctx.save_for_backward(difference)
+        return torch.linalg.vecdot(difference, difference)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (difference,) = ctx.saved_tensors
+        grad_y = difference * (-2 * grad)[..., None]
+        return (-grad_y if ctx.needs_input_grad[0] else None), grad_y
