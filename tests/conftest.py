@@ -1,4 +1,4 @@
-"""One thread per test process: the tests themselves run side by side, and their tensors are small."""
+"""One thread per process, those that tests start included: tests run side by side, and their tensors are small."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Whatever number of threads a run in this process took before."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,7 @@
-"""What the tests of operators share: implementations as fixtures, one thread."""
+"""What the tests of operators share: implementations as fixtures."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -59,12 +58,3 @@ def device(request: pytest.FixtureRequest) -> str:
     name = "impl" if "impl" in request.fixturenames else "any_impl"
     on_gpu = request.getfixturevalue(name) == "triton" and not INTERPRETED
     return "cuda" if on_gpu else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The samples are small: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
