@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigbag.nn.linear import gelu_project, project
+from bigbag.nn.linear import gelu_project, linear_error, project
 
 
 def randn(*shape: int, seed: int) -> Tensor:
@@ -43,3 +43,34 @@ def test_under_autocast_they_are_computed_in_its_dtype() -> None:
     for out, rows in zip(found, (low, F.gelu(low))):
         expected = F.linear(rows, weight.bfloat16().double(), bias.bfloat16().double())
         torch.testing.assert_close(out.double(), expected, rtol=0.02, atol=0.1)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2048, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_squared_errors_of_a_layer_and_all_their_gradients(rows: int, dtype: torch.dtype) -> None:
+    tensors = [randn(rows, 40, seed=0).to(dtype), randn(rows, 12, seed=1), randn(40, 12, seed=2) / 3, randn(40, seed=3)]
+    low = [t.clone().requires_grad_() for t in tensors]
+    exact = [t.double().requires_grad_() for t in tensors]
+    out = linear_error(*low)
+    truth = (exact[0] - F.linear(*exact[1:])).square().sum(1)
+    torch.testing.assert_close(out.double(), truth, rtol=1e-5, atol=1e-5)
+    incoming = randn(rows, seed=4)
+    found = torch.autograd.grad(out, low, incoming)
+    expected = torch.autograd.grad(truth, exact, incoming.double())
+    for name, one, other in zip(("x", "h", "weight", "bias"), found, expected):
+        rtol = 2**-8 if name == "x" and dtype == torch.bfloat16 else 1e-5
+        scale = float(other.abs().max()) if other.numel() else 0.0
+        torch.testing.assert_close(one.double(), other, rtol=rtol, atol=1e-5 * scale, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("explained", [0.9, 0.999])
+def test_squared_errors_near_the_targets_round_as_promised(explained: float) -> None:
+    """By 1 / (1 - R^2) more than squares one by one: a few units of 2^-24 of |x'|^2, and of its products."""
+    h, weight, bias = randn(3000, 64, seed=0), randn(256, 64, seed=1) / 8, randn(256, seed=2)
+    noise = randn(3000, 256, seed=3) * (1 / explained - 1) ** 0.5
+    x = F.linear(h, weight, bias) + noise
+    truth = (x.double() - F.linear(h.double(), weight.double(), bias.double())).square().sum(1)
+    error = (linear_error(x, h, weight, bias).double() - truth).abs().max()
+    size = (x - bias).double().square().sum(1).max()
+    assert error <= 16 * 2**-24 * size
+    assert error / truth.mean() <= 16 * 2**-24 / (1 - explained) * size / (x - bias).square().sum(1).mean()

@@ -97,6 +97,23 @@ def test_samples_stay_with_their_instances():
     torch.testing.assert_close(samples, mean[:, None].expand(-1, 4, -1, -1), atol=1e-3, rtol=0)
 
 
+@MODES
+@pytest.mark.parametrize("recompute", [False, True])
+def test_loss_and_gradients_are_the_same_in_16_bits_but_for_rounding(mode, recompute):
+    """There errors are squared one by one; in float32 and one deviation per instance they are summed up unseen."""
+    x, found = torch.randn(300, 6, generator=torch.Generator().manual_seed(3)), []
+    for low in (False, True):
+        vae = build(mode)
+        vae.recompute = recompute
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            losses = vae.compute_loss(x, n_samples=2)
+        sum(losses.values()).backward()
+        found.append([*losses.values(), torch.cat([p.grad.flatten() for p in vae.parameters()])])
+    for exact, rounded in zip(*found):
+        torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0.02 * float(exact.detach().abs().max()))
+
+
 def test_errors():
     with pytest.raises(NotImplementedError, match="not valid"):
         nn.VariationalAutoEncoder((6,), covar_mode="full")
