@@ -86,7 +86,7 @@ def gelu_project(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return _Project.apply(h, weight, bias, compute_dtype(weight), True)
 
 
-def linear_error(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear_error(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, gram: Tensor | None = None) -> Tensor:
     """``|x - (h W^T + b)|^2`` of each row: how far a linear layer is from its targets, without its ``(T, P)`` output.
 
     With ``x' = x - b`` and ``u = x' W`` it is ``|x'|^2 + <h, h W^T W - 2 u>``, and its gradient to h is
@@ -101,17 +101,20 @@ def linear_error(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         h: ``(T, K)``.
         weight: ``(P, K)``, float32 or float64, as h.
         bias: ``(P,)``.
+        gram: ``W^T W`` ``(K, K)``, for callers that have it, as those who come with a chunk of rows at a time.
 
     Returns:
         ``(T,)``.
     """
-    return _LinearError.apply(x, h, weight, bias)
+    with torch.no_grad():
+        gram = weight.t() @ weight if gram is None else gram
+    return _LinearError.apply(x, h, weight, bias, gram)
 
 
 class _LinearError(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        out, slope, gram = h.new_empty(len(h)), huge_pages(torch.empty_like(h)), weight.t() @ weight
+    def forward(ctx: Any, x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, gram: Tensor) -> Tensor:
+        out, slope = h.new_empty(len(h)), huge_pages(torch.empty_like(h))
         for rows in row_chunks(x):
             centred = x[rows].to(weight.dtype) - bias
             u, own = centred @ weight, slope[rows]
@@ -122,7 +125,7 @@ class _LinearError(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor, None]:
         x, h, weight, bias, slope = ctx.saved_tensors
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         # Sums over the rows, each times its gradient: of x h^T, of h h^T, of x, and of h.
@@ -138,7 +141,7 @@ class _LinearError(torch.autograd.Function):
                 grad_x[rows] = (2 * grad[rows, None]) * (wide - torch.addmm(bias, h[rows], weight.t()))
         grad_weight = 2 * (weight @ gram - cross + torch.outer(bias, sum_h))
         grad_bias = 2 * (weight @ sum_h - sum_x + bias * grad.sum())
-        return grad_x, slope * (2 * grad)[:, None], grad_weight, grad_bias
+        return grad_x, slope * (2 * grad)[:, None], grad_weight, grad_bias, None
 
 
 def _chunks(x: Tensor, dtype: torch.dtype, gelu: bool) -> list[slice]:

@@ -150,31 +150,38 @@ class VariationalAutoEncoder(torch.nn.Module):
 
     def _log_likelihoods(self, x: Tensor, samples: Tensor) -> Tensor:
         """``log p(x | z)`` (n, S) of samples (n, S, latent)."""
-        *_, last = layers = self.decoder.net
+        layers, gram = self.decoder.net, self._gram()
+
+        def of_latent(rows: Tensor, z: Tensor) -> Tensor:
+            return self._log_likelihood(rows, layers[:-1](z), gram)
+
+        def of_hidden(rows: Tensor, hidden: Tensor) -> Tensor:
+            return self._log_likelihood(rows, hidden, None)
+
         if not self._keeps_hidden:
-            score = lambda rows, z: self._log_likelihood(rows, layers[:-1](z))  # noqa: E731
-            found = [by_rows(score, x, z, modules=[layers]) for z in samples.unbind(1)]
-        elif self._sums_errors:
-            found = [self._log_likelihood(x, layers[:-1](z)) for z in samples.unbind(1)]
-        else:
-            kept = [layers[:-1](z) for z in samples.unbind(1)]
-            found = [by_rows(self._log_likelihood, x, hidden, modules=[last]) for hidden in kept]
-        return torch.stack(found, 1)
+            return torch.stack([by_rows(of_latent, x, z, modules=[layers]) for z in samples.unbind(1)], 1)
+        if gram is not None:
+            return torch.stack([of_latent(x, z) for z in samples.unbind(1)], 1)
+        kept = [layers[:-1](z) for z in samples.unbind(1)]
+        return torch.stack([by_rows(of_hidden, x, hidden, modules=[layers[-1]]) for hidden in kept], 1)
 
-    @property
-    def _sums_errors(self) -> bool:
-        """Whether the likelihood needs but the sum of a row's squared errors, and products are precise enough."""
-        precise = compute_dtype(self.decoder.net[-1].weight) in (torch.float32, torch.float64)
-        return self.covar_mode == "single" and precise
+    @torch.no_grad()
+    def _gram(self) -> Tensor | None:
+        """Of the decoder's last layer for :func:`linear_error`, where the likelihood needs but the sum of a row's
+        squared errors and products are precise enough."""
+        last: Any = self.decoder.net[-1]
+        if self.covar_mode != "single" or compute_dtype(last.weight) not in (torch.float32, torch.float64):
+            return None
+        return last.weight[:-1].t() @ last.weight[:-1]
 
-    def _log_likelihood(self, x: Tensor, hidden: Tensor) -> Tensor:
+    def _log_likelihood(self, x: Tensor, hidden: Tensor, gram: Tensor | None) -> Tensor:
         """``log p(x | z)`` (n,) from what the last layer of the decoder sees."""
         last: Any = self.decoder.net[-1]
-        if not self._sums_errors:
+        if gram is None:
             return _log_normal(_wide(x), *_mean_and_log_std([last], hidden, self.d_var_dec))
         (weight, of_std), (bias, std_bias) = last.weight.tensor_split([-1]), last.bias.tensor_split([-1])
         log_std = F.linear(hidden, of_std, std_bias)[:, 0]
-        return _log_isotropic(linear_error(x, hidden, weight, bias), log_std, x.shape[1])
+        return _log_isotropic(linear_error(x, hidden, weight, bias, gram), log_std, x.shape[1])
 
     def compute_loss(
         self, X: Tensor, reduction: str = "mean", n_samples: int = 1, return_samples: bool = False
