@@ -111,6 +111,14 @@ def linear_error(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, gram: Tenso
     return _LinearError.apply(x, h, weight, bias, gram)
 
 
+def are_precise(parameter: Tensor) -> bool:
+    """Whether products with it are those of float32 at least: not in 16 bits, nor of factors rounded to TF32."""
+    dtype = compute_dtype(parameter)
+    backend: Any = torch.backends.cuda if parameter.is_cuda else torch.backends.mkldnn
+    unrounded = backend.matmul.fp32_precision in ("none", "ieee")
+    return dtype == torch.float64 or (dtype == torch.float32 and unrounded)
+
+
 class _LinearError(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, gram: Tensor) -> Tensor:

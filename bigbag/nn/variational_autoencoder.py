@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bigbag import ops
 from bigbag.bags import PackedBags, Segments
-from bigbag.nn.linear import MLP, linear_error
+from bigbag.nn.linear import MLP, are_precise, linear_error
 from bigbag.nn.rows import Projection, by_rows
 from bigbag.ops.registry import compute_dtype
 
@@ -29,7 +29,7 @@ class VariationalAutoEncoder(torch.nn.Module):
 
     Cost of :meth:`compute_loss` with S samples, E encoder and as many decoder weights, most of them at the instances:
     (4 + 4 S) T E FLOP; beyond inputs and parameters it holds O(T S hidden) numbers and one chunk. With ``recompute``,
-    (6 + 6 S) T E FLOP and O(T S latent) numbers. (With "diagonal", or computing in 16 bits, (4 + 8 S) and (6 + 8 S).)
+    (6 + 6 S) T E FLOP and O(T S latent) numbers. (With "diagonal", in 16 bits or TF32, (4 + 8 S) and (6 + 8 S).)
     Of one standard deviation per instance only the sum of its squared errors is needed: the decoder's last layer is
     never computed, see :func:`bigbag.nn.linear.linear_error`.
 
@@ -170,7 +170,7 @@ class VariationalAutoEncoder(torch.nn.Module):
         """Of the decoder's last layer for :func:`linear_error`, where the likelihood needs but the sum of a row's
         squared errors and products are precise enough."""
         last: Any = self.decoder.net[-1]
-        if self.covar_mode != "single" or compute_dtype(last.weight) not in (torch.float32, torch.float64):
+        if self.covar_mode != "single" or not are_precise(last.weight):
             return None
         return last.weight[:-1].t() @ last.weight[:-1]
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigbag.nn.linear import gelu_project, linear_error, project
+from bigbag.nn.linear import are_precise, gelu_project, linear_error, project
 
 
 def randn(*shape: int, seed: int) -> Tensor:
@@ -74,3 +74,16 @@ def test_squared_errors_near_the_targets_round_as_promised(explained: float) -> 
     size = (x - bias).double().square().sum(1).max()
     assert error <= 16 * 2**-24 * size
     assert error / truth.mean() <= 16 * 2**-24 / (1 - explained) * size / (x - bias).square().sum(1).mean()
+
+
+def test_products_are_precise_unless_torch_may_round_their_factors() -> None:
+    single, double = torch.zeros(2, 2), torch.zeros(2, 2).double()
+    before = torch.get_float32_matmul_precision()
+    assert are_precise(single) and are_precise(double)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not are_precise(single) and are_precise(double)
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert not are_precise(single) and are_precise(double)
+    finally:
+        torch.set_float32_matmul_precision(before)
