@@ -219,10 +219,20 @@ def _sampled_attention(op: str, rows: int, width: int, device: str) -> Case:
         return baselines.sampled_attention(t["mu"], t["log_var"], noise, t["values"])[None]
 
     def run(t: Mapping[str, Tensor], impl: str) -> Tensor:
-        return ops.sampled_attention(t["mu"], t["log_var"], t["values"], segments, width, seed=0)
+        return ops.sampled_attention(t["mu"], t["log_var"], t["values"], segments, width, seed=0, impl=impl)
 
     size, flops = 4.0 * rows * (HEADS + 2), 2.0 * rows * width * (HEADS + 1)
     return Case(leaves, {"": run}, ("draws kept", kept), (size, 2 * size), (flops, 2 * flops), rows * width <= 1 << 28)
+
+
+def _attention_draws(op: str, rows: int, width: int, device: str) -> Case:
+    """``width`` draws of one bag's attention."""
+    segments = Segments.from_sizes((rows,), device)
+    leaves = {"mu": _randn(rows).to(device), "log_var": _randn(rows, seed=1).to(device)}
+    run = lambda t, impl: ops.attention_draws(t["mu"], t["log_var"], segments, width, seed=0, impl=impl)  # noqa: E731
+    baseline = ("its definition in torch", lambda t: run(t, "reference"))
+    size = 4.0 * rows * width
+    return Case(leaves, {"": run}, baseline, (size, size), (0.0, 4.0 * rows * width), rows * width <= 1 << 28)
 
 
 def _expected_attention(op: str, rows: int, width: int, device: str) -> Case:
@@ -292,10 +302,11 @@ _MAKERS: dict[str, tuple[Callable[[str, int, int, str], Case], int, int]] = {
     "class_token_attention": (_attention, 512, 1 << 62),
     "dilated_attention": (_attention, 512, 1 << 62),
     "nystrom_attention": (_attention, 512, 1 << 62),
+    "sampled_attention": (_sampled_attention, 1000, 1 << 62),
+    "attention_draws": (_attention_draws, 1000, 1 << 62),
     # Made of operators, without rows in their table.
     "chebyshev_conv": (_chebyshev_conv, 512, 1 << 62),
     "smooth_exact_directed": (_smooth_exact_directed, 512, 1 << 62),
-    "sampled_attention": (_sampled_attention, 1000, 1 << 62),
     "expected_attention": (_expected_attention, 1, 1 << 62),
 }
 """Function -> maker of its case, its usual width, and the largest bag that is measured on a CPU."""

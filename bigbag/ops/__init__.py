@@ -21,7 +21,7 @@ from bigbag.ops.chebyshev_conv import chebyshev_conv
 from bigbag.ops.class_attention import class_token_attention, mean_attention
 from bigbag.ops.dilated_attention import Branch, dilated_attention, dilated_branches
 from bigbag.ops.dot_pool import dot_attention_pool
-from bigbag.ops.gaussian_attention import attention_draws, expected_attention, sampled_attention
+from bigbag.ops.expected_attention import expected_attention
 from bigbag.ops.masked_attention import masked_attention
 from bigbag.ops.neighbor_attention import neighbor_attention, neighbor_scores
 from bigbag.ops.nystrom import nystrom_attention, nystrom_class_token_attention
@@ -30,6 +30,7 @@ from bigbag.ops.quadratic import dirichlet_energy, quadratic_form
 from bigbag.ops.registry import Operator, use_impl
 from bigbag.ops.registry import table as _table
 from bigbag.ops.rows import segment_dots, take_rows
+from bigbag.ops.sampled_attention import attention_draws, sampled_attention
 from bigbag.ops.segments import segment_max, segment_mean, segment_softmax, segment_sum
 from bigbag.ops.smooth import smooth
 from bigbag.ops.smooth_directed import smooth_exact_directed
@@ -102,6 +103,7 @@ _MODULES = (
     "class_attention",
     "dilated_attention",
     "nystrom",
+    "sampled_attention",
 )
 # By the modules' names: several share theirs with a function, which is what this package exports.
 _OPERATORS: tuple[Operator, ...] = tuple(

@@ -2,16 +2,17 @@
 
     f[t, s] = mu[t] + sigma[t] eps[t, s]     p = exp(clip(f))     sums[b, k, s] = sum_t p[t, s] v[t, k], v[t, K] = 1
 
-The noise is a function of a bag's seed, the instance's place in its bag and s (a hash of the three, and Box and
-Muller's transform): the backward pass computes it again, whatever the pack, the pieces and the threads. Everything is
-done row by row on S numbers that stay in the core's own cache. Loops are plain, so that LLVM makes vectors of them;
+The noise is a function of the instance's key and s (a hash of the two, and Box and Muller's transform): the backward
+pass computes it again, whatever the pack, the pieces and the threads. Everything is done row by row on S numbers that
+stay in the core's own cache. Loops are plain, so that LLVM makes vectors of them;
 logarithm, sine and exponential are polynomials, good to float32, since calls of a library would stay single numbers.
-FLOPs: about 40 for each of T S numbers forward, 60 backward. Bytes: mu, sigma, v; partial sums of (K + 1) S per piece.
+FLOPs: about 40 for each of T S numbers forward, 60 backward. Bytes: mu, sigma, v and keys; partial sums of (K + 1) S
+per piece.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,18 +67,14 @@ def _sin_turn(x):
 
 
 @_jit
-def _normals(seed, place, eps):
+def _normals(key, eps):
     """Fill eps (an even count): pairs of independent normals, half the length apart."""
-    key = np.uint64(seed) + np.uint64(place + 1) * np.uint64(0x9E3779B97F4A7C15)
-    key = (key ^ (key >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    key = (key ^ (key >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    key = key ^ (key >> np.uint64(31))
     first, second = _U(key & np.uint64(0xFFFFFFFF)), _U(key >> np.uint64(32))
     half = len(eps) // 2
     for s in range(half):
         one = _hash(_U(_hash(_U(_U(s) + first)) ^ second))
         two = _hash(_U(one + _U(0x9E3779B9)))
-        # In (0, 1), and in [-1/2, 1/2).
+        # In (0, 1], and in [-1/2, 1/2].
         u = _F(_I(one >> _U(8))) * _F(2.0**-24) + _F(2.0**-25)
         turn = _F(_I(two)) * _F(2.0**-32)
         radius = np.sqrt(_F(-2) * _log(u))
@@ -87,10 +84,10 @@ def _normals(seed, place, eps):
 
 
 @_jit
-def _draw(begin, end, seed, place, out):
+def _draw(begin, end, keys, out):
     eps = np.empty(out.shape[1] + out.shape[1] % 2, np.float32)
     for i in range(begin, end):
-        _normals(seed, place + i, eps)
+        _normals(keys[i], eps)
         out[i] = eps[: out.shape[1]]
 
 
@@ -107,7 +104,7 @@ def _add_exponentials(mu, sigma, clip, eps, v, part):
 
 
 @_jit
-def _pool(begin, end, bags, starts, ends, first, seeds, mu, sigma, v, clip, out):
+def _pool(begin, end, starts, ends, keys, mu, sigma, v, clip, out):
     samples = out.shape[2]
     eps = np.empty(samples + samples % 2, np.float32)
     part = np.empty((out.shape[1], samples), np.float32)
@@ -116,7 +113,7 @@ def _pool(begin, end, bags, starts, ends, first, seeds, mu, sigma, v, clip, out)
         for block in range(starts[i], ends[i], _BLOCK_ROWS):
             part[:] = 0
             for t in range(block, min(block + _BLOCK_ROWS, ends[i])):
-                _normals(seeds[bags[i]], t - first[bags[i]], eps)
+                _normals(keys[t], eps)
                 _add_exponentials(mu[t], sigma[t], clip, eps, v[t], part)
             out[i] += part
 
@@ -146,54 +143,46 @@ def _row_backward(mu, sigma, clip, eps, v, factors, grad_v):
 
 
 @_jit
-def _pool_backward(
-    begin, end, bags, starts, ends, first, seeds, mu, sigma, v, clip, factors, grad_mu, grad_sigma, grad_v
-):
+def _pool_backward(begin, end, starts, ends, keys, mu, sigma, v, clip, bags, factors, grad_mu, grad_sigma, grad_v):
     samples = factors.shape[2]
     eps = np.empty(samples + samples % 2, np.float32)
     for i in range(begin, end):
         for t in range(starts[i], ends[i]):
-            _normals(seeds[bags[i]], t - first[bags[i]], eps)
+            _normals(keys[t], eps)
             grad_mu[t], grad_sigma[t] = _row_backward(mu[t], sigma[t], clip, eps, v[t], factors[bags[i]], grad_v[t])
 
 
-def draw(seed: int, place: int, count: int, num_samples: int) -> Tensor:
-    """(count, S) float32: the noise of a bag's instances from ``place`` on."""
-    out = torch.empty(count, num_samples)
-    _launch(_draw, count, _WORK * out.numel(), _keys([seed])[0], place, out.numpy())
+def draw(keys: Tensor, num_samples: int) -> Tensor:
+    """(T, S) float32: the noise of instances by their keys (T,) int64."""
+    out = torch.empty(keys.shape[0], num_samples)
+    _launch(_draw, out.shape[0], _WORK * out.numel(), _unsigned(keys), out.numpy())
     return out
 
 
-def _keys(seeds: Sequence[int]) -> np.ndarray:
-    return np.array([seed % 2**64 for seed in seeds], np.uint64)
+def _unsigned(keys: Tensor) -> np.ndarray:
+    return array(keys).view(np.uint64)
 
 
-def _where(pieces: Pieces, offsets: Tensor, seeds: Sequence[int]) -> tuple[np.ndarray, ...]:
-    return pieces.bags, pieces.starts, pieces.ends, offsets.numpy(), _keys(seeds)
+def _args(pieces: Pieces, keys: Tensor, mu: Tensor, sigma: Tensor, v: Tensor, clip: float) -> tuple[Any, ...]:
+    return pieces.starts, pieces.ends, _unsigned(keys), array(mu), array(sigma), array(v.float()), np.float32(clip)
 
 
-def _rows(mu: Tensor, sigma: Tensor, v: Tensor, clip: float) -> tuple[np.ndarray | np.float32, ...]:
-    return array(mu), array(sigma), array(v), np.float32(clip)
-
-
-def pool(
-    mu: Tensor, sigma: Tensor, v: Tensor, offsets: Tensor, seeds: Sequence[int], num_samples: int, clip: float
-) -> Tensor:
-    """mu, sigma (T,) and v (T, K) float32, a seed for each bag -> (B, K + 1, S): weighted sums of v, and of ones."""
+def pool(mu: Tensor, sigma: Tensor, v: Tensor, offsets: Tensor, keys: Tensor, num_samples: int, clip: float) -> Tensor:
+    """mu, sigma (T,) float32, v (T, K), keys (T,) int64 -> (B, K + 1, S) float32: weighted sums of v, and of ones."""
     pieces = Pieces(offsets)
     parts = torch.empty(len(pieces), v.shape[1] + 1, num_samples)
-    args = (*_where(pieces, offsets, seeds), *_rows(mu, sigma, v, clip))
+    args = _args(pieces, keys, mu, sigma, v, clip)
     _launch(_pool, len(pieces), _WORK * mu.shape[0] * num_samples, *args, parts.numpy())
     return pieces.add(parts.flatten(1)).view(-1, *parts.shape[1:])
 
 
 def pool_backward(
-    mu: Tensor, sigma: Tensor, v: Tensor, offsets: Tensor, seeds: Sequence[int], factors: Tensor, clip: float
+    factors: Tensor, mu: Tensor, sigma: Tensor, v: Tensor, offsets: Tensor, keys: Tensor, clip: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``factors`` (B, K + 1, S), the gradients to the sums of :func:`pool` -> those to mu, sigma and v."""
     pieces = Pieces(offsets)
     grads = torch.empty(mu.shape), torch.empty(mu.shape), torch.empty(v.shape)
-    args = (*_where(pieces, offsets, seeds), *_rows(mu, sigma, v, clip), array(factors))
+    args = (*_args(pieces, keys, mu, sigma, v, clip), pieces.bags, array(factors))
     work = _WORK * mu.shape[0] * factors.shape[2]
     _launch(_pool_backward, len(pieces), work, *args, *(grad.numpy() for grad in grads))
-    return grads
+    return grads[0], grads[1], grads[2].to(v.dtype)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 SPLIT_ROWS = 512
 COMBINE_SPLITS = 16
+PROGRAMS = 1024
 INTERPRETED = triton.knobs.runtime.interpret
 
 
@@ -177,6 +178,24 @@ def max_rows(x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     # The kernels compare a NaN as +inf; the value itself comes from x. Empty bags stay 0.
     values = x.gather(0, index.clamp_min(0)).float()
     return torch.where(index < 0, 0.0, values), index
+
+
+def row_blocks(offsets: Tensor, num_rows: int, size: int) -> tuple[Tensor, Tensor]:
+    """Bag and first row of blocks of at most ``size`` rows, none of which reaches over two bags.
+
+    Their number depends on that of rows and bags alone, so that nothing waits for the device; blocks beyond the last
+    one start at the end of their bag, or after it.
+    """
+    counts = (offsets.diff() + size - 1) // size
+    last = counts.cumsum(0)
+    block = torch.arange(num_rows // size + len(counts), device=offsets.device)
+    bags = torch.searchsorted(last, block, right=True).clamp_max(len(counts) - 1)
+    return bags, offsets[bags] + (block - (last - counts)[bags]) * size
+
+
+def num_splits(programs: int, rows: int) -> int:
+    """Into how many splits of a bag's ``rows`` the work of ``programs`` is cut, so that it fills a device."""
+    return max(1, min(PROGRAMS // programs, rows // 1024))
 
 
 def _spread(values: Tensor, offsets: Tensor, num_rows: int) -> Tensor:

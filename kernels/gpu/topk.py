@@ -24,7 +24,6 @@ from torch import Tensor
 from bigbag.kernels.gpu import segments
 
 INTERPRETED = triton.knobs.runtime.interpret
-_PROGRAMS = 1024
 
 
 @triton.jit
@@ -177,7 +176,7 @@ def pool(weights: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
         return x.new_zeros(num_bags, columns, width, dtype=torch.float32)
     options = _options(weights, x)
     tiles = triton.cdiv(columns, options["BLOCK_S"]) * triton.cdiv(width, options["BLOCK_P"])
-    splits = max(1, min(_PROGRAMS // (tiles * num_bags), num_rows // (num_bags * 1024)))
+    splits = segments.num_splits(tiles * num_bags, num_rows // num_bags)
     parts = x.new_empty(splits, num_bags, columns, width, dtype=torch.float32)
     _pool[tiles, splits, num_bags](weights, x, offsets, parts, columns, width, **options)
     return parts.sum(0)
@@ -188,24 +187,18 @@ def pool_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of weights (T, S) and x (T, P), each (0,) where it is not needed."""
     grad, weights, x = grad.contiguous(), weights.contiguous(), x.contiguous()
-    (num_rows, columns), width, num_bags = weights.shape, x.shape[1], offsets.shape[0] - 1
+    (num_rows, columns), width = weights.shape, x.shape[1]
     grad_weights = weights.new_empty(weights.shape if need_weights else (0,))
     grad_x = x.new_empty(x.shape if need_x else (0,))
     if num_rows == 0:
         return grad_weights, grad_x
     options = _options(weights, x)
-    size = options["BLOCK_T"]
-    counts = (offsets.diff() + size - 1) // size
-    last = counts.cumsum(0)
-    block = torch.arange(num_rows // size + num_bags, device=x.device)
-    bags = torch.searchsorted(last, block, right=True).clamp_max(num_bags - 1)
-    # Blocks beyond the last one start at the end of their bag, or after it.
-    starts = offsets[bags] + (block - (last - counts)[bags]) * size
+    bags, starts = segments.row_blocks(offsets, num_rows, options["BLOCK_T"])
     for needed, out, rows, inner, outer, strides in (
         (need_weights, grad_weights, x, width, columns, (1, width)),
         (need_x, grad_x, weights, columns, width, (width, 1)),
     ):
         if needed and inner * outer:
-            grid = (len(block), triton.cdiv(outer, options["BLOCK_P"]))
+            grid = (len(bags), triton.cdiv(outer, options["BLOCK_P"]))
             _pool_rows[grid](rows, grad, bags, starts, offsets, out, inner, outer, *strides, **options)
     return grad_weights, grad_x

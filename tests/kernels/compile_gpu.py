@@ -105,6 +105,18 @@ def topk_cases(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
         topk.pool_backward(torch.zeros(2, columns, width), weights, x, offsets, True, True)
 
 
+def gaussian_cases(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    from bigbag.kernels.gpu import gaussian
+
+    offsets, keys, mu = torch.tensor([0, 1000, 1040]), torch.zeros(1040, dtype=torch.int64), torch.zeros(1040)
+    for columns, num_samples in ((1, 1000), (40, 33)):
+        yield {"columns": columns, "samples": num_samples}
+        values = torch.zeros(1040, columns, dtype=dtype)
+        sums = gaussian.pool(mu, mu, values, offsets, keys, num_samples, 20.0)
+        gaussian.pool_backward(sums, mu, mu, values, offsets, keys, 20.0)
+        gaussian.draw(keys, num_samples)
+
+
 def spmm_cases(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     from bigbag.kernels.gpu import spmm
 
@@ -170,6 +182,7 @@ def nystrom_cases(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
 
 CASES = {
     "attention_pool": attention_pool_cases,
+    "gaussian": gaussian_cases,
     "masked_attention": masked_attention_cases,
     "nystrom": nystrom_cases,
     "segments": segments_cases,

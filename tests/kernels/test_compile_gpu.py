@@ -16,6 +16,7 @@ SHARED_LIMIT_BYTES = {80: 166912, 90: 232448}
 SCRIPT = Path(__file__).with_name("compile_gpu.py")
 KERNELS = {
     "attention_pool": {"_scores", "_grad_projection"},
+    "gaussian": {"_draw", "_pool_draws", "_pool_draws_backward"},
     "masked_attention": {"_forward", "_grad_q", "_grad_kv"},
     "nystrom": {"_spread", "_gather", "_row_grads", "_landmark_grads"},
     "segments": {"_sum_splits", "_combine_sums", "_max_splits", "_row_dots"},
@@ -38,7 +39,9 @@ def test_every_kernel_that_is_launched_is_compiled() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("files", [("attention_pool", "masked_attention", "segments"), ("nystrom", "spmm", "topk")])
+@pytest.mark.parametrize(
+    "files", [("attention_pool", "masked_attention", "segments"), ("gaussian", "nystrom", "spmm", "topk")]
+)
 def test_kernels_compile_without_spills(
     files: tuple[str, ...], capability: int, record_property: Callable[[str, object], None]
 ) -> None:

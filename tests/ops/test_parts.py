@@ -97,9 +97,16 @@ def fully_attended(adj, segments, x, c):
     return ops.masked_attention(q, q * c, torch.cat([q.square(), q], 2), segments).flatten(1)
 
 
+def drawn(adj, segments, x, c):
+    args = (segments, DIM, [1, 2, 3, 4])
+    pooled = ops.sampled_attention(x[:, 0], x[:, 1] * c, x[:, 2:], *args)
+    return ops.attention_draws(x[:, 0] * c, x[:, 1], *args) + pooled.square().sum()
+
+
 CASES = {
     "masked_attention": (fully_attended, (False,)),
     "quadratic_form": (varied, (False,)),
+    "sampled_attention": (drawn, (False,)),
     "spmm": (lambda adj, segments, x, c: ops.spmm(adj, x * c), (True, False)),
     "degrees": (lambda adj, segments, x, c: x * c * ops.degrees(adj)[:, None], (False,)),
     "transpose": (lambda adj, segments, x, c: ops.spmm(ops.transpose(adj), x * c), (True, False)),
