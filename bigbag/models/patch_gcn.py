@@ -122,13 +122,13 @@ class PatchGCN(GraphMILModel):
             keep_every=math.isqrt(len(layers)) if self.activation_checkpointing else 1,
             modules=layers,
         )
-        return dropout(torch.relu_(out.add_(linear.bias)))
+        return dropout(torch.relu_(out.add_(linear.bias.to(out.dtype))))
 
 
 def _after(layer: Any) -> Callable[[Tensor], Tensor]:
     """What follows the product with the adjacency, row by row."""
 
     def function(z: Tensor) -> Tensor:
-        return layer.dropout(layer.act(layer.norm(z + layer.conv.fc.module.bias)))
+        return layer.dropout(layer.act(layer.norm(z + layer.conv.fc.module.bias.to(z.dtype))))
 
     return function

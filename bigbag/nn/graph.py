@@ -84,7 +84,7 @@ class GCNConv(torch.nn.Module):
         if fc.out_features > fc.in_features:
             return project(self._sum(x, adj), fc.weight, fc.bias)
         y = self._sum(project(x, fc.weight), adj)
-        return y if fc.bias is None else y.add_(fc.bias)
+        return y if fc.bias is None else y.add_(fc.bias.to(y.dtype))
 
     def _sum(self, x: Tensor, adj: Adjacency) -> Tensor:
         y = ops.spmm(adj, x)
