@@ -5,6 +5,7 @@
 
 The oracle is the operator's reference in float64. An implementation may err twice as much as the reference does in the
 precision under test, plus rounding: so the budget follows from the definition, not from what a kernel happens to do.
+In float64 the oracle errs as well, by once as much.
 """
 
 from __future__ import annotations
@@ -159,11 +160,15 @@ def _exact(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _reference_errors(sample: Sample, dtype: torch.dtype, device: str, stored: torch.dtype | None) -> dict[str, Tensor]:
-    """How far the reference in ``dtype`` is from that in float64; for float64 itself, float32's error scaled down."""
+    """How far the reference in ``dtype`` is from that in float64.
+
+    For float64 itself: twice float32's error scaled down, since a vector has half as many lanes of float64: sums are of
+    half as many partial sums, each twice as long.
+    """
     lower = torch.float32 if dtype == torch.float64 else dtype
     low = sample.tensors(lower, device, stored)
     truth, found = run(sample, _exact(low), "reference"), run(sample, low, "reference")
-    scale = torch.finfo(dtype).eps / torch.finfo(lower).eps
+    scale = 1.0 if lower == dtype else 2 * torch.finfo(dtype).eps / torch.finfo(lower).eps
     return {name: (found[name] - v).abs().max() * scale for name, v in truth.items() if v.numel()}
 
 
@@ -179,7 +184,8 @@ def check(
         For each output and gradient, its error divided by its budget.
 
     Raises:
-        AssertionError: an error beyond 2 x (error of the reference in ``dtype`` + rounding, amplified), or a NaN.
+        AssertionError: an error beyond 2 x (error of the reference in ``dtype`` + rounding, amplified), or a NaN;
+            float64: beyond 3 x.
     """
     low = sample.tensors(dtype, device, stored)
     truth = run(sample, _exact(low), "reference")
@@ -191,7 +197,7 @@ def check(
         if value.numel() == 0:
             continue
         rounding = sample.amplification * torch.finfo(dtype).eps * value.abs().max()
-        budget = 2 * (reference_error[name] + rounding)
+        budget = (3 if dtype == torch.float64 else 2) * (reference_error[name] + rounding)
         error = (found[name] - value).abs().max()
         # Written so that a NaN fails.
         assert bool(error <= budget), f"{sample}, {impl}, {dtype}: {name} errs by {error:.3g}, budget {budget:.3g}"

@@ -4,9 +4,10 @@
     a = softmax of scores per bag,  z = (a * factors)^T x
 
 The scores do not know bags: they are computed in chunks of instances, one GEMM per chunk with the concatenated weight
-[W1; Wg] into a reused buffer, activations in place. What knows bags (softmax, a^T x, and x dz in backward) is bound by
-memory; the operator runs it over the whole pack with the kernels of ``segments``, dropout's factors included.
-Backward walks over the chunks again; it recomputes the pre-activations unless they were kept.
+[W1; Wg] into a reused buffer, and one pass over its rows for all that follows it (Numba). What knows bags (softmax,
+a^T x, and x dz in backward) is bound by memory; the operator runs it over the whole pack with the kernels of
+``segments``, dropout's factors included. Backward walks over the chunks again; it recomputes the pre-activations
+unless they were kept; one pass over a chunk makes their gradients.
 
 Each worker thread walks over its own share of the rows, with its own buffers and its own gradients of the weights,
 which are added in the order of the shares. So threads meet once per pass, not at the end of every operation of every
@@ -19,18 +20,20 @@ from eight threads on), D' P floats per worker in backward, and 3 T H floats.
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from bigbag.kernels.cpu.activations import gelu, gelu_slope, sigmoid, tanh
+from bigbag.kernels.cpu.half import _narrow, _wide
 from bigbag.kernels.cpu.memory import huge_pages
-from bigbag.kernels.cpu.segments import accumulation_dtype
+from bigbag.kernels.cpu.segments import _BLOCK_ROWS, _jit, accumulation_dtype, array
 
 # Small enough for the caches, large enough that Python's share of the time stays small.
 CHUNK_BYTES = 8 << 20
@@ -108,59 +111,140 @@ class _Chunks:
         return self.buffer[: end - start].copy_(chunk)
 
 
-def _activate(pre: Tensor, act: str, out: Tensor, rough: bool) -> Tensor:
-    """``out = act(pre)``; ``rough`` where ``pre`` was rounded to 16 bits."""
-    if act == "tanh" and rough:
-        # tanh(v) = 2 sigmoid(2 v) - 1 to a rounding of 1 in float32, in a fifth of the time of torch's tanh.
-        return torch.mul(pre, 2, out=out).sigmoid_().mul_(2).sub_(1)
-    if act == "tanh":
-        return torch.tanh(pre, out=out)
-    if act == "relu":
-        return torch.clamp_min(pre, 0, out=out)
-    assert act == "gelu", act
-    return out.copy_(torch.nn.functional.gelu(pre))
+_ACTIVATIONS = {"tanh": 0, "relu": 1, "gelu": 2}
 
 
-def _scale_by_derivative(grad: Tensor, pre: Tensor, value: Tensor, act: str, scratch: Tensor) -> None:
-    """grad *= act'(pre), where value = act(pre)."""
-    if act == "tanh":
-        torch.mul(value, value, out=scratch)
-        grad.addcmul_(grad, scratch, value=-1)
-    elif act == "relu":
-        grad.mul_(value > 0)
+@_jit
+def _activate(act, v, value):
+    """value = act(v)"""
+    zero = v.dtype.type(0)
+    if act == 0:
+        for d in range(len(v)):
+            value[d] = tanh(v[d])
+    elif act == 1:
+        for d in range(len(v)):
+            value[d] = zero if v[d] < zero else v[d]
     else:
-        torch.mul(pre, math.sqrt(0.5), out=scratch).erf_().add_(1).mul_(0.5)
-        density = torch.mul(pre, pre).mul_(-0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
-        grad.mul_(scratch.addcmul_(pre, density))
+        for d in range(len(v)):
+            value[d] = gelu(v[d])
 
 
-class _Scorer:
-    """Buffers and weights for the scores of one chunk at a time."""
+@_jit
+def _scale_by_slope(act, v, value, grad):
+    """grad *= act'(v), where value = act(v)."""
+    zero, one = v.dtype.type(0), v.dtype.type(1)
+    if act == 0:
+        for d in range(len(v)):
+            grad[d] *= one - value[d] * value[d]
+    elif act == 1:
+        for d in range(len(v)):
+            grad[d] = grad[d] if value[d] > zero else zero
+    else:
+        for d in range(len(v)):
+            grad[d] *= gelu_slope(v[d])
 
-    def __init__(self, weight: Tensor, bias: Tensor, w2: Tensor, act: str, gated: bool, rows: int) -> None:
-        self.weight, self.bias, self.w2, self.act, self.gated = weight, bias, w2, act, gated
-        self.width = weight.shape[0]
-        self.dim = self.width // 2 if gated else self.width
-        self.pre_low = torch.empty(rows, self.width, dtype=weight.dtype)
-        self.pre = torch.empty(rows, self.width, dtype=bias.dtype)
-        self.hidden = torch.empty(rows, self.dim, dtype=bias.dtype)
 
-    def project(self, chunk: Tensor, out: Tensor | None = None) -> Tensor:
-        """chunk W^T, without the bias."""
-        return torch.mm(chunk, self.weight.t(), out=self.pre_low[: len(chunk)] if out is None else out)
+@_jit
+def _hide(projected, i, bias, act, v, value, gate, hidden):
+    """Of row i: pre-activations and act of them, the gate (of width 0 for none), and what the scores are made of."""
+    dim = len(v)
+    for d in range(dim):
+        v[d] = _wide(projected[i, d]) + bias[d]
+    _activate(act, v, value)
+    if len(gate) == 0:
+        for d in range(dim):
+            hidden[d] = value[d]
+        return
+    for d in range(dim):
+        gate[d] = sigmoid(_wide(projected[i, dim + d]) + bias[dim + d])
+    for d in range(dim):
+        hidden[d] = value[d] * gate[d]
 
-    def activate(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Pre-activations (m, D), act of them (m, D), and the gate (m, D) or None, in the accumulation dtype."""
-        rows = len(projected)
-        pre = self.pre[:rows]
-        rough = projected.dtype != pre.dtype
-        if rough:
-            pre.copy_(projected).add_(self.bias)
-        else:
-            torch.add(projected, self.bias, out=pre)
-        hidden = _activate(pre[:, : self.dim], self.act, self.hidden[:rows], rough)
-        gate = pre[:, self.dim :].sigmoid_() if self.gated else None
-        return pre[:, : self.dim], hidden, gate
+
+@_jit
+def _dot(w2, h, hidden):
+    total = hidden.dtype.type(0)
+    for d in range(len(hidden)):
+        total += w2[h, d] * hidden[d]
+    return total
+
+
+@_jit
+def _score_rows(projected, bias, w2, act, scores):
+    dim = w2.shape[1]
+    v, value, hidden = np.empty(dim, bias.dtype), np.empty(dim, bias.dtype), np.empty(dim, bias.dtype)
+    gate = np.empty(len(bias) - dim, bias.dtype)
+    for i in range(len(projected)):
+        _hide(projected, i, bias, act, v, value, gate, hidden)
+        for h in range(len(w2)):
+            scores[i, h] = _dot(w2, h, hidden)
+
+
+@_jit
+def _add_scaled(factor, x, h, out):
+    for d in range(len(out)):
+        out[d] += factor * x[h, d]
+
+
+@_jit
+def _add_outer(factor, x, out, h):
+    for d in range(len(x)):
+        out[h, d] += factor * x[d]
+
+
+@_jit
+def _write(grad, out, i, first, part):
+    """A row of gradients, as they are stored, and added to their sum."""
+    for d in range(len(grad)):
+        out[i, first + d] = _narrow(grad[d], out[i, first + d])
+    for d in range(len(grad)):
+        part[first + d] += grad[d]
+
+
+@_jit
+def _differentiate_rows(projected, bias, w2, act, ds, out, grad_bias, grad_w2):
+    """Gradients of the pre-activations, into ``out``, which may be ``projected``; adds to those of bias and w2."""
+    dim = w2.shape[1]
+    v, value, hidden = np.empty(dim, bias.dtype), np.empty(dim, bias.dtype), np.empty(dim, bias.dtype)
+    grad, gate = np.empty(dim, bias.dtype), np.empty(len(bias) - dim, bias.dtype)
+    of_gate = np.empty(len(gate), bias.dtype)
+    one = bias.dtype.type(1)
+    part_bias, part_w2 = np.empty_like(bias), np.empty_like(w2)
+    for block in range(0, len(projected), _BLOCK_ROWS):
+        part_bias[:] = 0
+        part_w2[:] = 0
+        for i in range(block, min(block + _BLOCK_ROWS, len(projected))):
+            _hide(projected, i, bias, act, v, value, gate, hidden)
+            grad[:] = 0
+            for h in range(len(w2)):
+                _add_scaled(ds[i, h], w2, h, grad)
+                _add_outer(ds[i, h], hidden, part_w2, h)
+            if len(gate) > 0:
+                # Of a sigmoid: g (1 - g).
+                for d in range(dim):
+                    of_gate[d] = grad[d] * hidden[d] * (one - gate[d])
+                for d in range(dim):
+                    grad[d] *= gate[d]
+                _write(of_gate, out, i, dim, part_bias)
+            _scale_by_slope(act, v, value, grad)
+            _write(grad, out, i, 0, part_bias)
+        grad_bias += part_bias
+        grad_w2 += part_w2
+
+
+@_jit
+def _add_weighted(grad, weights, bags, grad_z, out):
+    """out[i] = grad[i] + sum_h weights[i, h] grad_z[bags[i], h]"""
+    total = np.empty(grad.shape[1], grad_z.dtype)
+    for i in range(len(grad)):
+        for p in range(len(total)):
+            total[p] = _wide(grad[i, p])
+        for h in range(weights.shape[1]):
+            weight = weights[i, h]
+            for p in range(len(total)):
+                total[p] += weight * grad_z[bags[i], h, p]
+        for p in range(len(total)):
+            out[i, p] = _narrow(total[p], out[i, p])
 
 
 def forward(
@@ -176,13 +260,11 @@ def forward(
 
     def part(first: int, last: int) -> None:
         chunks = _Chunks(x, weight.dtype, chunk_rows)
-        scorer = _Scorer(weight, bias, w2, act, gated, chunk_rows)
+        buffer = torch.empty(0 if keep else chunk_rows, weight.shape[0], dtype=weight.dtype)
         for start, end in chunks.bounds(first, last):
-            projected = scorer.project(chunks.load(start, end), kept[start:end] if keep else None)
-            _, hidden, gate = scorer.activate(projected)
-            if gate is not None:
-                hidden.mul_(gate)
-            torch.mm(hidden, w2.t(), out=scores[start:end])
+            projected = kept[start:end] if keep else buffer[: end - start]
+            torch.mm(chunks.load(start, end), weight.t(), out=projected)
+            _score_rows(array(projected), array(bias), array(w2), _ACTIVATIONS[act], scores[start:end].numpy())
 
     _share(part, num_rows)
     return scores, kept
@@ -209,47 +291,31 @@ def backward(
     acc = accumulation_dtype(weight.dtype)
     chunk_rows = _chunk_rows(num_rows, x.shape[1], weight.shape[0])
     grad_x = huge_pages(torch.empty(x.shape if need_x else (0,), dtype=x.dtype))
-    bags = torch.repeat_interleave(offsets.diff(), output_size=num_rows) if need_x else None
+    bags = torch.repeat_interleave(offsets.diff(), output_size=num_rows) if need_x else offsets
 
     def part(first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
         chunks = _Chunks(x, weight.dtype, chunk_rows)
-        scorer = _Scorer(weight, bias, w2, act, gated, chunk_rows)
-        dim = scorer.dim
-        grad_pre_buffer = torch.empty(chunk_rows, scorer.width, dtype=acc)
-        scratch_buffer = torch.empty(chunk_rows, dim, dtype=acc)
+        buffer = torch.empty(chunk_rows, weight.shape[0], dtype=weight.dtype)
         grad_weight = torch.zeros(weight.shape, dtype=acc)
         grad_bias, grad_w2 = torch.zeros_like(bias), torch.zeros_like(w2)
         low = torch.empty_like(weight) if weight.dtype != acc else None
         for start, end in chunks.bounds(first, last):
-            chunk = chunks.load(start, end)
-            pre, hidden, gate = scorer.activate(kept[start:end] if kept.numel() else scorer.project(chunk))
-            grad_pre, scratch = grad_pre_buffer[: end - start], scratch_buffer[: end - start]
-            grad_hidden = torch.mm(ds[start:end], w2, out=scratch)
-            left = grad_pre[:, :dim]
-            if gate is None:
-                left.copy_(grad_hidden)
-                grad_w2.addmm_(ds[start:end].t(), hidden)
-            else:
-                right = grad_pre[:, dim:]
-                torch.mul(grad_hidden, gate, out=left)
-                torch.mul(hidden, gate, out=scratch)
-                grad_w2.addmm_(ds[start:end].t(), scratch)
-                # d sigmoid: dh * h * g * (1 - g), where dh * g is what ``left`` holds so far.
-                torch.mul(left, hidden, out=right)
-                right.addcmul_(right, gate, value=-1)
-            _scale_by_derivative(left, pre, hidden, act, scratch)
-            grad_bias += grad_pre.sum(0)
+            chunk, grad_pre = chunks.load(start, end), buffer[: end - start]
+            projected = kept[start:end] if kept.numel() else torch.mm(chunk, weight.t(), out=grad_pre)
+            args = (array(projected), array(bias), array(w2), _ACTIVATIONS[act], array(ds[start:end]), array(grad_pre))
+            _differentiate_rows(*args, grad_bias.numpy(), grad_w2.numpy())
             if low is None:
                 grad_weight.addmm_(grad_pre.t(), chunk)
             else:
-                grad_pre = scorer.pre_low[: end - start].copy_(grad_pre)
-                grad_weight += torch.mm(grad_pre.t(), chunk, out=low)
-            if bags is not None:
-                grad_chunk = torch.mm(grad_pre, weight).to(acc)
-                if grad_z is not None:
-                    for head in range(w2.shape[0]):
-                        grad_chunk.addcmul_(weights[start:end, head : head + 1], grad_z[bags[start:end], head])
+                grad_weight += torch.mm(grad_pre.t(), chunk, out=low).to(acc)
+            if not need_x:
+                continue
+            grad_chunk = torch.mm(grad_pre, weight)
+            if grad_z is None:
                 grad_x[start:end] = grad_chunk
+            else:
+                args = (array(grad_chunk), array(weights[start:end]), bags[start:end].numpy(), array(grad_z))
+                _add_weighted(*args, array(grad_x[start:end]))
         return grad_weight, grad_bias, grad_w2
 
     # In order of the shares: the same bits for the same number of workers.

@@ -18,30 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bigbag.kernels.cpu.activations import clipped, exp32
 from bigbag.kernels.cpu.attention_pairs import _hash
 from bigbag.kernels.cpu.segments import _BLOCK_ROWS, Pieces, _block, _jit, _launch, array
 
 _U, _F, _I = np.uint32, np.float32, np.int32
 # A draw takes as long as so many of the additions that threads are counted by.
 _WORK = 16
-_LN2_HIGH, _LN2_LOW, _LOG2_E = _F(0.693359375), _F(-2.12194440e-4), _F(1.44269504)
-
-
-@_block
-def _exp(x):
-    """Of |x| < 80: 2^n e^r, |r| < 0.35, by its Taylor series."""
-    n = np.floor(x * _LOG2_E + _F(0.5))
-    r = (x - n * _LN2_HIGH) - n * _LN2_LOW
-    y = _F(1 / 720) * r + _F(1 / 120)
-    y = (y * r + _F(1 / 24)) * r + _F(1 / 6)
-    y = ((y * r + _F(1 / 2)) * r + _F(1)) * r + _F(1)
-    return y * _U((_I(n) + _I(127)) << _I(23)).view(_F)
-
-
-@_block
-def _clipped(f, clip):
-    """What is not a number stays what it is."""
-    return -clip if f < -clip else (clip if f > clip else f)
 
 
 @_block
@@ -95,7 +78,7 @@ def _draw(begin, end, keys, out):
 def _add_exponentials(mu, sigma, clip, eps, v, part):
     num_values = len(part) - 1
     for s in range(part.shape[1]):
-        p = _exp(_clipped(mu + sigma * eps[s], clip))
+        p = exp32(clipped(mu + sigma * eps[s], clip))
         part[num_values, s] += p
         eps[s] = p
     for k in range(num_values):
@@ -129,7 +112,7 @@ def _row_backward(mu, sigma, clip, eps, v, factors, grad_v):
             d[s] += v[k] * factors[k, s]
     for s in range(samples):
         f = mu + sigma * eps[s]
-        p = _exp(_clipped(f, clip))
+        p = exp32(clipped(f, clip))
         slope = np.float32(0) if abs(f) > clip else d[s] * p
         total += slope
         moment += slope * eps[s]
