@@ -314,8 +314,10 @@ def backward(
             if grad_z is None:
                 grad_x[start:end] = grad_chunk
             else:
-                args = (array(grad_chunk), array(weights[start:end]), bags[start:end].numpy(), array(grad_z))
-                _add_weighted(*args, array(grad_x[start:end]))
+                shares = array(weights[start:end])
+                _add_weighted(
+                    array(grad_chunk), shares, bags[start:end].numpy(), array(grad_z), array(grad_x[start:end])
+                )
         return grad_weight, grad_bias, grad_w2
 
     # In order of the shares: the same bits for the same number of workers.

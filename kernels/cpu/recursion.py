@@ -26,10 +26,12 @@ from torch import Tensor
 from bigbag.kernels.cpu.memory import huge_pages
 from bigbag.kernels.cpu.order import _jit_serial
 from bigbag.kernels.cpu.segments import _block, _jit, _launch, accumulation_dtype, array
-from bigbag.kernels.cpu.spmm import NARROW, _split, _spmm_column
+from bigbag.kernels.cpu.spmm import _split, _spmm_column
 from bigbag.kernels.cpu.vectors import (
     LINE_BYTES,
+    NARROW,
     broadcast,
+    fits,
     lane_sum,
     lanes,
     load,
@@ -37,6 +39,7 @@ from bigbag.kernels.cpu.vectors import (
     multiply_fold,
     prefetch,
     store,
+    tail,
 )
 
 # Columns of a block; fewer where there are more threads than blocks.
@@ -70,7 +73,7 @@ def _rings(num_states, size, columns, like):
 @_block
 def _copy_row(zero, at, width, x, i, c, out, k, d):
     """As many of columns ``at`` to ``width`` as fit, from ``x[i, c ...]`` to ``out[k, d ...]``; returns their end."""
-    while at + lanes(zero) <= width:
+    while fits(zero, at, width):
         store(load(zero, x, i, 0, c + at), out, k, 0, d + at)
         at += lanes(zero)
     return at
@@ -82,7 +85,7 @@ def _step_row(zero, at, width, i, place, crow, col, weight, f, y, total, c, ring
     (shift, size, before), (scale, beta, share, number) = place, factors
     # Unsigned: a number that might be negative would be looked at for counting from the end, at every edge.
     first, last = crow[np.uint64(i)], crow[np.uint64(i + 1)]
-    while at + lanes(zero) <= width:
+    while fits(zero, at, width):
         acc = zero
         for e in range(first, last):
             j = np.int64(col[e]) - shift
@@ -111,7 +114,7 @@ def _recursion(begin, end, columns, crow, col, weight, g, f, y, total, scales, b
     num_rows, num_steps, size = len(crow) - 1, len(scales), ROWS + 2 * band
     ring = _rings(num_steps + 1, size, columns, scales)
     zero = scales.dtype.type(0)
-    wide, narrow, single = broadcast(zero, COLUMNS), broadcast(zero, NARROW), broadcast(zero, 1)
+    wide, narrow, rest = broadcast(zero, COLUMNS), broadcast(zero, NARROW), tail(zero, NARROW)
     for block in range(begin, end):
         c, by = block * columns, dots[block]
         width = min(columns, f.shape[2] - c)
@@ -120,7 +123,7 @@ def _recursion(begin, end, columns, crow, col, weight, g, f, y, total, scales, b
             for i in range(entering, min(entering + ROWS, num_rows)):
                 at = _copy_row(wide, 0, width, g, i, c, ring, i % size, 0)
                 at = _copy_row(narrow, at, width, g, i, c, ring, i % size, 0)
-                at = _copy_row(single, at, width, g, i, c, ring, i % size, 0)
+                at = _copy_row(rest, at, width, g, i, c, ring, i % size, 0)
             for k in range(num_steps):
                 start = entering - (k + 1) * band
                 # A row r lies at r - shift in its ring, less size if that is past its end.
@@ -129,13 +132,13 @@ def _recursion(begin, end, columns, crow, col, weight, g, f, y, total, scales, b
                 for i in range(max(start, 0), min(start + ROWS, num_rows)):
                     at = _step_row(wide, 0, width, i, place, crow, col, weight, f, y, total, c, ring, factors, by)
                     at = _step_row(narrow, at, width, i, place, crow, col, weight, f, y, total, c, ring, factors, by)
-                    at = _step_row(single, at, width, i, place, crow, col, weight, f, y, total, c, ring, factors, by)
+                    at = _step_row(rest, at, width, i, place, crow, col, weight, f, y, total, c, ring, factors, by)
             leaving = entering - num_steps * band
             for i in range(max(leaving, 0), min(leaving + ROWS, num_rows) if len(out) else 0):
                 k = num_steps * size + i % size
                 at = _copy_row(wide, 0, width, ring, k, 0, out, i, c)
                 at = _copy_row(narrow, at, width, ring, k, 0, out, i, c)
-                at = _copy_row(single, at, width, ring, k, 0, out, i, c)
+                at = _copy_row(rest, at, width, ring, k, 0, out, i, c)
 
 
 @_jit

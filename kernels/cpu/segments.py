@@ -25,7 +25,7 @@ from torch import Tensor
 
 from bigbag.kernels.cpu.half import _widen
 from bigbag.kernels.cpu.memory import huge_pages
-from bigbag.kernels.cpu.vectors import WIDE, broadcast, lanes, load, multiply_add, store
+from bigbag.kernels.cpu.vectors import NARROW, WIDE, broadcast, fits, lanes, load, multiply_add, store, tail
 
 PIECE_ROWS = 2048
 # Below this many elements, handing work to a thread costs more than the work.
@@ -44,7 +44,7 @@ _block = numba.njit(cache=True, nogil=True, error_model="numpy", forceinline=Tru
 @_block
 def _add_row(zero, c, t, x, part):
     """A row of x to the sums in part, in as many blocks of columns as fit from c on; returns where they end."""
-    while c + lanes(zero) <= x.shape[2]:
+    while fits(zero, c, x.shape[2]):
         store(multiply_add(load(zero, part, 0, 0, c), part.dtype.type(1), load(zero, x, t, 0, c)), part, 0, 0, c)
         c += lanes(zero)
     return c
@@ -53,7 +53,7 @@ def _add_row(zero, c, t, x, part):
 @_jit
 def _sum(begin, end, x, starts, ends, out):
     zero = out.dtype.type(0)
-    wide, single = broadcast(zero, WIDE), broadcast(zero, 1)
+    wide, rest = broadcast(zero, WIDE), tail(zero, NARROW)
     part = np.empty((1, 1, x.shape[2]), out.dtype)
     for i in range(begin, end):
         out[i] = 0
@@ -61,7 +61,7 @@ def _sum(begin, end, x, starts, ends, out):
             part[:] = 0
             for t in range(block, min(block + _BLOCK_ROWS, ends[i])):
                 c = _add_row(wide, 0, t, x, part)
-                _add_row(single, c, t, x, part)
+                _add_row(rest, c, t, x, part)
             out[i] += part[0]
 
 

@@ -25,9 +25,11 @@ from bigbag.kernels.cpu.order import LARGE_BYTES, _jit_serial, row_order
 from bigbag.kernels.cpu.segments import _block, _jit, _launch, accumulation_dtype, array
 from bigbag.kernels.cpu.vectors import (
     LINE_BYTES,
+    NARROW,
     WIDE,
     broadcast,
     fence,
+    fits,
     lane_sum,
     lanes,
     load,
@@ -36,10 +38,11 @@ from bigbag.kernels.cpu.vectors import (
     prefetch,
     store,
     stream,
+    tail,
 )
 
-# Lanes of the blocks of columns where a second vector is kept beside the sums, and of what is left: one of AVX-512.
-PAIRED, NARROW = 64, 16
+# Lanes of the blocks of columns where a second vector is kept beside the sums.
+PAIRED = 64
 # Rows asked for ahead, at most, and their count.
 AHEAD = 17
 
@@ -69,7 +72,7 @@ def _look_ahead(row, crow, col, ahead):
 def _spmm_row(zero, c, i, n, ahead, h, crow, col, weight, x, scale, diagonal, extra, beta, out, past_caches):
     """As many blocks as fit from column c on; returns where they end. So do the functions below."""
     factor, one = scale[i] if len(scale) > 1 else scale[0], scale.dtype.type(1)
-    while c + lanes(zero) <= x.shape[2]:
+    while fits(zero, c, x.shape[2]):
         for k in range(ahead[0] if lanes(zero) == WIDE else 0):
             prefetch(zero, x, ahead[k + 1], h, c)
         acc = zero
@@ -103,7 +106,7 @@ def _row_and_next(order, k, end):
 @_jit
 def _spmm(begin, end, order, crow, col, weight, x, scale, diagonal, extra, beta, out, past_caches):
     zero = scale.dtype.type(0)
-    wide, narrow, single = broadcast(zero, WIDE), broadcast(zero, NARROW), broadcast(zero, 1)
+    wide, narrow, rest = broadcast(zero, WIDE), broadcast(zero, NARROW), tail(zero, NARROW)
     ahead = _room_ahead(x)
     for k in range(begin, end):
         i, n = _row_and_next(order, k, end)
@@ -114,9 +117,7 @@ def _spmm(begin, end, order, crow, col, weight, x, scale, diagonal, extra, beta,
             c = _spmm_row(
                 narrow, c, i, n, ahead, h, crow, col, weight, x, scale, diagonal, extra, beta, out, past_caches
             )
-            c = _spmm_row(
-                single, c, i, n, ahead, h, crow, col, weight, x, scale, diagonal, extra, beta, out, past_caches
-            )
+            c = _spmm_row(rest, c, i, n, ahead, h, crow, col, weight, x, scale, diagonal, extra, beta, out, past_caches)
     fence()
 
 
@@ -157,7 +158,7 @@ def _add_product(u, v, sums, k):
 
 @_block
 def _dots_row(zero, c, i, n, ahead, h, crow, col, x, y, distance, sums):
-    while c + lanes(zero) <= x.shape[2]:
+    while fits(zero, c, x.shape[2]):
         for k in range(ahead[0] if lanes(zero) == WIDE else 0):
             prefetch(zero, y, ahead[k + 1], h, c)
         if lanes(zero) == WIDE and n >= 0:
@@ -177,7 +178,7 @@ def _dots_row(zero, c, i, n, ahead, h, crow, col, x, y, distance, sums):
 @_jit
 def _edge_dots(begin, end, order, crow, col, x, y, distance, out):
     zero = out.dtype.type(0)
-    wide, narrow, single = broadcast(zero, WIDE), broadcast(zero, NARROW), broadcast(zero, 1)
+    wide, narrow, rest = broadcast(zero, WIDE), broadcast(zero, NARROW), tail(zero, NARROW)
     ahead = _room_ahead(y)
     sums = np.empty((_max_degree(crow), 1, NARROW), out.dtype)
     for k in range(begin, end):
@@ -188,14 +189,14 @@ def _edge_dots(begin, end, order, crow, col, x, y, distance, out):
             c = 0
             c = _dots_row(wide, c, i, n, ahead, h, crow, col, x, y, distance, sums)
             c = _dots_row(narrow, c, i, n, ahead, h, crow, col, x, y, distance, sums)
-            c = _dots_row(single, c, i, n, ahead, h, crow, col, x, y, distance, sums)
+            c = _dots_row(rest, c, i, n, ahead, h, crow, col, x, y, distance, sums)
             for e in range(crow[i], crow[i + 1]):
                 out[e, h] = lane_sum(load(narrow, sums, e - crow[i], 0, 0))
 
 
 @_block
 def _backward_row(zero, c, j, n, ahead, h, crow, col, perm, weight, x, grad, grad_x, sums, past_caches):
-    while c + lanes(zero) <= x.shape[2]:
+    while fits(zero, c, x.shape[2]):
         for k in range(ahead[0] if lanes(zero) == PAIRED else 0):
             prefetch(zero, grad, ahead[k + 1], h, c)
         if lanes(zero) == PAIRED and n >= 0:
@@ -216,7 +217,7 @@ def _backward_row(zero, c, j, n, ahead, h, crow, col, perm, weight, x, grad, gra
 @_jit
 def _spmm_backward(begin, end, order, crow, col, perm, weight, x, grad, grad_x, grad_weight, past_caches):
     zero = weight.dtype.type(0)
-    wide, narrow, single = broadcast(zero, PAIRED), broadcast(zero, NARROW), broadcast(zero, 1)
+    wide, narrow, rest = broadcast(zero, PAIRED), broadcast(zero, NARROW), tail(zero, NARROW)
     ahead = _room_ahead(grad)
     sums = np.empty((_max_degree(crow), 1, NARROW), weight.dtype)
     for k in range(begin, end):
@@ -227,7 +228,7 @@ def _spmm_backward(begin, end, order, crow, col, perm, weight, x, grad, grad_x, 
             c = 0
             c = _backward_row(wide, c, j, n, ahead, h, crow, col, perm, weight, x, grad, grad_x, sums, past_caches)
             c = _backward_row(narrow, c, j, n, ahead, h, crow, col, perm, weight, x, grad, grad_x, sums, past_caches)
-            c = _backward_row(single, c, j, n, ahead, h, crow, col, perm, weight, x, grad, grad_x, sums, past_caches)
+            c = _backward_row(rest, c, j, n, ahead, h, crow, col, perm, weight, x, grad, grad_x, sums, past_caches)
             for e in range(crow[j], crow[j + 1]):
                 grad_weight[perm[e], h] = lane_sum(load(narrow, sums, e - crow[j], 0, 0))
     fence()

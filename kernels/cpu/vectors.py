@@ -1,14 +1,17 @@
 """Vectors of a fixed number of lanes in Numba, for kernels whose sums must stay in registers.
 
     acc = broadcast(zero, 64)                               # 64 lanes of the type of ``zero``
-    acc = multiply_add(acc, u, load(acc, x, i, h, c))       # acc + u * x[i, h, c : c + 64]
-    store(acc, out, i, h, c)
+    while fits(acc, c, x.shape[2]):
+        acc = multiply_add(acc, u, load(acc, x, i, h, c))   # acc + u * x[i, h, c : c + 64]
+        store(acc, out, i, h, c)
+        c += lanes(acc)
 
 Numba leaves vectorising to LLVM, which guards every loop over several rows with tests that they do not overlap, and
 keeps sums in memory. These functions are LLVM's own vector operations; it cuts them to what the machine has (64 lanes
 of float32 are four registers of AVX-512, eight of AVX2, sixteen of NEON). A kernel is compiled for the lanes of the
-vector among its arguments; a vector of one lane is a number. Loads widen 16-bit floats, stores round to nearest even:
-int16 stands for bfloat16, uint16 for float16.
+vector among its arguments; a vector of one lane is a number. A ``tail`` is a vector for what is left of a row: it fits
+where one of its lanes does; lanes past the row's end load zeros and store nothing. Loads widen 16-bit floats, stores
+round to nearest even: int16 stands for bfloat16, uint16 for float16.
 """
 
 from __future__ import annotations
@@ -20,17 +23,19 @@ from numba.extending import intrinsic, models, register_model
 LINE_BYTES = 64
 # Lanes of a sum that is kept in registers: as many as hide the latency of an addition, and as there are to spare.
 WIDE = 128 if binding.get_host_cpu_features().get("avx512f") else 64
+# And of what is left: one register of AVX-512.
+NARROW = 16
 _FAST = ("reassoc", "contract", "nsz")
 _DOUBLE, _FLOAT, _HALF = ir.DoubleType(), ir.FloatType(), ir.HalfType()
 _BYTE, _INT, _LONG = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 
 
 class Vector(types.Type):
-    """``lanes`` numbers of ``dtype``, float32 or float64."""
+    """``lanes`` numbers of ``dtype``, float32 or float64; ``tail``: its end may lie past that of a row."""
 
-    def __init__(self, dtype, lanes):
-        self.dtype, self.lanes = dtype, lanes
-        super().__init__(name=f"Vector({dtype}, {lanes})")
+    def __init__(self, dtype, lanes, tail=False):
+        self.dtype, self.lanes, self.tail = dtype, lanes, tail
+        super().__init__(name=f"{'Tail' if tail else 'Vector'}({dtype}, {lanes})")
 
 
 @register_model(Vector)
@@ -64,6 +69,29 @@ def _stored(kind, lanes):
     return ir.VectorType(element, lanes)
 
 
+def _bits(vector):
+    """The vector as integers where it is of 16 bits, which masked instructions take."""
+    return ir.VectorType(ir.IntType(16), vector.count) if vector.element == _HALF else vector
+
+
+def _inside(context, builder, kind, array, column, lanes):
+    """Which lanes from ``column`` on lie within a row."""
+    width = cgutils.unpack_tuple(builder, context.make_array(kind)(context, builder, array).shape, kind.ndim)[-1]
+    left = builder.trunc(builder.sub(width, builder.sext(column, _LONG)), _INT)
+    numbers = ir.Constant(ir.VectorType(_INT, lanes), list(range(lanes)))
+    return builder.icmp_signed("<", numbers, _splat(builder, left, lanes))
+
+
+def _masked(builder, operation, vector, returned, *operands):
+    """Call LLVM's masked load or store of a vector; the pointer's address space is part of the name."""
+    element = {ir.IntType(16): "i16", _FLOAT: "f32", _DOUBLE: "f64"}[vector.element]
+    name = f"llvm.masked.{operation}.v{vector.count}{element}.p0"
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(returned, [operand.type for operand in operands]), name
+    )
+    return builder.call(function, operands)
+
+
 def _widened(builder, value, kind):
     if kind.dtype == types.int16:
         bits = ir.VectorType(_INT, value.type.count)
@@ -84,15 +112,39 @@ def _narrowed(builder, value, kind):
     return builder.fptrunc(value, ir.VectorType(_HALF, value.type.count)) if kind.dtype == types.uint16 else value
 
 
+def _broadcast_as(tail):
+    def typed(typing, value, lanes):
+        kind = Vector(types.unliteral(value), lanes.literal_value, tail)
+
+        def code(context, builder, signature, args):
+            return _splat(builder, args[0], kind.lanes)
+
+        return kind(types.unliteral(value), lanes), code
+
+    return typed
+
+
 @intrinsic(prefer_literal=True)
 def broadcast(typing, value, lanes):
     """A vector of ``lanes`` (a constant), ``value`` in each."""
-    kind = Vector(types.unliteral(value), lanes.literal_value)
+    return _broadcast_as(False)(typing, value, lanes)
+
+
+@intrinsic(prefer_literal=True)
+def tail(typing, value, lanes):
+    """The same for what is left of a row."""
+    return _broadcast_as(True)(typing, value, lanes)
+
+
+@intrinsic
+def fits(typing, value, c, width):
+    """Whether a vector at column c is within ``width``; a tail, whether its first lane is."""
 
     def code(context, builder, signature, args):
-        return _splat(builder, args[0], kind.lanes)
+        start, end = (builder.sext(arg, _LONG) if arg.type != _LONG else arg for arg in args[1:])
+        return builder.icmp_signed("<=", builder.add(start, _LONG(1 if value.tail else value.lanes)), end)
 
-    return kind(types.unliteral(value), lanes), code
+    return types.boolean(value, c, width), code
 
 
 @intrinsic
@@ -107,9 +159,15 @@ def load(typing, like, x, i, h, c):
 
     def code(context, builder, signature, args):
         kind = signature.args[1]
-        vector = _stored(kind, like.lanes)
-        pointer = builder.bitcast(_address(context, builder, kind, args[1], args[2:]), vector.as_pointer())
-        return _widened(builder, builder.load(pointer, align=kind.dtype.bitwidth // 8), kind)
+        vector, align = _stored(kind, like.lanes), kind.dtype.bitwidth // 8
+        address = _address(context, builder, kind, args[1], args[2:])
+        if not like.tail:
+            return _widened(builder, builder.load(builder.bitcast(address, vector.as_pointer()), align=align), kind)
+        whole = _bits(vector)
+        mask = _inside(context, builder, kind, args[1], args[4], like.lanes)
+        pointer = builder.bitcast(address, whole.as_pointer())
+        found = _masked(builder, "load", whole, whole, pointer, _INT(align), mask, _all(whole, 0))
+        return _widened(builder, builder.bitcast(found, vector), kind)
 
     return like(like, x, i, h, c), code
 
@@ -119,8 +177,15 @@ def _store_as(streamed):
         def code(context, builder, signature, args):
             kind = signature.args[1]
             narrow = _narrowed(builder, args[0], kind)
-            pointer = builder.bitcast(_address(context, builder, kind, args[1], args[2:]), narrow.type.as_pointer())
-            if streamed:
+            address = _address(context, builder, kind, args[1], args[2:])
+            pointer = builder.bitcast(address, narrow.type.as_pointer())
+            if value.tail:
+                whole = builder.bitcast(narrow, _bits(narrow.type))
+                mask = _inside(context, builder, kind, args[1], args[4], value.lanes)
+                pointer = builder.bitcast(address, whole.type.as_pointer())
+                align = _INT(kind.dtype.bitwidth // 8)
+                _masked(builder, "store", whole.type, ir.VoidType(), whole, pointer, align, mask)
+            elif streamed:
                 # Blocks smaller than a line begin at multiples of their own size.
                 size = value.lanes * kind.dtype.bitwidth // 8
                 stored = builder.store(narrow, pointer, align=min(LINE_BYTES, size))

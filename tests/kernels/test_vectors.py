@@ -1,0 +1,36 @@
+"""Vectors in compiled code: what is left of a row is read and written to its end, and not beyond it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from bigbag.kernels.cpu.segments import _jit, array
+from bigbag.kernels.cpu.vectors import broadcast, fits, lanes, load, multiply_add, store, tail
+
+
+@_jit
+def _doubled(x, like, out):
+    zero = like.dtype.type(0)
+    wide, rest = broadcast(zero, 8), tail(zero, 8)
+    c = 0
+    while fits(wide, c, x.shape[2]):
+        store(multiply_add(load(wide, x, 1, 0, c), 1, load(wide, x, 1, 0, c)), out, 1, 0, c)
+        c += lanes(wide)
+    while fits(rest, c, x.shape[2]):
+        store(multiply_add(load(rest, x, 1, 0, c), 1, load(rest, x, 1, 0, c)), out, 1, 0, c)
+        c += lanes(rest)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [1, 7, 8, 9, 23])
+def test_a_tail_ends_where_its_row_ends(dtype: torch.dtype, width: int) -> None:
+    x = torch.arange(3 * width, dtype=dtype).view(3, 1, width)
+    # The neighbours of what is read are not numbers, those of what is written must stay as they are.
+    x[0], x[2] = torch.nan, torch.nan
+    out = torch.full((3, 1, width), -1.0, dtype=dtype)
+    like = np.zeros(1, np.float64 if dtype == torch.float64 else np.float32)
+    _doubled(array(x), like, array(out))
+    assert torch.equal(out[1], 2 * x[1])
+    assert bool((out[0] == -1).all() and (out[2] == -1).all())
