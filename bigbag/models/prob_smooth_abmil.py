@@ -42,6 +42,8 @@ class ProbSmoothABMIL(GraphMILModel):
         ValueError: another ``covar_mode``.
     """
 
+    in_parts = True
+
     def __init__(
         self,
         in_shape: tuple[int, ...] | None = None,
@@ -180,8 +182,6 @@ class SmoothABMIL(ProbSmoothABMIL):
         criterion: loss of the logits; None for binary cross-entropy.
         out_dim: logits per bag.
     """
-
-    in_parts = True
 
     def __init__(
         self,

@@ -13,6 +13,7 @@ from bigbag.bags import PackedBags, Segments
 from bigbag.nn.encoded import Encoded
 from bigbag.nn.linear import LazyLinear, gelu_project, project
 from bigbag.nn.rows import by_rows
+from bigbag.ops import distributed
 
 
 class ProbSmoothAttentionPool(torch.nn.Module):
@@ -131,8 +132,7 @@ class ProbSmoothAttentionPool(torch.nn.Module):
             return pooled, mu[:, None] if return_draws else None
         if n_samples is None:
             n_samples = self.n_samples_train if self.training else self.n_samples_test
-        each = torch.randint(2**62, (segments.num_bags,), device="cpu").tolist() if seed is None else seed
-        draws = (segments, n_samples, each)
+        draws = (segments, n_samples, _new_seeds(segments) if seed is None else seed)
         pooled = ops.sampled_attention(mu, log_var, values, *draws)
         return pooled, ops.attention_draws(mu, log_var, *draws) if return_draws else None
 
@@ -190,3 +190,9 @@ class ProbSmoothAttentionPool(torch.nn.Module):
                 raise ValueError(f"{type(self).__name__} needs adj for the KL term: pass the adjacency of the batch")
             out.append(self.kl_div(mu, log_var, bags.adj, bags.segments))
         return tuple(out) if len(out) > 1 else out[0]
+
+
+def _new_seeds(segments: Segments) -> Tensor:
+    """One for each bag; the same on ranks that share the bags, whose generators differ."""
+    seeds = torch.randint(2**62, (segments.offsets.shape[0] - 1,), device=segments.offsets.device)
+    return seeds if segments.parts is None else distributed.all_max(seeds, segments.parts)

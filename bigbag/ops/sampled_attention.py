@@ -38,7 +38,7 @@ def sampled_attention(
     values: Tensor,
     segments: Segments,
     num_samples: int,
-    seed: int | Sequence[int],
+    seed: int | Sequence[int] | Tensor,
     *,
     impl: str | None = None,
 ) -> Tensor:
@@ -58,7 +58,8 @@ def sampled_attention(
         values: (T, K), in any precision.
         segments: how the T instances are cut into B bags.
         num_samples: S.
-        seed: of the draws, for each bag or one for all; they depend on it and on an instance's place in its bag.
+        seed: of the draws, one for all bags, or for each: integers or (B,) int64, which costs no host a wait for the
+            device. Draws depend on it and on an instance's place in its bag.
         impl: "reference", "cpu" or "triton"; None chooses by device.
 
     Returns:
@@ -88,7 +89,7 @@ def attention_draws(
     log_var: Tensor,
     segments: Segments,
     num_samples: int,
-    seed: int | Sequence[int],
+    seed: int | Sequence[int] | Tensor,
     *,
     impl: str | None = None,
 ) -> Tensor:
@@ -121,7 +122,7 @@ def _check(
     values: Tensor | None,
     segments: Segments,
     num_samples: int,
-    seed: int | Sequence[int],
+    seed: int | Sequence[int] | Tensor,
 ) -> None:
     # The number of rows is not checked while tracing: a compiled graph must not depend on how a pack is cut.
     rows = mu.shape[0] if torch.compiler.is_compiling() and mu.dim() else segments.num_instances
@@ -147,7 +148,7 @@ def _signed(number: int, bits: int = 64) -> int:
     return (number + (1 << bits - 1)) % (1 << bits) - (1 << bits - 1)
 
 
-def _noise_keys(segments: Segments, rows: int, seed: int | Sequence[int]) -> Tensor:
+def _noise_keys(segments: Segments, rows: int, seed: int | Sequence[int] | Tensor) -> Tensor:
     """(T,) int64: the seed of each instance's noise, by SplitMix64 (Steele et al., OOPSLA 2014) of its bag's.
 
     In 64 bits, wrapping; on ranks that share a bag, places count from the whole bag's start.
@@ -158,7 +159,12 @@ def _noise_keys(segments: Segments, rows: int, seed: int | Sequence[int]) -> Ten
     if segments.parts is not None:
         first = first - torch.tensor(segments.parts.before, device=offsets.device)
     base = first * -_signed(0x9E3779B97F4A7C15)
-    base += _signed(seed) if isinstance(seed, int) else torch.tensor(list(map(_signed, seed)), device=offsets.device)
+    if isinstance(seed, Tensor):
+        base += seed
+    elif isinstance(seed, int):
+        base += _signed(seed)
+    else:
+        base += torch.tensor(list(map(_signed, seed)), device=offsets.device)
     keys = torch.arange(rows, device=offsets.device) * _signed(0x9E3779B97F4A7C15)
     keys += base[torch.repeat_interleave(bags, offsets.diff(), output_size=rows)]
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):

@@ -14,9 +14,10 @@ from bigbag.config import ModelConfig, TaskConfig
 from bigbag.graphs import build_adjacency
 from bigbag.memory import peak_bytes
 from bigbag.models import MODELS, build_model
-from bigbag.nn import VariationalAutoEncoder
+from bigbag.nn import VariationalAutoEncoder, prob_smooth_attention_pool
 from bigbag.ops.join import join_parts
 from bigbag.parts import Parts
+from bigbag.segments import Segments
 from bigbag.testing import run_ranks
 from tests.models.test_models import SMALL, build, make_bag
 
@@ -38,6 +39,7 @@ VARIANTS = IN_PARTS + [
     ("TransformerABMIL", {"transf_att_dim": 7, "transf_n_heads": 7, "transf_n_layers": 2, "feat_ext": ENCODER}),
     ("SmTransformerABMIL", {**SMALL["SmTransformerABMIL"], "transf_use_mlp": False}),
     ("DTFDMIL", {"distill_mode": "afs", "n_groups": 3, "feat_ext": ENCODER}),
+    ("ProbSmoothABMIL", {"att_dim": 6, "n_samples_train": 7, "feat_ext": ENCODER}),
 ]
 
 
@@ -159,6 +161,18 @@ def test_several_ranks_give_what_one_gives(num_ranks, second):
         for key, errors in found.items():
             tolerance = 1e-5 if "float64" in key else 1e-3
             assert all(error <= tolerance for error in errors), f"{key}: {errors}"
+
+
+def drawn_seeds():
+    torch.manual_seed(dist.get_rank())
+    parts = Parts.even([5, 0, 9], dist.get_world_size(), dist.get_rank())
+    seeds = prob_smooth_attention_pool._new_seeds(Segments.of_parts(parts))
+    return seeds.tolist(), torch.rand(1).item()
+
+
+def test_ranks_agree_on_the_seeds_of_their_draws():
+    (seeds, after), (others, other_after) = run_ranks(drawn_seeds, 2)
+    assert seeds == others and len(set(seeds)) == 3 and after != other_after
 
 
 LARGE = {
