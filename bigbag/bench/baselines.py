@@ -110,7 +110,7 @@ def expected_attention(mu: Tensor, log_var: Tensor, levels: int = 64, nodes: int
     r = torch.linspace(0, 1, levels, dtype=mu.dtype, device=mu.device) * (3 - values.detach().min() - low) + low
     exponent = -(r[None, :, None] + values[:, None, :]).exp()
     weight = torch.softmax(-eps.square() / 2, 0)
-    phi = (1 + torch.expm1(exponent) @ weight).clamp_min(1e-6)
+    phi = (exponent.exp() @ weight).clamp_min(1e-20)
     slope = (-exponent * exponent.exp()) @ weight
     a = (slope / phi * phi.log().sum(0).exp()).sum(1)
     return a / a.sum()

@@ -7,7 +7,7 @@ Levels of r are powers of the root of 2, r_l = 2^(l / 2) r_0. Then y of a level 
 last, y <- y (2 - y): two chains, and no number of instances x levels x nodes takes an exponential. (One chain, its
 levels a factor of 2 apart, errs by 2 |Gamma(1 + 2 pi i / log 2)| = 1e-5 where sigma is small; two by 1e-11.) Instances
 go through the levels _LANES at a time, in a core's own cache, until the product of their factors is nothing.
-FLOPs: 4 and 6 for each of T x levels x nodes, and a logarithm for each of T x levels. Bytes: mu and sigma twice, a
+FLOPs: 7 for each of T x levels x nodes, and a logarithm for each of T x levels. Bytes: mu and sigma twice, a
 once.
 """
 
@@ -39,10 +39,10 @@ def _less_than_one(z):
 
 
 @_block
-def _log_one_minus(q):
-    """log(1 - q), 0 <= q < 1, by its series where 1 - q would be rounded."""
+def _log_of_rest(q, phi, least):
+    """log(phi), phi = 1 - q, by a series of q where that is small."""
     series = -q * (_F(1) + q * (_F(1 / 2) + q * (_F(1 / 3) + q * _F(1 / 4))))
-    return series if q < _F(0.01) else _log(_F(1) - q)
+    return series if q < _F(0.01) else _log(least if phi < least else phi)
 
 
 @_jit
@@ -57,21 +57,25 @@ def _begin(mu, sigma, first, count, eps, weight, r, clip, y, we):
 
 
 @_jit
-def _add_weighted(weight, y, q):
-    """q = sum of weight[n] y[n]"""
+def _weigh(weight, y, q, phi):
+    """q = sum of weight[n] y[n], phi that of weight[n] (1 - y[n]): each is exact where the other is near 1."""
     q[:] = 0
+    phi[:] = 0
     for n in range(len(weight)):
         for i in range(_LANES):
             q[i] += weight[n] * y[n, i]
+            phi[i] += weight[n] * (_F(1) - y[n, i])
 
 
 @_jit
-def _add_slopes(we, y, slope):
-    """slope = sum of we[n] (1 - y[n])"""
+def _weigh_slopes(weight, we, y, slope, phi):
+    """slope = sum of we[n] (1 - y[n]), phi as above"""
     slope[:] = 0
+    phi[:] = 0
     for n in range(len(we)):
         for i in range(_LANES):
             slope[i] += we[n, i] * (_F(1) - y[n, i])
+            phi[i] += weight[n] * (_F(1) - y[n, i])
 
 
 @_jit
@@ -82,9 +86,9 @@ def _double(y):
 
 
 @_jit
-def _log_products(begin, end, bags, starts, ends, mu, sigma, eps, weight, r, clip, most, out):
+def _log_products(begin, end, bags, starts, ends, mu, sigma, eps, weight, r, clip, least, out):
     y, we = np.empty((len(eps), _LANES), _F), np.empty((len(eps), _LANES), _F)
-    q = np.empty(_LANES, _F)
+    q, phi = np.empty(_LANES, _F), np.empty(_LANES, _F)
     for piece in range(begin, end):
         out[piece] = 0
         for first in range(starts[piece], ends[piece], _LANES):
@@ -92,10 +96,10 @@ def _log_products(begin, end, bags, starts, ends, mu, sigma, eps, weight, r, cli
             for chain in range(2):
                 _begin(mu, sigma, first, count, eps, weight, r[bags[piece], chain], clip, y, we)
                 for level in range(chain, out.shape[1], 2):
-                    _add_weighted(weight, y, q)
+                    _weigh(weight, y, q, phi)
                     total = _F(0)
                     for i in range(count):
-                        total += _log_one_minus(most if q[i] > most else q[i])
+                        total += _log_of_rest(q[i], phi[i], least)
                     out[piece, level] += total
                     if out[piece, level] < _NOTHING:
                         # Products only fall from level to level.
@@ -105,9 +109,9 @@ def _log_products(begin, end, bags, starts, ends, mu, sigma, eps, weight, r, cli
 
 
 @_jit
-def _means(begin, end, bags, starts, ends, mu, sigma, eps, weight, r, clip, most, products, out):
+def _means(begin, end, bags, starts, ends, mu, sigma, eps, weight, r, clip, least, products, out):
     y, we = np.empty((len(eps), _LANES), _F), np.empty((len(eps), _LANES), _F)
-    q, slope, a = np.empty(_LANES, _F), np.empty(_LANES, _F), np.empty(_LANES, _F)
+    phi, slope, a = np.empty(_LANES, _F), np.empty(_LANES, _F), np.empty(_LANES, _F)
     for piece in range(begin, end):
         bag = bags[piece]
         for first in range(starts[piece], ends[piece], _LANES):
@@ -121,10 +125,9 @@ def _means(begin, end, bags, starts, ends, mu, sigma, eps, weight, r, clip, most
                     share = products[bag, level] * scale
                     if share <= 0:
                         break
-                    _add_weighted(weight, y, q)
-                    _add_slopes(we, y, slope)
+                    _weigh_slopes(weight, we, y, slope, phi)
                     for i in range(_LANES):
-                        a[i] += share * slope[i] / (_F(1) - (most if q[i] > most else q[i]))
+                        a[i] += share * slope[i] / (least if phi[i] < least else phi[i])
                     _double(y)
                     scale *= _F(2)
             for i in range(count):
@@ -132,17 +135,17 @@ def _means(begin, end, bags, starts, ends, mu, sigma, eps, weight, r, clip, most
 
 
 class Nodes(NamedTuple):
-    """eps and weights (N,) of the nodes; r (B, 2), each bag's first levels; the largest f; the most that 1 - phi is."""
+    """eps and weights (N,) of the nodes; r (B, 2), each bag's first levels; the largest f; the least phi."""
 
     eps: Tensor
     weight: Tensor
     r: Tensor
     clip: float
-    most: float
+    least: float
 
 
 def _args(pieces: Pieces, mu: Tensor, sigma: Tensor, nodes: Nodes) -> tuple[Any, ...]:
-    bounds = np.float32(nodes.clip), np.float32(nodes.most)
+    bounds = np.float32(nodes.clip), np.float32(nodes.least)
     cut = pieces.bags, pieces.starts, pieces.ends
     return *cut, array(mu), array(sigma), array(nodes.eps), array(nodes.weight), array(nodes.r), *bounds
 
