@@ -93,8 +93,10 @@ def test_probabilistic_models_agree_with_torchmil_in_the_mean(name, settings):
     error = samples.std() / samples.shape[1] ** 0.5
     assert float(error) > 1e-4 and abs(float(logits - samples.mean())) < 5 * float(error)
     assert bool(((scores - f.mean(2)).abs() < 5 * f.std(2) / f.shape[2] ** 0.5).all())
-    torch.testing.assert_close(ours.predict(X)[0], logits, rtol=0, atol=0)
+    # With gradients the exact mean goes through autograd, not through the kernel.
+    torch.testing.assert_close(ours.predict(X)[0], logits, rtol=1e-5, atol=1e-6)
     with torch.no_grad():
+        torch.testing.assert_close(ours.predict(X)[0], logits, rtol=0, atol=0)
         (_, expected), (mean, losses) = (m.compute_loss(Y, X, adj) for m in (theirs, ours))
     assert list(losses) == list(expected) == ["BCEWithLogitsLoss", "KLDiv"]
     torch.testing.assert_close(losses["KLDiv"], expected["KLDiv"], rtol=1e-4, atol=1e-5)
