@@ -429,6 +429,15 @@ def _differentiate(
     return [grad_k, grad_v, *shared]
 
 
+def _added(shares: list[list[Tensor]]) -> list[Tensor]:
+    """The sums of several lists, in their order and in the memory of the first."""
+    first, *others = shares
+    for other in others:
+        for total, value in zip(first, other):
+            total += value
+    return first
+
+
 def backward(grad: Tensor, out: Tensor, lse: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, and of weights or (0,)."""
     args = _Arguments(*arguments[:-1])
@@ -447,8 +456,7 @@ def backward(grad: Tensor, out: Tensor, lse: Tensor, *arguments) -> tuple[Tensor
             bag.prepare()
             mine = bag.rows
             part = partial(_differentiate, bag, grad[mine], out[mine], lse[mine], grad_q[mine], by_row)
-            # Summed in the order of the shares.
-            for_k, for_v, *for_weights = (sum(parts) for parts in zip(*_share(part, bag.q.shape[1])))
+            for_k, for_v, *for_weights = _added(_share(part, bag.q.shape[1]))
             if for_weights and grad_weights is not None:
                 grad_weights += for_weights[0]
         grad_k[bag.take] = for_k.transpose(0, 1)[: len(bag.columns), :, : grad_k.shape[2]].to(grad_k.dtype)
