@@ -11,10 +11,12 @@ from torch.utils.checkpoint import checkpoint
 
 from bigbag.bags import Segments
 from bigbag.ops import distributed
+from bigbag.ops.registry import why_not
 from bigbag.ops.sampled_attention import CLIP, block_rows
 from bigbag.ops.segments import segment_max, segment_sum
 from bigbag.ops.topk import segment_logsumexp
 
+_KERNEL = {"cpu": (torch.float32,)}
 # Two trapezoidal sums whose error falls exponentially with the number of nodes: over log(r), and over eps. The kernel's
 # levels are a factor apart, as many as it takes; those of autograd are 64, however far apart.
 _LEVELS = 64
@@ -49,7 +51,8 @@ def expected_attention(mu: Tensor, log_var: Tensor, segments: Segments) -> Tenso
     with torch.autocast(mu.device.type, enabled=False):
         mu, sigma = mu.to(acc), (log_var.to(acc) / 2).exp()
         tracked = torch.is_grad_enabled() and (mu.requires_grad or sigma.requires_grad)
-        if acc == torch.float32 and mu.device.type == "cpu" and not tracked and not torch.compiler.is_compiling():
+        kernel_runs = why_not(_KERNEL, "cpu", mu.device.type, acc) is None
+        if kernel_runs and not tracked and not torch.compiler.is_compiling():
             return _by_kernel(mu, sigma, segments)
         return _expected(mu, sigma, segments)
 

@@ -14,8 +14,9 @@ which are added in the order of the shares. So threads meet once per pass, not a
 chunk, which on cores shared with data loading would cost several times the work.
 
 Reads: x twice forward (scores, z) and twice backward. FLOPs: 2 T P D' forward, 4 T P D' backward with recomputation
-(D' = 2D if gated, else D), 2 T P D' more for the gradient of x. Working memory: about six times CHUNK_BYTES (twice that
-from eight threads on), D' P floats per worker in backward, and 3 T H floats.
+(D' = 2D if gated, else D), 2 T P D' more for the gradient of x. Working memory, per worker: the pre-activations of a
+chunk, the chunk itself where x is stored in another precision, its gradient where that is wanted, and D' P floats in
+backward; and 3 T H floats.
 """
 
 from __future__ import annotations

@@ -7,8 +7,7 @@ Levels of r are powers of the root of 2, r_l = 2^(l / 2) r_0. Then y of a level 
 last, y <- y (2 - y): two chains, and no number of instances x levels x nodes takes an exponential. (One chain, its
 levels a factor of 2 apart, errs by 2 |Gamma(1 + 2 pi i / log 2)| = 1e-5 where sigma is small; two by 1e-11.) Instances
 go through the levels _LANES at a time, in a core's own cache, until the product of their factors is nothing.
-FLOPs: 7 for each of T x levels x nodes, and a logarithm for each of T x levels. Bytes: mu and sigma twice, a
-once.
+FLOPs: 14 for each of T x levels x nodes, and a logarithm for each of T x levels. Bytes: mu and sigma twice, a once.
 """
 
 from __future__ import annotations
