@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bigbag.kernels.gpu import segments
 from bigbag.kernels.gpu.masked_attention import _hash
+from bigbag.kernels.gpu.segments import _rows_of_split
 
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -81,12 +82,8 @@ def _pool_draws(
     blocks = tl.cdiv(K + 1, BLOCK_K)
     pair = (tl.program_id(0) // blocks) * BLOCK_S + tl.arange(0, BLOCK_S)
     column = (tl.program_id(0) % blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
-    split, splits = tl.program_id(1), tl.num_programs(1)
-    bag = tl.program_id(2).to(tl.int64)
-    start, stop = tl.load(offsets + bag), tl.load(offsets + bag + 1)
-    length = tl.cdiv(stop - start, splits)
-    begin = tl.minimum(start + split * length, stop)
-    end = tl.minimum(begin + length, stop)
+    split, bag = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    begin, end = _rows_of_split(offsets, bag, split, tl.num_programs(1))
     sum_near = tl.zeros([BLOCK_K, BLOCK_S], tl.float32)
     sum_far = tl.zeros([BLOCK_K, BLOCK_S], tl.float32)
     for first in range(begin, end, BLOCK_T):

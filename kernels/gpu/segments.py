@@ -98,6 +98,15 @@ def _row_dots(x, y, bags, out, T, P, H, BLOCK_T: tl.constexpr, BLOCK_P: tl.const
     tl.store(out + rows * H + head, acc, mask=rows < T)
 
 
+@triton.jit
+def _rows_of_split(offsets, bag, split, splits):
+    """First and last row of one of ``splits`` equal parts of a bag's rows."""
+    start, stop = tl.load(offsets + bag), tl.load(offsets + bag + 1)
+    length = tl.cdiv(stop - start, splits)
+    begin = tl.minimum(start + split * length, stop)
+    return begin, tl.minimum(begin + length, stop)
+
+
 class Splits:
     """First and last row of each split, and the first split of each bag, all on the device.
 

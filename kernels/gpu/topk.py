@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bigbag.kernels.gpu import segments
+from bigbag.kernels.gpu.segments import _rows_of_split
 
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -78,12 +79,8 @@ def _pool(
     blocks = tl.cdiv(P, BLOCK_P)
     left = (tl.program_id(0) // blocks) * BLOCK_S + tl.arange(0, BLOCK_S)
     right = (tl.program_id(0) % blocks) * BLOCK_P + tl.arange(0, BLOCK_P)
-    split, splits = tl.program_id(1), tl.num_programs(1)
-    bag = tl.program_id(2).to(tl.int64)
-    start, stop = tl.load(offsets + bag), tl.load(offsets + bag + 1)
-    length = tl.cdiv(stop - start, splits)
-    begin = tl.minimum(start + split * length, stop)
-    end = tl.minimum(begin + length, stop)
+    split, bag = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    begin, end = _rows_of_split(offsets, bag, split, tl.num_programs(1))
     acc = tl.zeros([BLOCK_S, BLOCK_P], tl.float32)
     for first in range(begin, end, BLOCK_T):
         rows = first + tl.arange(0, BLOCK_T).to(tl.int64)
