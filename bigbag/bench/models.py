@@ -187,7 +187,8 @@ def bench_model(name: str, instances: int, options: argparse.Namespace, gemm: An
     flops, baseline = step_flops(name, instances, options.width), rows[0] if rows[0]["library"] == "torchmil" else {}
     for row in rows:
         if "error" not in row:
-            row["limit_s"] = flops / gemm[row["dtype"]] + 3 * instances * options.width * 4 / copy
+            features = instances * options.width * getattr(torch, row["dtype"]).itemsize
+            row["limit_s"] = flops / gemm[row["dtype"]] + 3 * features / copy
             row["times_limit"] = row["seconds"] / row["limit_s"]
             if "seconds" in baseline:
                 row["time_ratio"] = row["seconds"] / baseline["seconds"]

@@ -13,9 +13,12 @@ from bigbag.ops.attention_bias import AttentionBias
 from bigbag.ops.masked_attention import _check as _check_attention
 from bigbag.ops.registry import FLOATING, HALF, Operator, choose, compute_dtype
 from bigbag.ops.segments import segment_softmax
+from bigbag.ops.spmm import Graph, accumulation_dtype, edge_dots
 
 _DTYPES = {"triton": (*HALF, torch.float32), "cpu": FLOATING, "reference": FLOATING}
 _BLOCK_BYTES = 64 << 20
+# Keys that one copy of a query meets: copies cost little, and a bag occupies as many workers as there are.
+_PIECE = 256
 
 
 def class_token_attention(
@@ -26,8 +29,9 @@ def class_token_attention(
 
         a[t, h] = softmax over the bag of  scale q_cls[b, h] . k[t, h]
 
-    FLOPs: 2 T H d forward, 4 T H d backward. Bytes: k once, scores (T, H) a few times. Memory: O(T H), and the
-    gradient of k. Differentiable. An empty or wholly masked bag gives zeros.
+    Scores are dot products along the edges of a graph that joins a query to the keys of its bag, 256 keys to a copy of
+    the query. FLOPs: 2 T H d forward, 4 T H d backward. Bytes: k once each way, its gradient, scores (T, H) a few times,
+    16 per instance. Memory: O(T H), and the gradient of k. Differentiable. An empty or wholly masked bag gives zeros.
 
     Args:
         q_cls: (B, H, d) one query per bag.
@@ -35,7 +39,7 @@ def class_token_attention(
         segments: how the T keys are cut into B bags.
         mask: (T,) bool, True: the instance takes part; the others get 0.
         scale: None: 1 / sqrt(d).
-        impl: of the softmax: "reference", "cpu" or "triton"; None chooses by device.
+        impl: "reference", "cpu" or "triton"; None chooses by device.
 
     Returns:
         (T, H) in float32 (float64 for float64); each column sums to 1 over a bag that has instances.
@@ -50,13 +54,10 @@ def class_token_attention(
     _check_attention(q_cls, k, k, tokens, segments, mask, None, 0.0)
     dtype = compute_dtype(q_cls)
     chosen = choose("class_token_attention", _DTYPES, impl, k.device.type, dtype)
-    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    acc = accumulation_dtype(dtype)
     q_cls, k = q_cls.to(dtype), k.to(dtype)
     scale = 1 / math.sqrt(q_cls.shape[2]) if scale is None else float(scale)
-    # Gradients of parts are joined by a copy, which one bag does without.
-    parts = [k] if segments.num_bags == 1 else k.split(segments.sizes)
-    rows = [_scores(part, q, acc) for part, q in zip(parts, q_cls)]
-    scores = (rows[0] if len(rows) == 1 else torch.cat(rows)) * scale if rows else k.new_zeros(0, k.shape[1], dtype=acc)
+    scores = (_reference_scores if chosen == "reference" else _scores)(q_cls, k, segments, chosen) * scale
     if mask is not None:
         scores = torch.where(mask[:, None], scores, torch.finfo(acc).min)
     a = segment_softmax(scores, segments, impl=chosen)
@@ -64,9 +65,31 @@ def class_token_attention(
     return a if mask is None else torch.where(mask[:, None], a, 0)
 
 
-def _scores(k: Tensor, q: Tensor, acc: torch.dtype) -> Tensor:
-    """k (n, H, d), q (H, d) -> (n, H): one matrix-vector product per head, rounded as the compute dtype does."""
-    return torch.einsum("hd,thd->th", q, k).to(acc)
+def _scores(q: Tensor, k: Tensor, segments: Segments, impl: str) -> Tensor:
+    """q (B, H, d), k (T, H, d) -> (T, H)."""
+    bag_of_piece, graph = _join(segments, k.shape[0])
+    # In the accumulation dtype, in which gradients of the copies are added up.
+    copies = q.flatten(1).to(accumulation_dtype(q.dtype))[bag_of_piece].to(q.dtype)
+    return edge_dots(graph, copies, k.flatten(1), q.shape[1], impl)
+
+
+def _reference_scores(q: Tensor, k: Tensor, segments: Segments, _: str) -> Tensor:
+    acc = accumulation_dtype(q.dtype)
+    parts = [torch.einsum("hd,thd->th", query, part) for query, part in zip(q.to(acc), k.to(acc).split(segments.sizes))]
+    return torch.cat(parts) if parts else k.new_zeros(0, k.shape[1], dtype=acc)
+
+
+def _join(segments: Segments, num_keys: int) -> tuple[Tensor, Graph]:
+    """The bag of each piece, and the graph that joins a piece (row) to its instances (columns)."""
+    offsets, device = segments.offsets, segments.offsets.device
+    counts = -(-offsets.diff() // _PIECE)
+    num_pieces = sum(-(-size // _PIECE) for size in segments.sizes)
+    bag_of_piece = torch.repeat_interleave(counts, output_size=num_pieces)
+    place_in_bag = torch.arange(num_pieces, device=device) - (counts.cumsum(0) - counts)[bag_of_piece]
+    crow = torch.cat([offsets[bag_of_piece] + _PIECE * place_in_bag, offsets[-1:]])
+    instances = torch.arange(num_keys + 1, device=device)
+    piece_of = torch.repeat_interleave(crow.diff(), output_size=num_keys)
+    return bag_of_piece, Graph(crow, instances[:-1].int(), instances, piece_of.int(), None)
 
 
 @torch.no_grad()
@@ -95,7 +118,7 @@ def mean_attention(
     """
     kv_segments = segments if kv_segments is None else kv_segments
     _check_attention(q, k, k, segments, kv_segments, mask, bias, 0.0)
-    acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+    acc = accumulation_dtype(q.dtype)
     scale = 1 / math.sqrt(q.shape[2]) if scale is None else float(scale)
     out = q.new_zeros(k.shape[0], k.shape[1], dtype=acc)
     starts, kv_starts = segments.starts, kv_segments.starts

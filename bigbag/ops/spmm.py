@@ -23,7 +23,10 @@ DTYPES = {"triton": (*HALF, torch.float32), "cpu": FLOATING, "reference": FLOATI
 
 
 class Graph(NamedTuple):
-    """What custom operators take of an Adjacency: plain tensors. A symmetric matrix is its own transpose."""
+    """What custom operators take of an Adjacency, or of any sparse matrix: plain tensors.
+
+    A symmetric matrix is its own transpose.
+    """
 
     crow: Tensor
     col: Tensor
@@ -216,7 +219,7 @@ def _register(impl: str) -> None:
     backward = define("spmm_backward", schema, run_backward)
     dots = define("edge_dots", f"(Tensor x, Tensor y, {_GRAPH}, int heads) -> Tensor", run_dots)
     transpose = define("csr_transpose", "(Tensor crow, Tensor col) -> (Tensor, Tensor, Tensor)", run_transpose)
-    multiply.register_fake(lambda x, weight, *graph: x.new_empty(x.shape))
+    multiply.register_fake(lambda x, weight, crow, *graph: x.new_empty(crow.shape[0] - 1, x.shape[1]))
     backward.register_fake(lambda grad, x, weight, *graph: (x.new_empty(x.shape), weight.new_empty(weight.shape)))
     transpose.register_fake(
         lambda crow, col: (torch.empty_like(crow), torch.empty_like(col), crow.new_empty(col.shape[0]))

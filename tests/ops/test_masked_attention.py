@@ -326,17 +326,17 @@ def test_autocast_computes_in_its_dtype() -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_class_token_attention_is_a_row_of_the_matrix(masked: bool) -> None:
-    sizes = (7, 0, 30)
-    q, k = randn(3, 2, 6), randn(37, 2, 6, seed=1)
-    mask = torch.arange(37) % 3 != 0 if masked else None
+    sizes = (7, 0, 530)
+    q, k = randn(3, 2, 6), randn(537, 2, 6, seed=1)
+    mask = torch.arange(537) % 3 != 0 if masked else None
     a = class_token_attention(q, k, Segments.from_sizes(sizes), mask=mask)
-    for bag, rows in ((0, slice(0, 7)), (2, slice(7, 37))):
+    for bag, rows in ((0, slice(0, 7)), (2, slice(7, 537))):
         scores = torch.einsum("hd,jhd->jh", q[bag], k[rows]) / 6**0.5
         if mask is not None:
             scores[~mask[rows]] = -float("inf")
         torch.testing.assert_close(a[rows], scores.softmax(0))
-    none = class_token_attention(q, k, Segments.from_sizes(sizes), mask=torch.zeros(37, dtype=torch.bool))
-    assert torch.equal(none, torch.zeros(37, 2))
+    none = class_token_attention(q, k, Segments.from_sizes(sizes), mask=torch.zeros(537, dtype=torch.bool))
+    assert torch.equal(none, torch.zeros(537, 2))
 
 
 @pytest.mark.parametrize("options", ["plain", "masked", "bias"])
