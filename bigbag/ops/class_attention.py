@@ -31,7 +31,8 @@ def class_token_attention(
 
     Scores are dot products along the edges of a graph that joins a query to the keys of its bag, 256 keys to a copy of
     the query. FLOPs: 2 T H d forward, 4 T H d backward. Bytes: k once each way, its gradient, scores (T, H) a few
-    times, 16 per instance. Memory: O(T H), and the gradient of k. Differentiable. An empty or wholly masked bag gives zeros.
+    times, 16 per instance. Memory: O(T H), and the gradient of k. Differentiable. An empty or wholly masked bag gives
+    zeros.
 
     Args:
         q_cls: (B, H, d) one query per bag.
