@@ -151,7 +151,7 @@ def _scaled(a: Tensor, factors: Tensor | None) -> Tensor:
 def _drop_factors(x: Tensor, w2: Tensor, acc: torch.dtype, dropout: float, seed: int) -> Tensor:
     """(T, H): 0 for the weights that dropout drops, 1 / (1 - dropout) for the others."""
     rows = torch.arange(x.shape[0], device=x.device)
-    return keep(fold_seed(seed), w2.shape[0], rows[:1] * 0, rows, dropout)[:, 0].t().to(acc) / (1 - dropout)
+    return keep(fold_seed(seed), w2.shape[0], rows.new_zeros(1), rows, dropout)[:, 0].t().to(acc) / (1 - dropout)
 
 
 def _reference(

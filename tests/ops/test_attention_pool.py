@@ -130,3 +130,12 @@ def test_dropout_scales_what_it_keeps_and_repeats_itself_by_its_seed(impl: str, 
     assert not torch.equal(dropped, pooled(dropout=0.25, seed=4))
     with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\)"):
         pooled(dropout=1.0)
+
+
+def test_dropout_of_a_pack_without_instances(any_impl: str, device: str) -> None:
+    x, weight = torch.zeros(0, 3, device=device), torch.ones(2, 3, device=device)
+    w2 = torch.ones(1, 2, device=device)
+    z, scores = ops.attention_pool(
+        x, Segments.from_sizes((0, 0), device), weight, None, w2, dropout=0.25, impl=any_impl
+    )
+    assert torch.equal(z, z.new_zeros(2, 1, 3)) and scores.shape == (0, 1)
