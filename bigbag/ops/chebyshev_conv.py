@@ -99,7 +99,8 @@ class _Laplacian:
 
     def terms(self, z: Tensor, count: int) -> Iterator[Tensor]:
         """``T_0(L~) z, T_1(L~) z, ...``, each to be read before the next but one is asked for."""
-        before, last = z, z
+        # Terms are written where rows are contiguous, and are like z.
+        before = last = z = z.contiguous()
         yield z
         for k in range(1, count):
             if k == 1:

@@ -36,17 +36,24 @@ def dense_convolution(adj, x, weight, scale):
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("width, out, terms", [(4, 3, 5), (3, 5, 4), (3, 3, 1), (2, 4, 1), (4, 2, 2), (2, 4, 2)])
 @pytest.mark.parametrize("impl", [None, "reference"])
-def test_convolution_and_its_gradients_equal_the_formula(symmetric, width, out, terms, impl):
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_convolution_and_its_gradients_equal_the_formula(symmetric, width, out, terms, impl, by_columns):
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(16, width, generator=generator, dtype=torch.float64).requires_grad_()
+
+    def instances(columns):
+        shape = (columns, 16) if by_columns else (16, columns)
+        made = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return made.t() if by_columns else made
+
+    x = instances(width).requires_grad_()
     weight = torch.randn(out, terms * width, generator=generator, dtype=torch.float64).requires_grad_()
     adj, segments = graph(symmetric), Segments.from_sizes(SIZES)
     scale = torch.tensor([2.0, 1.5, 1.0, 3.0], dtype=torch.float64)
     found = ops.chebyshev_conv(adj, x, weight, scale, segments, impl=impl)
     expected = dense_convolution(adj, x, weight, scale[segments.bag_of_instance])
     torch.testing.assert_close(found, expected)
-    upstream = torch.randn(16, out, generator=generator, dtype=torch.float64)
-    gradients = [torch.autograd.grad((y * upstream).sum(), [x, weight]) for y in (found, expected)]
+    upstream = instances(out)
+    gradients = [torch.autograd.grad(y, [x, weight], upstream) for y in (found, expected)]
     torch.testing.assert_close(*gradients)
 
 

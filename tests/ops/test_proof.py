@@ -80,6 +80,27 @@ def test_packed_equals_each_bag_alone(op: Operator, any_impl: str, device: str) 
             torch.testing.assert_close(joined, together, **close, msg=lambda m, n=name, s=sample: f"{s}, {n}: {m}")
 
 
+def _by_columns(x: Tensor) -> Tensor:
+    """The same values, the first dimension contiguous: what a transposed tensor is."""
+    return x.detach().transpose(0, -1).contiguous().transpose(0, -1)
+
+
+@pytest.mark.parametrize("op", EACH)
+def test_rows_or_columns_in_memory_give_the_same(op: Operator, impl: str, device: str) -> None:
+    """Of tensors, and of the gradients that come in."""
+    sample = NAMED[f"{op.name}, several"]
+    tensors = sample.tensors(torch.float32, device)
+    columns = {name: _by_columns(t).requires_grad_() for name, t in tensors.items()}
+    results = []
+    for given, layout in ((tensors, torch.Tensor.contiguous), (columns, _by_columns)):
+        outputs = [out for out in sample.call(given, impl) if out.requires_grad]
+        weights = [layout(w.to(out.dtype)) for out, w in zip(outputs, fixed_random(outputs))]
+        results.append([*outputs, *torch.autograd.grad(outputs, list(given.values()), weights)])
+    for by_rows, by_columns in zip(*results):
+        atol = 1e-5 * float(by_rows.detach().abs().max())
+        torch.testing.assert_close(by_columns, by_rows, rtol=0.0, atol=atol)
+
+
 @pytest.mark.parametrize("op", EACH)
 def test_two_runs_give_the_same_bits(op: Operator, impl: str, device: str) -> None:
     if not op.deterministic:
