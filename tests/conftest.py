@@ -9,6 +9,11 @@ import torch
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than cores: a test that starts processes mostly waits for them."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     """Whatever number of threads a run in this process took before."""
