@@ -104,6 +104,7 @@ _MODULES = (
     "dilated_attention",
     "nystrom",
     "sampled_attention",
+    "expected_attention",
 )
 # By the modules' names: several share theirs with a function, which is what this package exports.
 _OPERATORS: tuple[Operator, ...] = tuple(

@@ -75,7 +75,7 @@ def sampled_attention(
     dtype = torch.promote_types(torch.promote_types(mu.dtype, log_var.dtype), values.dtype)
     chosen = choose("sampled_attention", _DTYPES, impl, mu.device.type, dtype)
     with torch.autocast(mu.device.type, enabled=False):
-        mu, sigma = _gaussian(mu, log_var, dtype)
+        mu, sigma = gaussian(mu, log_var, dtype)
         args = (mu, sigma, values, segments.offsets, _noise_keys(segments, mu.shape[0], seed), num_samples)
         sums = _reference_sums(segments, *args) if chosen == "reference" else _SUMS[chosen](*args, CLIP)
         if segments.parts is not None:
@@ -107,7 +107,7 @@ def attention_draws(
     dtype = torch.promote_types(mu.dtype, log_var.dtype)
     chosen = choose("attention_draws", _DTYPES, impl, mu.device.type, dtype)
     with torch.autocast(mu.device.type, enabled=False):
-        mu, sigma = _gaussian(mu, log_var, dtype)
+        mu, sigma = gaussian(mu, log_var, dtype)
         keys = _noise_keys(segments, mu.shape[0], seed)
         noise = _reference_noise(keys, num_samples, mu) if chosen == "reference" else _NOISE[chosen](keys, num_samples)
         if torch.is_grad_enabled() and (mu.requires_grad or sigma.requires_grad):
@@ -124,6 +124,15 @@ def _check(
     num_samples: int,
     seed: int | Sequence[int] | Tensor,
 ) -> None:
+    check_shapes(op, mu, log_var, values, segments)
+    if num_samples < 1:
+        raise ValueError(f"{op}: num_samples must be at least 1, got {num_samples}")
+    if not isinstance(seed, int) and len(seed) != segments.offsets.shape[0] - 1:
+        raise ValueError(f"{op}: expected one seed, or one for each of {segments.num_bags} bags, got {len(seed)}")
+
+
+def check_shapes(op: str, mu: Tensor, log_var: Tensor, values: Tensor | None, segments: Segments) -> None:
+    """Raise ValueError where the arguments of ``op`` are not what it takes."""
     # The number of rows is not checked while tracing: a compiled graph must not depend on how a pack is cut.
     rows = mu.shape[0] if torch.compiler.is_compiling() and mu.dim() else segments.num_instances
     fits = mu.shape == log_var.shape == (rows,) and (values is None or (values.dim() == 2 and len(values) == rows))
@@ -131,13 +140,9 @@ def _check(
         found = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in (mu, log_var, values) if t is not None)
         expected = "mu (T,) and log_var (T,)" if values is None else "mu (T,), log_var (T,) and values (T, K)"
         raise ValueError(f"{op}: expected floating {expected} with T = {rows} as in segments, got {found}")
-    if num_samples < 1:
-        raise ValueError(f"{op}: num_samples must be at least 1, got {num_samples}")
-    if not isinstance(seed, int) and len(seed) != segments.offsets.shape[0] - 1:
-        raise ValueError(f"{op}: expected one seed, or one for each of {segments.num_bags} bags, got {len(seed)}")
 
 
-def _gaussian(mu: Tensor, log_var: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def gaussian(mu: Tensor, log_var: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation, in at least float32."""
     acc = torch.promote_types(dtype, torch.float32)
     return mu.to(acc), (log_var.to(acc) / 2).exp()
