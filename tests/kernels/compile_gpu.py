@@ -117,6 +117,17 @@ def gaussian_cases(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
         gaussian.draw(keys, num_samples)
 
 
+def gaussian_mean_cases(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    from bigbag.kernels.gpu import gaussian_mean
+
+    yield {"nodes": 41, "levels": 236}
+    mu, nodes, products = torch.zeros(1040), torch.zeros(2, 41), torch.zeros(2, 236)
+    args = (mu, mu, torch.tensor([0, 1000, 1040]), torch.ones(2), nodes, 20.0)
+    gaussian_mean.log_products(*args, 236)
+    gaussian_mean.means(*args, products)
+    gaussian_mean.gradients(*args, gaussian_mean.sums(*args, products, mu), mu)
+
+
 def spmm_cases(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     from bigbag.kernels.gpu import spmm
 
@@ -183,6 +194,7 @@ def nystrom_cases(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
 CASES = {
     "attention_pool": attention_pool_cases,
     "gaussian": gaussian_cases,
+    "gaussian_mean": gaussian_mean_cases,
     "masked_attention": masked_attention_cases,
     "nystrom": nystrom_cases,
     "segments": segments_cases,

@@ -17,6 +17,7 @@ SCRIPT = Path(__file__).with_name("compile_gpu.py")
 KERNELS = {
     "attention_pool": {"_scores", "_grad_projection"},
     "gaussian": {"_draw", "_pool_draws", "_pool_draws_backward"},
+    "gaussian_mean": {"_log_products", "_means", "_sums", "_gradients"},
     "masked_attention": {"_forward", "_grad_q", "_grad_kv"},
     "nystrom": {"_spread", "_gather", "_row_grads", "_landmark_grads"},
     "segments": {"_sum_splits", "_combine_sums", "_max_splits", "_row_dots"},
@@ -41,7 +42,7 @@ def test_every_kernel_that_is_launched_is_compiled() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
-    "files", [("attention_pool", "masked_attention", "segments"), ("gaussian", "nystrom", "spmm", "topk")]
+    "files", [("attention_pool", "masked_attention", "segments"), ("gaussian", "gaussian_mean", "nystrom", "spmm", "topk")]
 )
 def test_kernels_compile_without_spills(
     files: tuple[str, ...], capability: int, record_property: Callable[[str, object], None]
