@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from bigbag.bags import Segments
 from bigbag.ops import distributed
 from bigbag.ops.registry import FLOATING, HALF, Operator, choose
-from bigbag.ops.sampled_attention import CLIP, block_rows, check_shapes, gaussian
+from bigbag.ops.sampled_attention import CLIP, block_rows, check_shapes, clipped, gaussian
 from bigbag.ops.segments import segment_max, segment_sum
 from bigbag.ops.topk import segment_logsumexp
 from bigbag.parts import Parts
@@ -119,7 +119,7 @@ def _levels(mu: Tensor, sigma: Tensor, low: Tensor, segments: Segments) -> Tenso
 def _factors(mu: Tensor, sigma: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     """log(phi) and rho, both (rows, levels)."""
     eps, weight = _nodes(mu)
-    e = torch.addcmul(mu[:, None], sigma[:, None], eps).clamp(-CLIP, CLIP).exp()
+    e = clipped(torch.addcmul(mu[:, None], sigma[:, None], eps)).exp()
     exponent = -levels[:, :, None] * e[:, None, :]
     # phi - 1 is tiny for each of many instances, and must not be rounded away; nor must a phi near 0.
     less = torch.expm1(exponent)

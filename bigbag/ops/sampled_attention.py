@@ -111,7 +111,7 @@ def attention_draws(
         keys = _noise_keys(segments, mu.shape[0], seed)
         noise = _reference_noise(keys, num_samples, mu) if chosen == "reference" else _NOISE[chosen](keys, num_samples)
         if torch.is_grad_enabled() and (mu.requires_grad or sigma.requires_grad):
-            return _clipped(torch.addcmul(mu[:, None], sigma[:, None], noise))
+            return clipped(torch.addcmul(mu[:, None], sigma[:, None], noise))
         return noise.mul_(sigma[:, None]).add_(mu[:, None]).clamp_(-CLIP, CLIP)
 
 
@@ -222,10 +222,10 @@ def _tracks(*args: Any) -> bool:
 
 def _block(mu: Tensor, sigma: Tensor, ones: Tensor, keys: Tensor, num_samples: int) -> Tensor:
     noise = _reference_noise(keys, num_samples, mu)
-    return ones.t() @ _clipped(torch.addcmul(mu[:, None], sigma[:, None], noise)).exp()
+    return ones.t() @ clipped(torch.addcmul(mu[:, None], sigma[:, None], noise)).exp()
 
 
-def _clipped(f: Tensor) -> Tensor:
+def clipped(f: Tensor) -> Tensor:
     """As clamp, whose gradient hides what is not a number."""
     return torch.where(f.abs() > CLIP, f.detach().clamp(-CLIP, CLIP), f)
 

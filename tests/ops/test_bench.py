@@ -93,8 +93,7 @@ def test_every_operator_is_measured() -> None:
 
 
 def test_what_has_no_samples_is_compared_with_its_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
-    for op in ("chebyshev_conv", "expected_attention"):
-        assert all(bench.proof(op, "cpu", dtype, "cpu") is None for dtype in (torch.float32, torch.bfloat16))
+    assert all(bench.proof("chebyshev_conv", "cpu", dtype, "cpu") is None for dtype in (torch.float32, torch.bfloat16))
     right = bench.cases.ops.chebyshev_conv
     monkeypatch.setattr(bench.cases.ops, "chebyshev_conv", lambda *args, **options: right(*args, **options) * 1.01)
     assert "errs by" in str(bench.proof("chebyshev_conv", "cpu", torch.float32, "cpu"))

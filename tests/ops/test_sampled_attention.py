@@ -1,4 +1,4 @@
-"""Attention whose values are Gaussian: draws, their gradients, and the exact mean."""
+"""Attention whose values are Gaussian: draws, and their gradients."""
 
 import math
 import sys
@@ -10,7 +10,7 @@ import torch
 
 from bigbag import Segments
 from bigbag.memory import peak_bytes
-from bigbag.ops import attention_draws, expected_attention, sampled_attention
+from bigbag.ops import attention_draws, sampled_attention
 
 # The package's name for the module is that of its function.
 BLOCKS = sys.modules["bigbag.ops.sampled_attention"]._BLOCK_ELEMENTS
@@ -186,66 +186,6 @@ def test_draws_differ_by_seed_and_have_the_right_spread():
     # 200,000 draws: the standard error of the mean is 0.003, that of the standard deviation 0.002.
     noise = one - mu[:, None]
     assert abs(float(noise.mean())) < 0.02 and abs(float(noise.std()) - 1.3499) < 0.01
-
-
-def test_mean_of_two_is_the_mean_of_a_sigmoid():
-    """E[softmax(f)]_1 = E[sigmoid(f_1 - f_2)], one Gaussian integral."""
-    grid = torch.linspace(-9, 9, 20_001, dtype=torch.float64)
-    weight = torch.softmax(-grid.square() / 2, 0)
-    for mu_1, mu_2, sigma_1, sigma_2 in ((0.0, 1.0, 0.5, 1.5), (2.0, -1.0, 3.0, 0.1), (5.0, 5.0, 0.01, 2.0)):
-        mu = torch.tensor([mu_1, mu_2], dtype=torch.float64)
-        log_var = 2 * torch.tensor([sigma_1, sigma_2], dtype=torch.float64).log()
-        expected = weight @ torch.sigmoid(mu_1 - mu_2 + grid * (sigma_1**2 + sigma_2**2) ** 0.5)
-        found = expected_attention(mu, log_var, Segments.from_sizes((2,)))
-        torch.testing.assert_close(found, torch.stack([expected, 1 - expected]), rtol=0, atol=2e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_mean_agrees_with_many_draws(dtype):
-    mu, log_var, _, segments = inputs((300, 12))
-    a = expected_attention(mu.to(dtype), log_var.to(dtype), segments)
-    draws = attention_draws(mu, log_var, segments, 20_000, 3)
-    s = torch.cat([part.softmax(0) for part in draws.split([300, 12])])
-    error = s.std(1) / 20_000**0.5
-    # Of 312 normal variables one exceeds 5 by chance once in 5,600 seeds; the seed is fixed.
-    assert a.dtype == dtype and bool(((a - s.mean(1)).abs() < 5 * error).all())
-
-
-def test_mean_without_variance_is_the_softmax_and_empty_bags_are_fine():
-    mu, _, _, segments = inputs()
-    a = expected_attention(mu, torch.full_like(mu, -60.0), segments)
-    expected = torch.cat([part.softmax(0) for part in mu.split(list(SIZES))])
-    torch.testing.assert_close(a, expected, rtol=1e-6, atol=1e-8)
-    assert expected_attention(mu[:0], mu[:0], Segments.from_sizes((0, 0))).shape == (0,)
-
-
-@pytest.mark.parametrize("spread", [(1.0, 0.5), (3.0, 3.0), (0.1, 2.0), (5.0, 0.01)])
-def test_mean_by_the_kernel_is_that_of_float64(spread, monkeypatch):
-    """Bags longer than a piece, of one instance, of none; float64 goes through levels closer to each other."""
-    monkeypatch.setattr(sys.modules["bigbag.ops.expected_attention"], "_LEVELS", 300)
-    mu, log_var, _, segments = inputs((5000, 0, 1, 2, 70))
-    mu, sigma = mu / 2 * spread[0], log_var.sigmoid() * spread[1]
-    expected = expected_attention(mu, 2 * sigma.log(), segments)
-    leaves = [t.float().requires_grad_() for t in (mu, 2 * sigma.log())]
-    with torch.no_grad():
-        found = expected_attention(*leaves, segments)
-    # Sixty doublings round y sixty times: by 4e-6 at most.
-    torch.testing.assert_close(found.double(), expected, rtol=4e-6, atol=0)
-    torch.testing.assert_close(expected_attention(*leaves, segments), found, rtol=8e-6, atol=0)
-
-
-def test_mean_of_what_is_not_a_number_shows_in_its_bag_alone():
-    mu, log_var, _, segments = inputs(dtype=torch.float32)
-    mu[0] = math.nan
-    a = expected_attention(mu, log_var, segments)
-    assert a[:4].isnan().all() and a[4:].isfinite().all()
-
-
-def test_mean_is_differentiable():
-    mu, log_var, _, segments = inputs()
-    assert torch.autograd.gradcheck(
-        lambda m, v: expected_attention(m, v, segments), (mu.requires_grad_(), log_var.requires_grad_())
-    )
 
 
 def test_memory_does_not_hold_the_draws(monkeypatch):
