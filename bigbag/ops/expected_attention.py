@@ -54,10 +54,10 @@ def expected_attention(mu: Tensor, log_var: Tensor, segments: Segments, *, impl:
     factor of the root of 2 apart, good to about 1e-5 for standard deviations up to 3. Where much is clipped, the corner
     in f costs: 1e-4, and 1e-3 of gradients.
 
-    FLOPs, for each instance, node and level until the product is nothing (some 41 x 90): 14 forward and 17 backward,
-    which computes all again. Memory: inputs, outputs, and 236 floats for each bag and for each of its 2,048 instances
-    (cpu) or 32 (triton), twice as many backward. The reference: 16 FLOP and an exponential, 200 floats per instance,
-    and blocks of 1 M numbers (16 M on a GPU), made again in the backward pass.
+    FLOPs, for each instance, node and level until the product is nothing (some 41 x 90): 14 forward, and 16 backward,
+    which computes all again. Bytes: mu and log_var twice each way. Memory: inputs, outputs, and 236 floats for each bag
+    and each 2,048 instances (cpu) or 16 (triton), twice as many backward. The reference: 9 FLOP and an exponential,
+    200 floats per instance, and blocks of 1 M numbers (16 M on a GPU), made again in the backward pass.
 
     Args:
         mu: (T,) mean of f.

@@ -4,14 +4,14 @@
     rho[t, l] = r_l sum_n w[n] e[n] (1 - y[n]) / phi[l]
     log_products  log P[b, l] = sum_t log phi[t, l]                 means  a[t] = sum_l P[l] rho[t, l]
     sums          S[b, l] = P[l] sum_t rho[t, l],   D[b, l] = P[l] sum_t g[t] rho[t, l],   g the gradient to a
-    gradients     sum_l (g[t] S[l] - D[l]) rho_c[t, l],  rho_c: rho with c[n] w[n] in place of w[n]; c = 0 where clipped,
-                  else 1 to mu, eps[n] to sigma
+    gradients     sum_l (g[t] S[l] - D[l]) rho_c[t, l],   rho_c: rho with c[n] w[n] in place of w[n] in its numerator,
+                  c = 1 to mu, eps[n] to sigma, and 0 where f is clipped
 
 Levels of r are powers of the root of 2, r_l = 2^(l / 2) r_0. Then y of a level comes from that of the one before the
 last, y <- y + y (1 - y): two chains, and no number of instances x levels x nodes takes an exponential. (One chain, its
 levels a factor of 2 apart, errs by 2 |Gamma(1 + 2 pi i / log 2)| = 1e-5 where sigma is small; two by 1e-11.) Instances
 go through the levels _LANES at a time, in a core's own cache, until the product of their factors is nothing.
-FLOPs, for each of T x nodes x levels: 7 each in log_products, means and sums, 10 in gradients; and for each of T x
+FLOPs, for each of T x nodes x levels: 7 each in log_products, means and sums, 9 in gradients; and for each of T x
 levels a logarithm or a division. Bytes: mu and sigma once in each, g once in the last two, each result once.
 """
 

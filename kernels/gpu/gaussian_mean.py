@@ -1,12 +1,12 @@
-"""The mean of attention with Gaussian values over all draws, on the GPU: see kernels/cpu/gaussian_mean for the formulas.
+"""The mean of attention with Gaussian values over all draws, on the GPU: formulas in kernels/cpu/gaussian_mean.
 
 One program owns BLOCK_T rows of one bag and one of the two chains of levels, and keeps y of all nodes in registers, a
 row's in two threads. It goes through the levels until their product is nothing, in ``_log_products`` that of its own
 rows. ``_log_products`` and ``_sums`` write a row of levels for each block of rows, which are added bag by bag
-afterwards; ``_means`` and ``_gradients`` write one result for each chain. No atomics, and nothing waits for the device.
+afterwards; ``_means`` and ``_gradients`` write one result for each chain. No atomics; nothing waits for the device.
 
-FLOPs: as on the CPU, and those of 23 nodes of weight 0. Bytes: mu and sigma once in each kernel; written and read again,
-4 (twice that in ``_sums``) for each level and BLOCK_T rows, 8 for each row in ``_means`` and 16 in ``_gradients``.
+FLOPs: as on the CPU, and those of 23 nodes of weight 0. Bytes: mu and sigma once in each kernel; written and read
+again, 4 for each level and BLOCK_T rows (twice that in ``_sums``), 8 for each row in ``_means``, 16 in ``_gradients``.
 """
 
 from __future__ import annotations

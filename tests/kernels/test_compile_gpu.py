@@ -42,7 +42,8 @@ def test_every_kernel_that_is_launched_is_compiled() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
-    "files", [("attention_pool", "masked_attention", "segments"), ("gaussian", "gaussian_mean", "nystrom", "spmm", "topk")]
+    "files",
+    [("attention_pool", "gaussian_mean", "masked_attention", "segments"), ("gaussian", "nystrom", "spmm", "topk")],
 )
 def test_kernels_compile_without_spills(
     files: tuple[str, ...], capability: int, record_property: Callable[[str, object], None]

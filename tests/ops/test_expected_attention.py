@@ -90,7 +90,7 @@ def test_mean_without_variance_is_the_softmax(any_impl, device):
 
 def test_sums_to_one_whatever_the_spread(impl, device):
     mu, log_var, segments = inputs((500, 1, 0, 30), torch.float32, device)
-    for mean, scale, shift in ((0.0, 1.0, 0.0), (0.0, 8.0, -8.0), (18.0, 1.0, 1.0), (-19.0, 1.0, 1.0), (0.0, 0.01, 3.0)):
+    for mean, scale, shift in ((0.0, 8.0, -8.0), (18.0, 1.0, 1.0), (-19.0, 1.0, 1.0), (0.0, 0.01, 3.0)):
         a = expected_attention(mean + scale * mu, log_var + shift, segments, impl=impl).detach()
         total = torch.stack([part.sum() for part in a.split([500, 1, 0, 30])])
         torch.testing.assert_close(total, torch.tensor([1.0, 1, 0, 1], device=device), rtol=0, atol=3e-6)
@@ -119,7 +119,11 @@ def test_what_is_not_a_number_shows_in_its_bag_alone(any_impl, device):
 def test_backward_keeps_inputs_and_levels_of_bags_alone():
     mu, log_var, segments = inputs((6000,), torch.float32)
     pieces, vector = 3, 4 * 6000
-    peak = peak_bytes(lambda: torch.autograd.grad(expected_attention(mu, log_var, segments).square().sum(), [mu, log_var]))
+
+    def step():
+        torch.autograd.grad(expected_attention(mu, log_var, segments).square().sum(), [mu, log_var])
+
+    peak = peak_bytes(step)
     # S and D of each piece, and what is as long as mu: sigma, the result and its square, three gradients, thin steps.
     assert peak < 2 * 4 * MODULE._LEVELS * (pieces + 2) + 10 * vector < 4 * 6000 * MODULE._LEVELS / 20
 
