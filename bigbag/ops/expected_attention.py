@@ -36,9 +36,10 @@ from bigbag.parts import Parts
 # Trapezoidal sums, whose error falls exponentially with the number of nodes, over log(r) and over eps.
 _STEP = math.log(2) / 2
 _NODES, _REACH = 41, 6.0
-# From P = 1 - 1e-7 to P = 1e-20 at the smallest exp(f), 46 / r, for up to 2^31 instances that are clipped on either
-# side: so the number does not depend on the data, and kernels leave off where P is nothing.
+# From P = 1 - 1e-7 to the r at which a factor is 1e-20, r exp(f) = 46, were that f clipped at -20 and those of 2^31
+# others at 20. So the number does not depend on the data; kernels leave off where P is nothing.
 _LEVELS = 1 + math.ceil((math.log(1e7 * 46 * 2**31) + 2 * CLIP) / _STEP)
+# A factor counts as at least this: log and division stay finite.
 _SMALLEST_PHI = 1e-20
 
 _DTYPES = {"triton": (*HALF, torch.float32), "cpu": (*HALF, torch.float32), "reference": FLOATING}
@@ -51,8 +52,8 @@ def expected_attention(mu: Tensor, log_var: Tensor, segments: Segments, *, impl:
         E[s_t] = int_0^inf E[e^{f_t} exp(-r e^{f_t})]  prod_{j != t} E[exp(-r e^{f_j})]  dr
 
     Each factor is an integral over one Gaussian. Both integrals are sums over nodes, 41 of eps up to 6, and of r a
-    factor of the root of 2 apart, good to about 1e-5 for standard deviations up to 3. Where much is clipped, the corner
-    in f costs: 1e-4, and 1e-3 of gradients.
+    factor of the root of 2 apart. For standard deviations up to 3 they err by about 1e-5 of themselves and of 1 / T,
+    gradients by 1e-5 of the largest; for those up to 7, or where much is clipped, by 5e-4 and 1e-2.
 
     FLOPs, for each instance, node and level until the product is nothing (some 41 x 90): 14 forward, and 16 backward,
     which computes all again. Bytes: mu and log_var twice each way. Memory: inputs, outputs, and 236 floats for each bag
