@@ -79,7 +79,7 @@ class VariationalAutoEncoder(torch.nn.Module):
     def get_raw_output_enc(self, X: Tensor) -> tuple[Tensor, Tensor]:
         """``(n, ...)`` instances to the posterior's mean ``(n, latent)`` and log s ``(n, 1)`` or ``(n, latent)``."""
         x = X.flatten(1)
-        if not self._keeps_hidden:
+        if not self._keeps_hidden or len(self.encoder.net) == 1:  # a single layer has no hidden one to keep
             return by_rows(self._encode, x, modules=[self.encoder])
         first: Any = self.encoder.net[0]
         hidden = by_rows(self._enter, x, modules=[self.encoder.norm], projection=Projection(first.weight, first.bias))

@@ -12,9 +12,9 @@ MASK = torch.tensor([[1] * 5, [1, 1, 0, 0, 0]])
 MODES = pytest.mark.parametrize("mode", ["single", "diagonal"])
 
 
-def build(mode, cls=nn.VariationalAutoEncoder):
+def build(mode, cls=nn.VariationalAutoEncoder, sizes=(8, 3)):
     torch.manual_seed(0)
-    return cls((6,), [8, 3], covar_mode=mode)
+    return cls((6,), list(sizes), covar_mode=mode)
 
 
 def normal(mean, log_std):
@@ -22,10 +22,11 @@ def normal(mean, log_std):
 
 
 @MODES
-def test_equals_torchmil(mode):
+@pytest.mark.parametrize("sizes", [(3,), (8, 3), (8, 5, 3)])
+def test_equals_torchmil(mode, sizes):
     theirs = pytest.importorskip("torchmil.nn")
     for name, x in (("VariationalAutoEncoder", X[0]), ("VariationalAutoEncoderMIL", X)):
-        ours, other = build(mode, getattr(nn, name)), getattr(theirs, name)((6,), [8, 3], covar_mode=mode)
+        ours, other = (build(mode, getattr(package, name), sizes) for package in (nn, theirs))
         other.load_state_dict(ours.state_dict(), strict=True)
         calls = [
             lambda m, x=x: m(x, n_samples=3, return_mean_logstd=True),
