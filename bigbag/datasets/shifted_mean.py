@@ -63,9 +63,9 @@ class ShiftedMeanMILDataset(InMemoryDataset):
         starts = [int(torch.randint(0, size - R + 1, (1,), generator=generator)) for size in self.lengths]
         self.u = torch.tensor(starts)
         self.y = torch.bernoulli(torch.full((N,), p_y1), generator=generator).long()
+        self.y_inst_list = [torch.zeros(size, dtype=torch.long) for size in self.lengths]
         self.bags_list = []
-        for X, label, start in zip(self.H_split, self.y, starts):
-            y_inst = torch.zeros(len(X), dtype=torch.long)
+        for X, label, y_inst, start in zip(self.H_split, self.y, self.y_inst_list, starts):
             if label == 1:
                 X[start : start + R, :K] += Delta
                 y_inst[start : start + R] = 1

@@ -82,6 +82,7 @@ def test_shifted_mean_bags_of_torchmil():
     kwargs = {"N": 12, "R": 3, "S_low": 6, "S_high": 9, "K": 2, "M": 5, "Delta": 0.7, "seed": 3}
     mine, other = ours.ShiftedMeanMILDataset(**kwargs), theirs(**kwargs)
     assert same(mine, other)
+    torch.testing.assert_close(mine.y_inst_list, other.y_inst_list)
     torch.testing.assert_close(
         torch.stack([mine.p_y1_given_h(i) for i in range(12)]),
         torch.stack([other.p_y1_given_h(i) for i in range(12)]), rtol=1e-4, atol=1e-6,
