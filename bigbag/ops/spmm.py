@@ -144,7 +144,8 @@ def graph_of(adj: Adjacency, impl: str, transposed: bool, same: bool | None = No
     crow, col = adj.crow.contiguous(), adj.col.contiguous()
     if not transposed or (adj.symmetric if same is None else same):
         return Graph(crow, col, crow, col, None)
-    if torch.compiler.is_compiling():
+    # Tensors of inference mode have no version by which to know whether what is kept still holds.
+    if torch.compiler.is_compiling() or adj.crow.is_inference() or adj.col.is_inference():
         return Graph(crow, col, *_OPS["transpose", impl](crow, col))
     known = _transposes.get(adj.col)
     # In-place changes show in the versions.

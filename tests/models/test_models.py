@@ -140,6 +140,14 @@ def test_packed_alone_and_padded_agree(name, arguments, training):
 
 
 @each_model
+def test_inference_mode(name, arguments):
+    model, pack = build(name, arguments).eval(), make_pack()
+    with torch.inference_mode():
+        found = model(**padded(model, make_pack()))
+    torch.testing.assert_close(found, model(pack))
+
+
+@each_model
 def test_order_of_instances_does_not_matter(name, arguments):
     if name in ORDERED:
         pytest.skip("the order of the instances is part of the model")
