@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -57,7 +59,9 @@ class ChebConv(torch.nn.Module):
         """What the Laplacian is scaled by where nothing is given: ``(B,)``, or 2."""
         if not self.compute_lambda_max:
             return 2.0
-        if not ops.marked_symmetric(adj).symmetric:
+        # In float64 too, weights may have been rounded to float32 before.
+        rounded = adj if adj.weight is None else replace(adj, weight=adj.weight.float())
+        if not ops.marked_symmetric(rounded).symmetric:
             raise ValueError(
                 "ChebConv: compute_lambda_max needs a symmetric graph; symmetrize it, or give lambda_max yourself"
             )

@@ -93,7 +93,9 @@ def scaling(lambda_max: float | Tensor, segments: Segments | None, adj: Adjacenc
     device = adj.crow.device
     if not isinstance(lambda_max, Tensor):
         return torch.full((1,), 2 / (lambda_max + _EPSILON), dtype=acc, device=device)
-    ratio = 2 / (lambda_max.detach().to(device=device, dtype=acc).reshape(-1) + _EPSILON)
+    largest = lambda_max.detach().to(device=device, dtype=acc).reshape(-1)
+    # Where it is 0, so is D - A, and any ratio will do: a large one would multiply the rounding of D x - A x.
+    ratio = torch.where(largest == 0, 1.0, 2 / (largest + _EPSILON))
     if ratio.numel() == 1:
         return ratio
     if segments is None or ratio.shape[0] != segments.num_bags or segments.num_instances != adj.num_nodes:

@@ -132,6 +132,23 @@ def test_lazy_width():
     assert layer(x, adj).shape == (2, 7, 3) and layer.fc.weight.shape == (3, 8)
 
 
+def test_instances_joined_to_themselves_only():
+    """D - A is zero, so that the polynomials are x and -x; nothing is left of the rounding of D x - A x."""
+    layer, x = ChebConv(4, 3, K=3), torch.randn(1, 5, 4)
+    first, second, third = layer.fc.weight.split(4, 1)
+    torch.testing.assert_close(layer(x, 0.37 * torch.eye(5)[None]), x @ (first - second + third).T)
+
+
+def test_largest_eigenvalue_of_a_graph_rounded_to_float32():
+    x, adj = padded_graph()
+    degree = adj.sum(2).clamp_min(1e-3).sqrt()
+    adj = adj / degree[:, :, None] / degree[:, None]
+    assert not torch.equal(adj, adj.mT)
+    layer = ChebConv(4, 3)
+    found = layer(x, adj)
+    torch.testing.assert_close(layer.double()(x.double(), adj.double()).float(), found, rtol=1e-4, atol=1e-4)
+
+
 def test_the_largest_eigenvalue_of_a_directed_graph_is_refused():
     layer, adj = ChebConv(4, 3, compute_lambda_max=True).double(), graph(symmetric=False)
     x, segments = torch.randn(sum(SIZES), 4, dtype=torch.float64), Segments.from_sizes(SIZES)
