@@ -161,6 +161,13 @@ def test_heads_must_divide_the_width():
             cls(8, n_heads=3, learn_weights=False)
 
 
+def test_what_is_added_to_itself_must_keep_its_width():
+    for cls in (nn.TransformerEncoder, nn.SmTransformerEncoder, nn.NystromTransformerEncoder):
+        with pytest.raises(ValueError, match=r"add_self .* 8 wide, .* are \[12, 8\] wide"):
+            cls(8, att_dim=12, n_heads=2, n_layers=2, add_self=True)
+        assert len(cls(8, att_dim=12, n_heads=2, n_layers=1, add_self=True).layers) == 1
+
+
 def test_rows_in_chunks_equal_rows_at_once(monkeypatch):
     """Outputs and gradients, with dropout (the same numbers in both passes) and under autocast."""
     monkeypatch.setitem(rows_module._ROWS, "cpu", 3)

@@ -119,6 +119,9 @@ class LayerStack(Encoder):
         att_dim: width between the layers.
         n_layers: layers.
         add_self: as in :class:`Encoder`.
+
+    Raises:
+        ValueError: ``add_self``, and a layer that is not as wide as the input.
     """
 
     def __init__(
@@ -131,9 +134,14 @@ class LayerStack(Encoder):
         add_self: bool,
     ) -> None:
         out_dim = in_dim if out_dim is None else out_dim
-        super().__init__(
-            torch.nn.ModuleList(layer(*pair) for pair in layer_widths(in_dim, att_dim, out_dim, n_layers)), add_self
-        )
+        widths = layer_widths(in_dim, att_dim, out_dim, n_layers)
+        if add_self and any(width != in_dim for _, width in widths):
+            raise ValueError(
+                f"{type(self).__name__}: add_self adds the input, {in_dim} wide, to the output of every layer, but they "
+                f"are {[width for _, width in widths]} wide; expected att_dim = {in_dim} and out_dim = {in_dim}, or "
+                "add_self=False"
+            )
+        super().__init__(torch.nn.ModuleList(layer(*pair) for pair in widths), add_self)
         self.norm = torch.nn.LayerNorm(out_dim)
 
 
