@@ -137,7 +137,7 @@ class LayerStack(Encoder):
         widths = layer_widths(in_dim, att_dim, out_dim, n_layers)
         if add_self and any(width != in_dim for _, width in widths):
             raise ValueError(
-                f"{type(self).__name__}: add_self adds the input, {in_dim} wide, to the output of every layer, but they "
+                f"{type(self).__name__}: add_self adds the input, {in_dim} wide, to the output of every layer, which "
                 f"are {[width for _, width in widths]} wide; expected att_dim = {in_dim} and out_dim = {in_dim}, or "
                 "add_self=False"
             )
