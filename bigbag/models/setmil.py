@@ -142,7 +142,7 @@ class SETMIL(CoordsMILModel):
 
     Differs from torchmil, which reads ``(att_dim, cells)`` as ``(cells, att_dim)`` without a transpose, mixes heads and
     positions, lets every empty cell of a square around the whole batch take part as a token, has no mask, and gives
-    zeros as instance scores with ``use_pmf``.
+    zeros as instance scores with ``use_pmf``. The scores carry no gradient.
 
     Args:
         in_shape: shape of one instance.

@@ -103,7 +103,7 @@ class TransMIL(MILModel):
     The order of the instances is part of the model. Of the last layer only the row of the class token is computed.
     Ranks that share a bag share its square too; for :class:`PPEG` each asks for up to 8 lines of sqrt(N) rows
     around its own. Differs from torchmil in that masks are honoured: every bag has its own square, whatever it is
-    batched with.
+    batched with; and in that the attention that it returns carries no gradient.
 
     Args:
         in_shape: shape of one instance.
