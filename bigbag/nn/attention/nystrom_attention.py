@@ -28,8 +28,8 @@ class NystromAttention(SelfAttention):
     See :func:`bigbag.ops.nystrom_attention` for the cost. Differs from torchmil in that each bag is padded to a
     multiple of M by itself, and masked instances count for nothing: a bag gives the same alone, padded or packed.
     (torchmil's mask excludes the rows of zeros that it adds in front, and keeps them without a mask.) With
-    ``learn_weights=False`` scores are scaled by the width that the heads have, not by ``att_dim``'s. The attention that it
-    returns carries no gradient.
+    ``learn_weights=False`` scores are scaled by the width that the heads have, not by ``att_dim``'s. The attention
+    that it returns carries no gradient.
 
     Args:
         in_dim: instance width.
