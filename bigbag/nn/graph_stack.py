@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from bigbag import ops
 from bigbag.adjacency import Adjacency
@@ -169,6 +170,7 @@ class _GraphStack(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         stack, num_layers = ctx.stack, ctx.stack.num_layers
         if ctx.versions != [t._version for t in ctx.tensors]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from bigbag.bags import Segments
 from bigbag.nn.rows import State, chunk_rows, gradients, trained_tensors
@@ -115,6 +116,7 @@ class _PoolRows(torch.autograd.Function):
         return z, sums.scores
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_z: Tensor | None, grad_scores: Tensor | None) -> Any:
         work = ctx.work
         if ctx.versions != [t._version for t in ctx.parameters]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from bigbag.bags import Segments
 from bigbag.kernels.cpu.memory import huge_pages
@@ -164,6 +165,7 @@ class _Take(torch.autograd.Function):
         return x.view_as(x), x[rows]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_rows: Tensor) -> tuple[Tensor, None]:
         return grad.index_add(0, ctx.saved_tensors[0], grad_rows), None
 
@@ -185,6 +187,7 @@ class _AddConstant(torch.autograd.Function):
         return x
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
@@ -333,6 +336,7 @@ class _ByRows(torch.autograd.Function):
             return _run(work.function, work.projection, work.padding, inputs, work.chunk)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         work, tensors, parameters = ctx.work, ctx.saved_tensors, ctx.parameters
         if ctx.versions != [t._version for t in parameters]:

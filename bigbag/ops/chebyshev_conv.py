@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from bigbag.adjacency import Adjacency
 from bigbag.bags import Segments
@@ -124,6 +125,7 @@ class _Convolution(torch.autograd.Function):
         return _sum_of_terms(laplacian, x, matrices)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         matrices = _matrices(weight, x.shape[1], ctx.dtype)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from bigbag.parts import Halo, Parts
 
@@ -40,6 +41,7 @@ class _AllSum(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad, group=ctx.parts.group)
@@ -92,6 +94,7 @@ class _Exchange(torch.autograd.Function):
         return send_rows(x[halo.send], halo.send_counts, halo.counts, halo.parts)[halo.order]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         halo = ctx.halo
         by_rank = torch.empty_like(grad).index_copy_(0, halo.order, grad)

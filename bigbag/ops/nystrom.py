@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from bigbag.bags import Segments
 from bigbag.ops import pseudo_inverse
@@ -258,6 +259,7 @@ class _GatherInParts(torch.autograd.Function):
         return y, norms
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
         backward = getattr(torch.ops.bigbag, f"nystrom_gather_backward_{ctx.impl}")
         return *backward(all_sum(grad, ctx.parts), *ctx.saved_tensors), None, None, None

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from bigbag.adjacency import Adjacency
 from bigbag.ops.distributed import exchange
@@ -179,6 +180,7 @@ class _SmoothInParts(torch.autograd.Function):
         return _recursion_in_parts(adj, f, a.expand(num_steps), (1 - a).expand(num_steps), impl)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         f, a = ctx.saved_tensors
         grad_f = grad_a = None

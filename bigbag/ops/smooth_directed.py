@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from bigbag.adjacency import Adjacency
 from bigbag.ops.smooth import _scalar
@@ -89,6 +90,7 @@ class _Solve(torch.autograd.Function):
         return g.to(f.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         gamma, g = ctx.saved_tensors
         system = _NormalEquations(transpose(ctx.adj), gamma.double(), ctx.impl)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from bigbag.adjacency import Adjacency
 from bigbag.kernels.cpu.memory import huge_pages
@@ -240,6 +241,7 @@ class _SolveInParts(torch.autograd.Function):
         return g
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         u = _solve_system(ctx.system, grad, *ctx.options)
         (g,) = ctx.saved_tensors

@@ -170,6 +170,26 @@ def test_every_parameter_gets_a_gradient(name, arguments):
 
 
 @each_model
+def test_second_derivatives_are_right_or_refused(name, arguments):
+    model = build(name, arguments).double().eval()
+    inputs = padded(model, make_pack(), 0.0)
+    x = inputs.pop("X").double().requires_grad_()
+    direction = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(0))
+
+    def gradient(x, **kwargs):
+        return torch.autograd.grad(model(x, **inputs).sum(), x, **kwargs)[0]
+
+    x.grad = torch.zeros_like(x)
+    try:
+        (gradient(x, create_graph=True) * direction).sum().backward()
+    except RuntimeError as error:
+        assert "differentiate twice" in str(error) or "no autograd formula" in str(error)
+        return
+    ahead, behind = (gradient(x.detach().add(direction, alpha=step).requires_grad_()) for step in (1e-5, -1e-5))
+    torch.testing.assert_close(x.grad, (ahead - behind) / 2e-5, rtol=1e-4, atol=1e-6)
+
+
+@each_model
 def test_checkpointing_changes_memory_only(name, arguments):
     gradients = []
     for on in (False, True):
