@@ -162,10 +162,12 @@ def test_heads_must_divide_the_width():
 
 
 def test_what_is_added_to_itself_must_keep_its_width():
-    for cls in (nn.TransformerEncoder, nn.SmTransformerEncoder, nn.NystromTransformerEncoder):
-        with pytest.raises(ValueError, match=r"add_self .* 8 wide, .* are \[12, 8\] wide"):
-            cls(8, att_dim=12, n_heads=2, n_layers=2, add_self=True)
-        assert len(cls(8, att_dim=12, n_heads=2, n_layers=1, add_self=True).layers) == 1
+    encoder = nn.TransformerEncoder(8, att_dim=12, n_layers=2, add_self=True)  # as torchmil's, it can be built
+    x, segments = torch.randn(5, 8), Segments.from_sizes([5])
+    for run in (lambda: encoder(x[None]), lambda: encoder.forward_packed(x, segments)):
+        with pytest.raises(ValueError, match="add_self .* 8 wide, .* one is 12 wide"):
+            run()
+    assert nn.TransformerEncoder(8, att_dim=12, n_layers=1, add_self=True)(x[None]).shape == (1, 5, 8)
 
 
 def test_rows_in_chunks_equal_rows_at_once(monkeypatch):

@@ -20,7 +20,7 @@ class Encoder(torch.nn.Module):
 
     Args:
         layers: the layers.
-        add_self: add the input of the stack to the output of every layer; widths must agree.
+        add_self: add the input of the stack to the output of every layer; when it runs, their widths must agree.
     """
 
     recompute: bool = False
@@ -58,7 +58,7 @@ class Encoder(torch.nn.Module):
         last = self._layers[-1]
         first = last.forward_first(y, segments, **kwargs)
         if self.add_self:
-            first = first + x[segments.offsets[:-1]]
+            first = self._plus_input(first, x[segments.offsets[:-1]])
         first = self._norm(first)
         return (first, last.first_attention(y, segments, **kwargs)) if return_att else first
 
@@ -66,8 +66,16 @@ class Encoder(torch.nn.Module):
         y = x
         for layer in self._layers[:num_layers]:
             y = layer.forward_packed(y, segments, **kwargs)
-            y = (y + x).to(y.dtype) if self.add_self else y
+            y = self._plus_input(y, x).to(y.dtype) if self.add_self else y
         return y
+
+    def _plus_input(self, y: Tensor, x: Tensor) -> Tensor:
+        if y.shape[-1] != x.shape[-1]:
+            raise ValueError(
+                f"{type(self).__name__}: add_self adds the input, {x.shape[-1]} wide, to the output of every layer, but "
+                f"one is {y.shape[-1]} wide; expected att_dim = in_dim = out_dim, or add_self=False"
+            )
+        return y + x
 
     @property
     def _layers(self) -> list[Any]:
@@ -104,7 +112,7 @@ class Encoder(torch.nn.Module):
             if return_att:
                 Y, att = Y
                 atts.append(att)
-            Y = Y + X if self.add_self else Y
+            Y = self._plus_input(Y, X) if self.add_self else Y
         Y = self._norm(Y)
         return (Y, torch.stack(atts)) if return_att else Y
 
@@ -119,9 +127,6 @@ class LayerStack(Encoder):
         att_dim: width between the layers.
         n_layers: layers.
         add_self: as in :class:`Encoder`.
-
-    Raises:
-        ValueError: ``add_self``, and a layer that is not as wide as the input.
     """
 
     def __init__(
@@ -134,14 +139,9 @@ class LayerStack(Encoder):
         add_self: bool,
     ) -> None:
         out_dim = in_dim if out_dim is None else out_dim
-        widths = layer_widths(in_dim, att_dim, out_dim, n_layers)
-        if add_self and any(width != in_dim for _, width in widths):
-            raise ValueError(
-                f"{type(self).__name__}: add_self adds the input, {in_dim} wide, to the output of every layer, which "
-                f"are {[width for _, width in widths]} wide; expected att_dim = {in_dim} and out_dim = {in_dim}, or "
-                "add_self=False"
-            )
-        super().__init__(torch.nn.ModuleList(layer(*pair) for pair in widths), add_self)
+        super().__init__(
+            torch.nn.ModuleList(layer(*pair) for pair in layer_widths(in_dim, att_dim, out_dim, n_layers)), add_self
+        )
         self.norm = torch.nn.LayerNorm(out_dim)
 
 
