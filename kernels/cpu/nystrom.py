@@ -174,7 +174,7 @@ def spread_backward(
     """Gradients of q (T, H, d), keys (B, H, M, d), values (B, H, M, dv)."""
     heads = q.shape[1]
     pieces = _pieces(offsets, counts, heads)
-    grad_q = huge_pages(torch.empty_like(q))
+    grad_q = huge_pages(q.new_empty(q.shape))
     key_parts = keys.new_zeros(len(pieces), *keys.shape[1:])
     value_parts = values.new_zeros(len(pieces), *values.shape[1:])
 
@@ -197,7 +197,8 @@ def spread_backward(
                 grad_value.baddbmm_(p.mT, grad_out)
 
     _launch(work, pieces, heads)
-    return grad_q, _add(pieces, key_parts, torch.zeros_like(keys)), _add(pieces, value_parts, torch.zeros_like(values))
+    sums = [_add(pieces, parts, x.new_zeros(x.shape)) for parts, x in ((key_parts, keys), (value_parts, values))]
+    return grad_q, *sums
 
 
 def gather(queries: Tensor, k: Tensor, v: Tensor, offsets: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,7 +252,7 @@ def gather_backward(
     """Gradients of queries (B, H, M, d), k (T, H, d), v (T, H, dv)."""
     heads = k.shape[1]
     pieces = _pieces(offsets, counts, heads)
-    grad_k, grad_v = huge_pages(torch.empty_like(k)), huge_pages(torch.empty_like(v))
+    grad_k, grad_v = (huge_pages(x.new_empty(x.shape)) for x in (k, v))
     parts = queries.new_zeros(len(pieces), *queries.shape[1:])
     delta = (grad * y).sum(3, keepdim=True)
 
@@ -275,7 +276,7 @@ def gather_backward(
                 part.baddbmm_(grad_s, key)
 
     _launch(work, pieces, heads)
-    return _add(pieces, parts, torch.zeros_like(queries)), grad_k, grad_v
+    return _add(pieces, parts, queries.new_zeros(queries.shape)), grad_k, grad_v
 
 
 def weigh(queries: Tensor, k: Tensor, norms: Tensor, weights: Tensor, offsets: Tensor, counts: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from bigbag import Segments
 from bigbag.memory import peak_bytes
+from bigbag.ops import nystrom as nystrom_module
 from bigbag.ops import pseudo_inverse
 from bigbag.ops.nystrom import nystrom_attention, nystrom_class_token_attention
 from bigbag.samples.nystrom import SAMPLES
@@ -31,6 +32,21 @@ def test_reference_and_adjoint_pass_gradcheck() -> None:
             return nystrom_attention(*values, segments, num_landmarks=4, num_iterations=3, impl=impl)
 
         assert torch.autograd.gradcheck(call, tuple(tensors), fast_mode=True)
+
+
+def test_gradients_are_laid_out_as_compilers_are_told(impl: str, device: str) -> None:
+    """Whatever the strides of the landmarks, gradients are contiguous, as the fake kernels say."""
+    (q, _, v), segments = (
+        (t.to(device) for t in qkv(12, width=16, dtype=torch.float32)),
+        Segments.from_sizes([12], device),
+    )
+    counts = torch.tensor([4], device=device)
+    keys, values = (torch.randn(1, 4, 2, 16, device=device).transpose(1, 2) for _ in range(2))
+    spread, gather = (nystrom_module._OPS[name, impl] for name in ("spread", "gather"))
+    for op, args in ((spread, (q, keys, values)), (gather, (keys, q, v))):
+        leaves = [t.detach().requires_grad_() for t in args]
+        out = op(*leaves, segments.offsets, counts)[0]
+        assert all(g.is_contiguous() for g in torch.autograd.grad(out.square().sum(), leaves))
 
 
 def test_agrees_with_torchmil_where_it_pads_nothing(any_impl: str, device: str) -> None:

@@ -72,7 +72,7 @@ class Encoder(torch.nn.Module):
     def _plus_input(self, y: Tensor, x: Tensor) -> Tensor:
         if y.shape[-1] != x.shape[-1]:
             raise ValueError(
-                f"{type(self).__name__}: add_self adds the input, {x.shape[-1]} wide, to the output of every layer, but "
+                f"{type(self).__name__}: add_self adds the input, {x.shape[-1]} wide, to the output of each layer, but "
                 f"one is {y.shape[-1]} wide; expected att_dim = in_dim = out_dim, or add_self=False"
             )
         return y + x
