@@ -198,7 +198,7 @@ def spread_backward(
 
     _launch(work, pieces, heads)
     sums = [_add(pieces, parts, x.new_zeros(x.shape)) for parts, x in ((key_parts, keys), (value_parts, values))]
-    return grad_q, *sums
+    return grad_q, sums[0], sums[1]
 
 
 def gather(queries: Tensor, k: Tensor, v: Tensor, offsets: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
