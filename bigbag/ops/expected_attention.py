@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from bigbag.bags import Segments
@@ -146,6 +147,7 @@ class _Mean(torch.autograd.Function):
         return means(*args, CLIP, products)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         _, _, sums, gradients = _OPS[ctx.impl]
         *args, products = ctx.saved_tensors
