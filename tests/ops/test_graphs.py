@@ -269,6 +269,7 @@ def test_rows_in_an_order_of_their_own_have_the_same_bits(dtype: torch.dtype, mo
     for least in (1 << 40, 0):
         monkeypatch.setattr(row_orders, "LARGE_BYTES", least)
         monkeypatch.setattr(row_orders, "_FAR_BYTES", least)
+        monkeypatch.setattr(row_orders, "_LONG_ROW_BYTES", least)
         order = row_orders.row_order(crow, col, 400)
         if least == 0:
             assert sorted(order.tolist()) == list(range(350)) and row_orders.row_order(crow, col, 400) is order
