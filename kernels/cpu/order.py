@@ -15,8 +15,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 LARGE_BYTES = 32 << 20
 # Neighbours so far apart, on average, are out of reach of a core's own cache.
 _FAR_BYTES = 4 << 20
-# In another order sums are written here and there, for which shorter rows do not make up (time, as a share of that where
-# rows are taken as they lie, 100,000 with 8 neighbours: of 512 bytes 1.5, 1 KiB 1.0 to 1.4, 2 KiB 0.8 to 0.9, 4 KiB 0.7).
+# In another order sums are written here and there, for which shorter rows do not make up: time in order, as a share of
+# that as they lie, for 100,000 rows with 8 neighbours: 512 bytes 1.5, 1 KiB 1.0 to 1.4, 2 KiB 0.8 to 0.9, 4 KiB 0.7.
 _LONG_ROW_BYTES = 2 << 10
 
 _jit_serial = numba.njit(cache=True, nogil=True, error_model="numpy")
