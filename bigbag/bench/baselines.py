@@ -19,6 +19,10 @@ def attention_pool(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, wg: Tensor, bg
     return torch.bmm(x.transpose(1, 2), linear(hidden, w2).softmax(1)).squeeze(2)
 
 
+def attention_scores(h: Tensor, bias: Tensor, w2: Tensor) -> Tensor:
+    return torch.tanh(h + bias) @ w2.t()
+
+
 def segment(op: str, x: Tensor, segments: Segments) -> Tensor:
     """``segment_{sum,mean,max,softmax}`` by index_add and scatter_reduce over the bag of each instance."""
     bag = segments.bag_of_instance

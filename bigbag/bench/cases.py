@@ -84,6 +84,15 @@ def _attention_pool(op: str, rows: int, width: int, device: str) -> Case:
     return Case(leaves, variants, baseline, (size, size), (flops, flops), True, ("x",))
 
 
+def _attention_scores(op: str, rows: int, width: int, device: str) -> Case:
+    leaves = {"h": _randn(rows, width).to(device), "bias": _randn(width, seed=1).to(device)}
+    leaves |= {"w2": _randn(1, width, scale=width**-0.5, seed=2).to(device)}
+    run = lambda t, impl: ops.attention_scores(**t, impl=impl)  # noqa: E731
+    baseline = ("torch's operations", lambda t: baselines.attention_scores(**t))
+    size = 4.0 * rows * width
+    return Case(leaves, {"": run}, baseline, (size, 2 * size), (size / 2, size), True, ("h",))
+
+
 def _segment(op: str, rows: int, width: int, device: str) -> Case:
     segments, leaves = _segments(rows, device), {"x": _randn(rows, width).to(device)}
     function = getattr(ops, op)
@@ -290,6 +299,7 @@ def _dilated_attention(leaves: dict[str, Tensor], rows: int, width: int, segment
 
 _MAKERS: dict[str, tuple[Callable[[str, int, int, str], Case], int, int]] = {
     "attention_pool": (_attention_pool, 1024, 1 << 62),
+    "attention_scores": (_attention_scores, ATTENTION_DIM, 1 << 62),
     "segment_pool": (_segment_pool, 512, 1 << 62),
     "segment_dots": (_segment_dots, 512, 1 << 62),
     "dot_attention_pool": (_dot_attention_pool, 1024, 1 << 62),

@@ -13,6 +13,7 @@ from bigbag.adjacency import Adjacency
 from bigbag.bags import PackedBags, Segments
 from bigbag.models.base import GraphMILModel, feature_dim, squeeze_single_output
 from bigbag.nn import NystromTransformerLayer
+from bigbag.nn.pools import attention_values
 from bigbag.nn.rows import Projection, Widen, by_rows
 from bigbag.ops.registry import compute_dtype
 
@@ -70,14 +71,10 @@ class CAMILAttentionPool(torch.nn.Module):
 
     def pool(self, t: Tensor, m: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
         """``(T, in_dim)`` twice to the bags ``(B, in_dim)`` and the attention values before the softmax ``(T,)``."""
-        f = by_rows(self._score, t, modules=[self])
-        a = ops.segment_softmax(f.float() if f.dtype != torch.float64 else f, segments)
+        layers = [self.fc1, self.fc_gated] if self.gated else [self.fc1]
+        f = attention_values(t, layers, self.fc2.weight)
+        a = ops.segment_softmax(f, segments)
         return ops.segment_pool(a, m, segments).squeeze(1), f.squeeze(1)
-
-    def _score(self, t: Tensor) -> Tensor:
-        t = t.to(compute_dtype(self.fc1.weight))
-        hidden = torch.tanh(self.fc1(t))
-        return self.fc2(hidden * torch.sigmoid(self.fc_gated(t)) if self.gated else hidden)
 
     def forward(self, T: Tensor, M: Tensor, mask: Tensor | None = None, return_att: bool = False) -> Any:
         """``(B, N, in_dim)`` twice and the mask ``(B, N)`` to ``z`` and, if ``return_att``, ``f`` ``(B, N)``."""

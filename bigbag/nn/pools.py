@@ -6,6 +6,7 @@ same computation, since the padded form is packed at entry.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 from bigbag import ops
 from bigbag.bags import PackedBags, Segments
 from bigbag.nn.encoded import Encoded, segment_max
-from bigbag.nn.linear import LazyLinear
+from bigbag.nn.linear import LazyLinear, project
+from bigbag.ops.attention_pool import ACTIVATIONS
 from bigbag.ops.registry import compute_dtype
 
 
@@ -50,7 +52,20 @@ class MaxPool(torch.nn.Module):
         return self.pool(bags.x, bags.segments)
 
 
-_ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "gelu": torch.nn.functional.gelu}
+def attention_values(x: Tensor, layers: Sequence[torch.nn.Linear], w2: Tensor, act: str = "tanh") -> Tensor:
+    """``(act(x W1^T + b1) [* sigmoid(x Wg^T + bg)]) w2^T``, where the rows that they weigh are pooled elsewhere.
+
+    Args:
+        x: ``(T, D)`` instances.
+        layers: the projection to the attention space and, if there is a gate, the gate's.
+        w2: ``(H, att_dim)``.
+        act: "tanh", "relu" or "gelu".
+
+    Returns:
+        ``(T, H)`` in float32 (float64 for float64).
+    """
+    weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
+    return ops.attention_scores(project(x, weight), bias, w2, act=act, gated=len(layers) > 1)
 
 
 class AttentionPool(torch.nn.Module):
@@ -80,7 +95,7 @@ class AttentionPool(torch.nn.Module):
         n_heads: int = 1,
     ) -> None:
         super().__init__()
-        if act not in _ACTIVATIONS:
+        if act not in ACTIVATIONS:
             raise ValueError(f"[{type(self).__name__}] act must be 'tanh', 'relu' or 'gelu', got {act!r}")
         self.in_dim = in_dim
         self.att_dim = att_dim
@@ -125,14 +140,9 @@ class AttentionPool(torch.nn.Module):
         return z.squeeze(1), scores.squeeze(1)
 
     def score(self, x: Tensor) -> Tensor:
-        """``(n, D)`` instances to their attention values ``(n, n_heads)``, in the precision of the weights."""
-        hidden = self.fc1(x)
-        gate = self.fc_gated(x) if self.gated else None
-        with torch.autocast(x.device.type, enabled=False):
-            hidden = _ACTIVATIONS[self.act](hidden.to(self.fc2.weight.dtype))
-            if gate is not None:
-                hidden = hidden * torch.sigmoid(gate.to(hidden.dtype))
-            return self.fc2(hidden)
+        """``(n, D)`` instances to their attention values ``(n, n_heads)``, in float32 (float64)."""
+        layers = [self.fc1.module, self.fc_gated.module] if self.gated else [self.fc1.module]
+        return attention_values(x, layers, self.fc2.weight, self.act)
 
     def forward(self, X: Tensor, mask: Tensor | None = None, return_att: bool = False) -> Any:
         """Pool a padded batch.

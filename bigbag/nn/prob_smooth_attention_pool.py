@@ -98,9 +98,8 @@ class ProbSmoothAttentionPool(torch.nn.Module):
         assert isinstance(second, torch.nn.Linear)
         h = gelu_project(h, second.weight, second.bias)
         layers = [self.mu_f_nn] + ([self.log_diag_Sigma_nn] if self.covar_mode == "diag" else [])
-        # Exponentials follow: not in 16 bits.
-        with torch.autocast(h.device.type, enabled=False):
-            return gelu_project(h, *(torch.cat([getattr(at, name) for at in layers]) for name in ("weight", "bias")))
+        weight, bias = (torch.cat([getattr(at, name) for at in layers]) for name in ("weight", "bias"))
+        return ops.attention_scores(h, None, weight, act="gelu") + bias
 
     def sample(
         self,

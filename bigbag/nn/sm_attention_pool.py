@@ -13,11 +13,10 @@ from bigbag.adjacency import Adjacency
 from bigbag.bags import PackedBags, Segments
 from bigbag.nn.encoded import Encoded, rows_of, weighted_sum
 from bigbag.nn.linear import project
-from bigbag.nn.rows import by_rows
 from bigbag.nn.sm import Sm
+from bigbag.ops.attention_pool import ACTIVATIONS
 from bigbag.ops.registry import compute_dtype
 
-_ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "gelu": torch.nn.functional.gelu}
 _PLACES = ("early", "mid", "late", "none")
 
 
@@ -60,7 +59,7 @@ class SmAttentionPool(torch.nn.Module):
         spectral_norm: bool = False,
     ) -> None:
         super().__init__()
-        if act not in _ACTIVATIONS:
+        if act not in ACTIVATIONS:
             raise ValueError(f"[{type(self).__name__}] act must be 'tanh', 'relu' or 'gelu', got {act!r}")
         if sm_where not in _PLACES:
             raise ValueError(f"[{type(self).__name__}] sm_where must be one of {', '.join(_PLACES)}, got {sm_where!r}")
@@ -125,25 +124,18 @@ class SmAttentionPool(torch.nn.Module):
 
     def _score(self, rows: Tensor, w1: Tensor, w2: Tensor, b1: Tensor) -> Tensor:
         """Without Sm: ``(n, D)`` instances to attention values ``(n, 1)``."""
-        return _ACTIVATIONS[self.act](project(rows, w1).to(w1.dtype) + b1) @ w2.t()
+        return ops.attention_scores(project(rows, w1), b1, w2, act=self.act)
 
     def _scores(self, projected: Tensor, w2: Tensor, adj: Adjacency) -> Tensor:
-        """``X W1^T`` ``(T, att_dim)`` to attention values ``(T,)``, these in the precision of the weights."""
+        """``X W1^T`` ``(T, att_dim)`` to attention values ``(T,)``, these in float32 (float64)."""
         assert isinstance(self.sm, Sm)
-        bias = self.proj1.bias
         h = projected
+        bias: Tensor | None = self.proj1.bias
         if self.sm_where == "early":
             h = self.sm.forward_packed(h, adj)
         if self.sm_where == "mid":
-            h = self.sm.forward_packed(h + bias.to(h.dtype), adj)
-
-        def score(rows: Tensor) -> Tensor:
-            rows = rows.to(bias.dtype) if self.sm_where == "mid" else rows.to(bias.dtype) + bias
-            return (_ACTIVATIONS[self.act](rows) @ w2.t()).squeeze(1)
-
-        # By rows: an activation costs less than fresh memory for its result and gradient.
-        with torch.autocast(h.device.type, enabled=False):
-            f = by_rows(score, h, shared=[w2, bias])
+            h, bias = self.sm.forward_packed(h + self.proj1.bias.to(h.dtype), adj), None
+        f = ops.attention_scores(h, bias, w2, act=self.act).squeeze(1)
         return self.sm.forward_packed(f, adj) if self.sm_where == "late" else f
 
     def forward(

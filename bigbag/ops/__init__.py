@@ -16,6 +16,7 @@ import torch
 
 from bigbag.ops.attention_bias import AttentionBias, DistanceBias, RelativePositionBias
 from bigbag.ops.attention_pool import attention_pool
+from bigbag.ops.attention_scores import attention_scores
 from bigbag.ops.chebyshev import chebyshev, lambda_max
 from bigbag.ops.chebyshev_conv import chebyshev_conv
 from bigbag.ops.class_attention import class_token_attention, mean_attention
@@ -47,6 +48,7 @@ __all__ = [
     "RelativePositionBias",
     "attention_draws",
     "attention_pool",
+    "attention_scores",
     "chebyshev",
     "chebyshev_conv",
     "chosen",
@@ -89,6 +91,7 @@ __all__ = [
 
 _MODULES = (
     "attention_pool",
+    "attention_scores",
     "segments",
     "topk",
     "rows",

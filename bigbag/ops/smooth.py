@@ -188,6 +188,7 @@ class _SmoothInParts(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             derivative = _recursion_in_parts(ctx.adj, f, *_slope_factors(a, ctx.num_steps), ctx.impl)
             grad_a = _dot(grad, derivative, a.dtype)
+            del derivative  # before there are buffers for another
         if ctx.needs_input_grad[0]:
             factors = (a.expand(ctx.num_steps), (1 - a).expand(ctx.num_steps))
             grad_f = _recursion_in_parts(transpose(ctx.adj), grad, *factors, ctx.impl)

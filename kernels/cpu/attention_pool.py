@@ -31,10 +31,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bigbag.kernels.cpu.activations import gelu, gelu_slope, sigmoid, tanh
+from bigbag.kernels.cpu.attention_scores import _ACTIVATIONS, _differentiate_rows, _score_rows
 from bigbag.kernels.cpu.half import _narrow, _wide
 from bigbag.kernels.cpu.memory import huge_pages
-from bigbag.kernels.cpu.segments import _BLOCK_ROWS, _jit, accumulation_dtype, array
+from bigbag.kernels.cpu.segments import _jit, accumulation_dtype, array
 
 # Small enough for the caches, large enough that Python's share of the time stays small.
 CHUNK_BYTES = 8 << 20
@@ -110,127 +110,6 @@ class _Chunks:
         if self.wide is not None:
             chunk = self.wide[: end - start].copy_(chunk)
         return self.buffer[: end - start].copy_(chunk)
-
-
-_ACTIVATIONS = {"tanh": 0, "relu": 1, "gelu": 2}
-
-
-@_jit
-def _activate(act, v, value):
-    """value = act(v)"""
-    zero = v.dtype.type(0)
-    if act == 0:
-        for d in range(len(v)):
-            value[d] = tanh(v[d])
-    elif act == 1:
-        for d in range(len(v)):
-            value[d] = zero if v[d] < zero else v[d]
-    else:
-        for d in range(len(v)):
-            value[d] = gelu(v[d])
-
-
-@_jit
-def _scale_by_slope(act, v, value, grad):
-    """grad *= act'(v), where value = act(v)."""
-    zero, one = v.dtype.type(0), v.dtype.type(1)
-    if act == 0:
-        for d in range(len(v)):
-            grad[d] *= one - value[d] * value[d]
-    elif act == 1:
-        for d in range(len(v)):
-            grad[d] = grad[d] if value[d] > zero else zero
-    else:
-        for d in range(len(v)):
-            grad[d] *= gelu_slope(v[d])
-
-
-@_jit
-def _hide(projected, i, bias, act, v, value, gate, hidden):
-    """Of row i: pre-activations and act of them, the gate (of width 0 for none), and what the scores are made of."""
-    dim = len(v)
-    for d in range(dim):
-        v[d] = _wide(projected[i, d]) + bias[d]
-    _activate(act, v, value)
-    if len(gate) == 0:
-        for d in range(dim):
-            hidden[d] = value[d]
-        return
-    for d in range(dim):
-        gate[d] = sigmoid(_wide(projected[i, dim + d]) + bias[dim + d])
-    for d in range(dim):
-        hidden[d] = value[d] * gate[d]
-
-
-@_jit
-def _dot(w2, h, hidden):
-    total = hidden.dtype.type(0)
-    for d in range(len(hidden)):
-        total += w2[h, d] * hidden[d]
-    return total
-
-
-@_jit
-def _score_rows(projected, bias, w2, act, scores):
-    dim = w2.shape[1]
-    v, value, hidden = np.empty(dim, bias.dtype), np.empty(dim, bias.dtype), np.empty(dim, bias.dtype)
-    gate = np.empty(len(bias) - dim, bias.dtype)
-    for i in range(len(projected)):
-        _hide(projected, i, bias, act, v, value, gate, hidden)
-        for h in range(len(w2)):
-            scores[i, h] = _dot(w2, h, hidden)
-
-
-@_jit
-def _add_scaled(factor, x, h, out):
-    for d in range(len(out)):
-        out[d] += factor * x[h, d]
-
-
-@_jit
-def _add_outer(factor, x, out, h):
-    for d in range(len(x)):
-        out[h, d] += factor * x[d]
-
-
-@_jit
-def _write(grad, out, i, first, part):
-    """A row of gradients, as they are stored, and added to their sum."""
-    for d in range(len(grad)):
-        out[i, first + d] = _narrow(grad[d], out[i, first + d])
-    for d in range(len(grad)):
-        part[first + d] += grad[d]
-
-
-@_jit
-def _differentiate_rows(projected, bias, w2, act, ds, out, grad_bias, grad_w2):
-    """Gradients of the pre-activations, into ``out``, which may be ``projected``; adds to those of bias and w2."""
-    dim = w2.shape[1]
-    v, value, hidden = np.empty(dim, bias.dtype), np.empty(dim, bias.dtype), np.empty(dim, bias.dtype)
-    grad, gate = np.empty(dim, bias.dtype), np.empty(len(bias) - dim, bias.dtype)
-    of_gate = np.empty(len(gate), bias.dtype)
-    one = bias.dtype.type(1)
-    part_bias, part_w2 = np.empty_like(bias), np.empty_like(w2)
-    for block in range(0, len(projected), _BLOCK_ROWS):
-        part_bias[:] = 0
-        part_w2[:] = 0
-        for i in range(block, min(block + _BLOCK_ROWS, len(projected))):
-            _hide(projected, i, bias, act, v, value, gate, hidden)
-            grad[:] = 0
-            for h in range(len(w2)):
-                _add_scaled(ds[i, h], w2, h, grad)
-                _add_outer(ds[i, h], hidden, part_w2, h)
-            if len(gate) > 0:
-                # Of a sigmoid: g (1 - g).
-                for d in range(dim):
-                    of_gate[d] = grad[d] * hidden[d] * (one - gate[d])
-                for d in range(dim):
-                    grad[d] *= gate[d]
-                _write(of_gate, out, i, dim, part_bias)
-            _scale_by_slope(act, v, value, grad)
-            _write(grad, out, i, 0, part_bias)
-        grad_bias += part_bias
-        grad_w2 += part_w2
 
 
 @_jit

@@ -23,39 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bigbag.kernels.gpu.attention_scores import add_scores, differentiate, load_rows
+
 CHUNK_ROWS = 65536
 INTERPRETED = triton.knobs.runtime.interpret
-
-
-@triton.jit
-def _tanh(v):
-    # From exp, since Triton's core has no tanh; the form for |v| does not overflow.
-    e = tl.exp(-2.0 * tl.abs(v))
-    t = (1.0 - e) / (1.0 + e)
-    return tl.where(v < 0, -t, t)
-
-
-@triton.jit
-def _activate(v, ACT: tl.constexpr):
-    if ACT == "tanh":
-        out = _tanh(v)
-    elif ACT == "relu":
-        out = tl.where(v < 0, 0.0, v)
-    else:
-        out = 0.5 * v * (1.0 + tl.math.erf(v * 0.7071067811865476))
-    return out
-
-
-@triton.jit
-def _derivative(v, value, ACT: tl.constexpr):
-    if ACT == "tanh":
-        out = 1.0 - value * value
-    elif ACT == "relu":
-        out = tl.where(value > 0, 1.0, 0.0)
-    else:
-        cdf = 0.5 * (1.0 + tl.math.erf(v * 0.7071067811865476))
-        out = cdf + v * tl.exp(-0.5 * v * v) * 0.3989422804014327
-    return out
 
 
 @triton.jit
@@ -104,13 +75,7 @@ def _scores(
             tl.store(place, left.to(kept.dtype.element_ty), mask=inside)
             if GATED:
                 tl.store(place + D, right.to(kept.dtype.element_ty), mask=inside)
-        hidden = _activate(left + tl.load(bias + units, mask=units < D, other=0.0)[None, :], ACT)
-        if GATED:
-            hidden *= tl.sigmoid(right + tl.load(bias + D + units, mask=units < D, other=0.0)[None, :])
-        for head in range(H):
-            row = tl.load(w2 + head * D + units, mask=units < D, other=0.0)
-            score = tl.sum(hidden * row[None, :], 1)
-            acc += tl.where(heads[None, :] == head, score[:, None], 0.0)
+        acc = add_scores(acc, left, right, bias, w2, units, heads, D, H, ACT, GATED)
     inside = (rows < T)[:, None] & (heads < H)[None, :]
     tl.store(scores + rows[:, None] * H + heads[None, :], acc, mask=inside)
 
@@ -123,38 +88,15 @@ def _grad_projection(
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64)
     rows = block * BLOCK_T + tl.arange(0, BLOCK_T)
-    width = D * 2 if GATED else D
     units = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = (rows < T)[:, None] & (units < D)[None, :]
-    place = rows[:, None] * width + units[None, :]
     if KEEP:
-        left = tl.load(kept + place, mask=inside, other=0.0).to(tl.float32)
-        right = left
-        if GATED:
-            right = tl.load(kept + place + D, mask=inside, other=0.0).to(tl.float32)
+        left, right = load_rows(kept, rows, units, T, D, GATED)
     else:
         left, right = _project(x, weight, rows, T, units, D, P, GATED, UPCAST, PRECISION, BLOCK_T, BLOCK_D, BLOCK_P)
-    left += tl.load(bias + units, mask=units < D, other=0.0)[None, :]
-    value = _activate(left, ACT)
-    hidden = value
-    gate = value
-    if GATED:
-        gate = tl.sigmoid(right + tl.load(bias + D + units, mask=units < D, other=0.0)[None, :])
-        hidden = value * gate
-    grad = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-    for head in range(H):
-        grad_score = tl.load(ds + rows * H + head, mask=rows < T, other=0.0)
-        grad += grad_score[:, None] * tl.load(w2 + head * D + units, mask=units < D, other=0.0)[None, :]
-        # Rows beyond T have grad_score = 0, so they add nothing here, nor to grad.
-        tl.store(w2_parts + (block * H + head) * D + units, tl.sum(grad_score[:, None] * hidden, 0), mask=units < D)
-    if GATED:
-        grad_gate = grad * hidden * (1.0 - gate)
-        tl.store(grad_pre + place + D, grad_gate.to(grad_pre.dtype.element_ty), mask=inside)
-        tl.store(bias_parts + block * width + D + units, tl.sum(grad_gate, 0), mask=units < D)
-        grad *= gate
-    grad *= _derivative(left, value, ACT)
-    tl.store(grad_pre + place, grad.to(grad_pre.dtype.element_ty), mask=inside)
-    tl.store(bias_parts + block * width + units, tl.sum(grad, 0), mask=units < D)
+    differentiate(
+        left, right, bias, w2, ds, grad_pre, bias_parts, w2_parts, block, rows, units, T, D, H,
+        ACT, GATED, BLOCK_T, BLOCK_D,
+    )  # fmt: skip
 
 
 def _options(weight: Tensor, dim: int, act: str, gated: bool, keep: bool) -> dict[str, Any]:

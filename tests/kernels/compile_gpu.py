@@ -79,6 +79,17 @@ def attention_pool_cases(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
             attention_pool.backward(scores, None, scores, x, offsets, weight, bias, w2, kept, act, gated, False)
 
 
+def attention_scores_cases(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    from bigbag.kernels.gpu import attention_scores
+
+    for dim in (128, 100):
+        for act, gated in (("tanh", True), ("gelu", True), ("relu", False)):
+            yield {"dim": dim, "act": act, "gated": gated}
+            total = dim * (1 + gated)
+            args = (torch.randn(1040, total).to(dtype), torch.zeros(total), torch.zeros(2, dim), act, gated)
+            attention_scores.backward(attention_scores.forward(*args), *args)
+
+
 def segments_cases(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     from bigbag.kernels.gpu import segments
 
@@ -193,6 +204,7 @@ def nystrom_cases(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
 
 CASES = {
     "attention_pool": attention_pool_cases,
+    "attention_scores": attention_scores_cases,
     "gaussian": gaussian_cases,
     "gaussian_mean": gaussian_mean_cases,
     "masked_attention": masked_attention_cases,

@@ -16,6 +16,7 @@ SHARED_LIMIT_BYTES = {80: 166912, 90: 232448}
 SCRIPT = Path(__file__).with_name("compile_gpu.py")
 KERNELS = {
     "attention_pool": {"_scores", "_grad_projection"},
+    "attention_scores": {"_score_rows", "_differentiate_rows"},
     "gaussian": {"_draw", "_pool_draws", "_pool_draws_backward"},
     "gaussian_mean": {"_log_products", "_means", "_sums", "_gradients"},
     "masked_attention": {"_forward", "_grad_q", "_grad_kv"},
@@ -43,7 +44,10 @@ def test_every_kernel_that_is_launched_is_compiled() -> None:
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
     "files",
-    [("attention_pool", "gaussian_mean", "masked_attention", "segments"), ("gaussian", "nystrom", "spmm", "topk")],
+    [
+        ("attention_pool", "attention_scores", "gaussian_mean", "masked_attention", "segments"),
+        ("gaussian", "nystrom", "spmm", "topk"),
+    ],
 )
 def test_kernels_compile_without_spills(
     files: tuple[str, ...], capability: int, record_property: Callable[[str, object], None]

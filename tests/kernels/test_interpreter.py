@@ -17,7 +17,7 @@ PIECES = {
     "masked attention": (("masked_attention", "class_token"), 30),
     "dilated attention, exact smoothing": (("dilated_attention", "smooth_exact"), 15),
     "nystrom, topk": (("nystrom", "topk"), 30),
-    "pooling, segments": (("attention_pool", "segment"), 110),
+    "pooling, segments": (("attention_pool", "attention_scores", "segment"), 130),
     "expected attention": (("expected_attention",), 20),
     "the rest": ((), 70),
 }
