@@ -57,10 +57,11 @@ _orders = WeakTensorKeyDictionary()
 _IN_ORDER = np.empty(0, np.int32)
 
 
-def row_order(crow: Tensor, col: Tensor, row_bytes: int) -> np.ndarray:
-    """The rows in the order they are computed in; an empty array for that in which they lie."""
-    rows = crow.shape[0] - 1
-    if rows * row_bytes < LARGE_BYTES or row_bytes < _LONG_ROW_BYTES:
+def row_order(crow: Tensor, col: Tensor, x: Tensor) -> np.ndarray:
+    """The rows of a graph in the order they are computed in, from rows of ``x``, (columns, ...); an empty array for
+    that in which they lie."""
+    rows, row_bytes = crow.shape[0] - 1, x.element_size() * x[0].numel() if len(x) else 0
+    if x.nbytes < LARGE_BYTES or row_bytes < _LONG_ROW_BYTES:
         return _IN_ORDER
     known = _orders.get(col)
     if known is None or known[0] != rows:

@@ -331,7 +331,7 @@ def spmm(
         vectors = (rows.reshape(-1), scales, factors[0], extra.reshape(-1), factors[1], out.numpy().reshape(-1))
         _launch(_spmm_column, num_rows, work, *graph, *vectors)
         return out
-    order = row_order(crow, col, x.element_size() * x.shape[1])
+    order = row_order(crow, col, x)
     args = (order, crow.numpy(), col.numpy(), values, rows, scales, factors[0], extra, factors[1])
     _launch(_spmm, num_rows, work, *args, _split(out, heads), _past_caches(out, heads))
     return out
@@ -346,7 +346,7 @@ def spmm_backward(
     grad_weight = huge_pages(torch.empty(weight.shape, dtype=weight.dtype))
     args = (crow_t.numpy(), col_t.numpy(), perm.numpy(), array(weight), _split(x, heads), _split(grad, heads))
     outs = (_split(grad_x, heads), grad_weight.numpy(), _past_caches(grad_x, heads))
-    order = row_order(crow_t, col_t, x.element_size() * x.shape[1])
+    order = row_order(crow_t, col_t, grad)
     _launch(_spmm_backward, x.shape[0], 2 * col_t.shape[0] * x.shape[1], order, *args, *outs)
     return grad_x, grad_weight
 
@@ -363,7 +363,7 @@ def edge_distances(crow: Tensor, col: Tensor, x: Tensor) -> Tensor:
 
 def _along_edges(crow: Tensor, col: Tensor, x: Tensor, y: Tensor, heads: int, distance: bool) -> Tensor:
     out = huge_pages(torch.empty(col.shape[0], heads, dtype=accumulation_dtype(x.dtype)))
-    order = row_order(crow, col, x.element_size() * x.shape[1])
+    order = row_order(crow, col, y)
     args = (crow.numpy(), col.numpy(), _split(x, heads), _split(y, heads), distance, out.numpy())
     _launch(_edge_dots, crow.shape[0] - 1, col.shape[0] * x.shape[1], order, *args)
     return out

@@ -270,9 +270,9 @@ def test_rows_in_an_order_of_their_own_have_the_same_bits(dtype: torch.dtype, mo
         monkeypatch.setattr(row_orders, "LARGE_BYTES", least)
         monkeypatch.setattr(row_orders, "_FAR_BYTES", least)
         monkeypatch.setattr(row_orders, "_LONG_ROW_BYTES", least)
-        order = row_orders.row_order(crow, col, 400)
+        order = row_orders.row_order(crow, col, x)
         if least == 0:
-            assert sorted(order.tolist()) == list(range(350)) and row_orders.row_order(crow, col, 400) is order
+            assert sorted(order.tolist()) == list(range(350)) and row_orders.row_order(crow, col, x) is order
             place = {row: k for k, row in enumerate(order.tolist())}
             # Breadth first: what a row reads is computed, if not before, in the order of those who read.
             reader = {}
