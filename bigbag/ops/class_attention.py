@@ -58,7 +58,8 @@ def class_token_attention(
     acc = accumulation_dtype(dtype)
     q_cls, k = q_cls.to(dtype), k.to(dtype)
     scale = 1 / math.sqrt(q_cls.shape[2]) if scale is None else float(scale)
-    scores = (_reference_scores if chosen == "reference" else _scores)(q_cls, k, segments, chosen) * scale
+    args = (q_cls, k, segments)
+    scores = scale * (_reference_scores(*args) if chosen == "reference" else _scores(*args, chosen))
     if mask is not None:
         scores = torch.where(mask[:, None], scores, torch.finfo(acc).min)
     a = segment_softmax(scores, segments, impl=chosen)
@@ -74,7 +75,7 @@ def _scores(q: Tensor, k: Tensor, segments: Segments, impl: str) -> Tensor:
     return edge_dots(graph, copies, k.flatten(1), q.shape[1], impl)
 
 
-def _reference_scores(q: Tensor, k: Tensor, segments: Segments, _: str) -> Tensor:
+def _reference_scores(q: Tensor, k: Tensor, segments: Segments) -> Tensor:
     acc = accumulation_dtype(q.dtype)
     parts = [torch.einsum("hd,thd->th", query, part) for query, part in zip(q.to(acc), k.to(acc).split(segments.sizes))]
     return torch.cat(parts) if parts else k.new_zeros(0, k.shape[1], dtype=acc)

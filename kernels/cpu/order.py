@@ -58,9 +58,9 @@ _IN_ORDER = np.empty(0, np.int32)
 
 
 def row_order(crow: Tensor, col: Tensor, x: Tensor) -> np.ndarray:
-    """The rows of a graph in the order they are computed in, from rows of ``x``, (columns, ...); an empty array for
-    that in which they lie."""
-    rows, row_bytes = crow.shape[0] - 1, x.element_size() * x[0].numel() if len(x) else 0
+    """The rows of a graph in the order they are computed in, from the rows of x (columns, D); an empty array for that
+    in which they lie."""
+    rows, row_bytes = crow.shape[0] - 1, x.element_size() * x.shape[1]
     if x.nbytes < LARGE_BYTES or row_bytes < _LONG_ROW_BYTES:
         return _IN_ORDER
     known = _orders.get(col)
