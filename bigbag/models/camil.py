@@ -13,6 +13,7 @@ from bigbag.adjacency import Adjacency
 from bigbag.bags import PackedBags, Segments
 from bigbag.models.base import GraphMILModel, feature_dim, squeeze_single_output
 from bigbag.nn import NystromTransformerLayer
+from bigbag.nn.linear import readable
 from bigbag.nn.pools import attention_values
 from bigbag.nn.rows import Projection, Widen, by_rows
 from bigbag.ops.registry import compute_dtype
@@ -38,9 +39,9 @@ class CAMILSelfAttention(torch.nn.Module):
     def forward_packed(self, x: Tensor, segments: Segments, adj: Adjacency) -> Tensor:
         """``(T, in_dim)`` instances of a pack and their graph to ``(T, in_dim)``."""
         widen = Widen(compute_dtype(self.v_nn.weight))
-        q, k = by_rows(widen, x, projection=Projection(self.qk_nn.weight, parts=2))
+        q, k = by_rows(widen, x, projection=Projection(readable(self.qk_nn).weight, parts=2))
         a = ops.segment_softmax(ops.neighbor_scores(q, k, adj), segments)
-        v = by_rows(widen, x, projection=Projection(self.v_nn.weight))
+        v = by_rows(widen, x, projection=Projection(readable(self.v_nn).weight))
         return a[:, None].to(v.dtype) * v
 
     def forward(self, X: Tensor, adj: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -72,7 +73,7 @@ class CAMILAttentionPool(torch.nn.Module):
     def pool(self, t: Tensor, m: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
         """``(T, in_dim)`` twice to the bags ``(B, in_dim)`` and the attention values before the softmax ``(T,)``."""
         layers = [self.fc1, self.fc_gated] if self.gated else [self.fc1]
-        f = attention_values(t, layers, self.fc2.weight)
+        f = attention_values(t, layers, readable(self.fc2).weight)
         a = ops.segment_softmax(f, segments)
         return ops.segment_pool(a, m, segments).squeeze(1), f.squeeze(1)
 
@@ -155,8 +156,10 @@ class CAMIL(GraphMILModel):
         self.nystrom_transformer_layer.recompute = self.activation_checkpointing
         x = self.encode(self.feat_ext, bags.x)
         if isinstance(self.fc1, torch.nn.Linear):
-            widen = Widen(compute_dtype(self.fc1.weight))
-            x = by_rows(widen, x, projection=Projection(self.fc1.weight, self.fc1.bias))
+            fc1 = readable(self.fc1)
+            x = by_rows(Widen(compute_dtype(fc1.weight)), x, projection=Projection(fc1.weight, fc1.bias))
+        else:
+            x = self.fc1(x)
         t = self.nystrom_transformer_layer.forward_packed(x, bags.segments)
         if self.activation_checkpointing and torch.is_grad_enabled():
             z, f = checkpoint(self._pool_in_context, t, bags.segments, bags.adj, use_reentrant=False)

@@ -14,6 +14,7 @@ from bigbag.bags import PackedBags, Segments
 from bigbag.models.base import MILModel, bag_classes, feature_dim, squeeze_single_output
 from bigbag.nn import AttentionPool, LazyLinear, SmoothTop1SVM
 from bigbag.nn.encoded import Encoded, take_rows
+from bigbag.nn.linear import readable
 
 _INSTANCE_LOSSES: dict[str, Callable[[], torch.nn.Module]] = {
     "SmoothTop1SVM": partial(SmoothTop1SVM, n_classes=2),
@@ -208,6 +209,7 @@ class CLAM_SB(MILModel):
         ends = [ops.segment_topk(f, segments, k, largest=largest)[1] for largest in (True, False)]
         rows = take_rows(x, torch.cat(ends, 1), segments)
         layers = [layer.materialize(x.shape[-1]) if isinstance(layer, LazyLinear) else layer for layer in classifiers]
+        layers = [readable(layer) for layer in layers]
         weight, bias = (torch.stack([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
         # One attention for all classes: h = 1, g = C. An attention per class: h = C, g = 1.
         weight = weight.view(f.shape[1], -1, *weight.shape[1:])

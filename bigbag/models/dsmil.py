@@ -11,6 +11,7 @@ from bigbag import ops
 from bigbag.bags import PackedBags, Segments
 from bigbag.models.base import MILModel, required_feature_dim, squeeze_single_output
 from bigbag.nn.encoded import Encoded, take_rows
+from bigbag.nn.linear import readable
 
 
 class DSMIL(MILModel):
@@ -76,7 +77,7 @@ class DSMIL(MILModel):
     def _streams(self, bags: PackedBags) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Logits (B, C) of the bag stream and of the critical instances; likeness and instance logits (T, C)."""
         x, segments = self.features(self.feat_ext, bags.x), bags.segments
-        weight, bias = self.inst_classifier.weight, self.inst_classifier.bias
+        weight, bias = readable(self.inst_classifier).weight, self.inst_classifier.bias
         if isinstance(x, Encoded):
             y = x.map(self.inst_classifier, modules=[self.inst_classifier])
         else:
@@ -106,7 +107,7 @@ class DSMIL(MILModel):
         """Bag vectors (B, C, P), and ``q_n . q_m / sqrt(att_dim)`` (T, C), but for a constant per bag."""
         scale = self.att_dim**-0.5
         if isinstance(self.q_nn, torch.nn.Linear):
-            queries, of_critical = x, scale * (self.q_nn(critical) @ self.q_nn.weight)
+            queries, of_critical = x, scale * (self.q_nn(critical) @ readable(self.q_nn).weight)
         else:
             queries = self.encode(self.q_nn, x)
             of_critical = scale * ops.take_rows(queries, index, segments)

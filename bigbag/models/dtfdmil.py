@@ -13,6 +13,7 @@ from bigbag.bags import PackedBags, Segments
 from bigbag.models.base import MILModel, feature_dim, squeeze_single_output
 from bigbag.nn import AttentionPool, LazyLinear
 from bigbag.nn.encoded import Encoded, take_rows, weighted_sum
+from bigbag.nn.linear import readable
 from bigbag.ops import distributed
 
 _MODES = ("maxmin", "max", "afs")
@@ -89,7 +90,7 @@ class DTFDMIL(MILModel):
         groups = _Groups(bags, self.n_groups, self.training)
         for pool in (self.attention_pool, self.u_attention_pool):
             pool.recompute = self.activation_checkpointing
-        classifier = self.classifier.materialize(x.shape[-1])
+        classifier = readable(self.classifier.materialize(x.shape[-1]))
         if isinstance(x, Encoded):
             scoring = [self.attention_pool, classifier]
             f, activations = x.map(self._score, modules=scoring)
@@ -114,7 +115,7 @@ class DTFDMIL(MILModel):
 
     def _score(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Attention values ``(n,)`` and products with the classifier ``(n, C)``."""
-        return self.attention_pool.score(rows).squeeze(1), rows @ self.classifier.module.weight.t()
+        return self.attention_pool.score(rows).squeeze(1), rows @ readable(self.classifier.module).weight.t()
 
     def _extremes(self, cam: Tensor, groups: Segments) -> Tensor:
         """(number of groups, C or 2 C) places with the extreme scores of each group and output; no group is empty."""

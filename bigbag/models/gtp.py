@@ -165,7 +165,8 @@ class GTP(GraphMILModel):
         s = torch.softmax(scores if scores.dtype == torch.float64 else scores.float(), dim=-1)
         # One product per bag, in the precision of h.
         pairs = zip(_split(s.to(h.dtype), segments), _split(h, segments))
-        return s, torch.stack([part.t() @ rows for part, rows in pairs]).to(s.dtype)
+        sums = [part.t() @ rows for part, rows in pairs]
+        return s, (torch.stack(sums) if sums else h.new_zeros(0, s.shape[1], h.shape[1])).to(s.dtype)
 
     def _pooling_losses(self, s: Tensor, bags: PackedBags) -> dict[str, Tensor]:
         assert bags.adj is not None

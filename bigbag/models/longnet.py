@@ -18,7 +18,7 @@ from bigbag.nn.dilated import (
     sinusoidal_position,
     unsorted,
 )
-from bigbag.nn.linear import project
+from bigbag.nn.linear import project, readable
 from bigbag.nn.rows import add_constant
 
 
@@ -126,5 +126,5 @@ class LongNetMIL(CoordsMILModel):
     def _embed(self, x: Tensor, places: Tensor) -> Tensor:
         """Features ``(T, P)`` and places ``(T, 2)`` to ``(T, att_dim)``."""
         near, width = places / self.patch_size, self.in_proj.out_features
-        projected = project(x, self.in_proj.weight, self.in_proj.bias)
+        projected = project(x, readable(self.in_proj).weight, self.in_proj.bias)
         return add_constant(projected, lambda rows: sinusoidal_position(near[rows], width))

@@ -13,6 +13,7 @@ from bigbag.bags import PackedBags
 from bigbag.models.base import GraphMILModel, required_feature_dim, squeeze_single_output
 from bigbag.nn import AttentionPool, DeepGCNLayer, GCNConv, LazyLinear
 from bigbag.nn.graph_stack import graph_stack
+from bigbag.nn.linear import readable
 from bigbag.nn.rows import by_rows
 
 
@@ -109,8 +110,8 @@ class PatchGCN(GraphMILModel):
         assert bags.adj is not None
         mlp: Any = self.mlp[0]
         layers: list[Any] = list(self.gcn_layers)
-        linear, dropout = mlp[0].module, mlp[2]
-        convolutions = [layer.conv.fc.module for layer in layers]
+        linear, dropout = readable(mlp[0].module), mlp[2]
+        convolutions = [readable(layer.conv.fc.module) for layer in layers]
         widths = [fc.in_features for fc in convolutions] + [convolutions[-1].out_features]
         out = graph_stack(
             x,

@@ -11,7 +11,7 @@ from bigbag.bags import PackedBags
 from bigbag.models.base import GraphMILModel, feature_dim
 from bigbag.nn import LazyLinear, ProbSmoothAttentionPool
 from bigbag.nn.encoded import Encoded, rows_of
-from bigbag.nn.linear import project
+from bigbag.nn.linear import project, readable
 
 
 class ProbSmoothABMIL(GraphMILModel):
@@ -59,13 +59,10 @@ class ProbSmoothABMIL(GraphMILModel):
         self.criterion = criterion if criterion is not None else torch.nn.BCEWithLogitsLoss()
         self.feat_ext = feat_ext if feat_ext is not None else torch.nn.Identity()
         feat_dim = feature_dim(self.feat_ext, in_shape)
-        self.pool = ProbSmoothAttentionPool(
-            in_dim=feat_dim,
-            att_dim=att_dim,
-            covar_mode=covar_mode,
-            n_samples_train=n_samples_train,
-            n_samples_test=n_samples_test,
-        )
+        self._add_pool(feat_dim, out_dim, (att_dim, covar_mode, n_samples_train, n_samples_test))
+
+    def _add_pool(self, feat_dim: int | None, out_dim: int, pool: tuple[int, str, int, int]) -> None:
+        self.pool = ProbSmoothAttentionPool(feat_dim, *pool)
         self.classifier = LazyLinear(feat_dim, out_dim)
 
     def embed(self, bags: PackedBags) -> Tensor | Encoded:
@@ -84,7 +81,7 @@ class ProbSmoothABMIL(GraphMILModel):
         self.pool.recompute = self.activation_checkpointing
         x = self.embed(bags)
         # To the left of the pooling, which commutes with it: (T, out_dim) instead of (T, D).
-        classifier = self.classifier.materialize(x.shape[-1])
+        classifier = readable(self.classifier.materialize(x.shape[-1]))
         mu, log_var = self.pool.distribution(x)
         values = rows_of(x, lambda rows: project(rows, classifier.weight), modules=[classifier]).to(mu.dtype)
         f = mu

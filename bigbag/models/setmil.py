@@ -12,6 +12,7 @@ from bigbag.bags import PackedBags, Segments
 from bigbag.models.base import CoordsMILModel, feature_dim, squeeze_single_output
 from bigbag.nn import SinusoidalPositionalEncodingND, TransformerLayer, iRPETransformerEncoder
 from bigbag.nn.lattice import Lattice, Window
+from bigbag.nn.linear import readable
 from bigbag.nn.rows import Projection, Widen, Windows, add_constant, by_rows
 from bigbag.ops.registry import compute_dtype
 
@@ -282,7 +283,7 @@ class SETMIL(CoordsMILModel):
 
 
 def _projection(linear: Any) -> Projection:
-    return Projection(linear.weight, linear.bias)
+    return Projection(readable(linear).weight, linear.bias)
 
 
 def _rows_of_image(X: Tensor) -> tuple[Tensor, Lattice]:

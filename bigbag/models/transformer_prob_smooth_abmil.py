@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bigbag.bags import PackedBags
-from bigbag.models.base import required_feature_dim
+from bigbag.models.base import MILModel, required_feature_dim
 from bigbag.models.prob_smooth_abmil import ProbSmoothABMIL
 from bigbag.nn import TransformerEncoder
 
@@ -56,11 +56,12 @@ class TransformerProbSmoothABMIL(ProbSmoothABMIL):
         criterion: torch.nn.Module | None = None,
         out_dim: int = 1,
     ) -> None:
-        super().__init__(
-            in_shape, pool_att_dim, covar_mode, n_samples_train, n_samples_test, feat_ext, criterion, out_dim
-        )
+        MILModel.__init__(self)  # the layers in torchmil's order: an optimiser's state goes by the order of parameters
+        self.criterion = criterion if criterion is not None else torch.nn.BCEWithLogitsLoss()
+        self.feat_ext = feat_ext if feat_ext is not None else torch.nn.Identity()
+        feat_dim = required_feature_dim(self, in_shape)
         self.transformer_encoder = TransformerEncoder(
-            required_feature_dim(self, in_shape),
+            feat_dim,
             att_dim=transf_att_dim,
             n_layers=transf_n_layers,
             n_heads=transf_n_heads,
@@ -68,6 +69,7 @@ class TransformerProbSmoothABMIL(ProbSmoothABMIL):
             add_self=transf_add_self,
             dropout=transf_dropout,
         )
+        self._add_pool(feat_dim, out_dim, (pool_att_dim, covar_mode, n_samples_train, n_samples_test))
 
     def predict(  # type: ignore[override]
         self,

@@ -12,6 +12,7 @@ from torch import Tensor
 from bigbag.bags import PackedBags, Segments
 from bigbag.models.base import MILModel, feature_dim, squeeze_single_output
 from bigbag.nn import NystromTransformerLayer
+from bigbag.nn.linear import readable
 from bigbag.nn.rows import Projection, Widen, by_rows
 from bigbag.ops.join import fetch, windows
 from bigbag.ops.registry import compute_dtype
@@ -66,11 +67,12 @@ class PPEG(torch.nn.Module):
         return torch.cat([x[:, :1], grids.to(x.dtype)], 1)
 
     def _kernel(self) -> tuple[Tensor, Tensor]:
-        identity = torch.zeros_like(self.proj.weight)
+        layers = [readable(layer) for layer in (self.proj, self.proj1, self.proj2)]
+        large, middle, small = (layer.weight for layer in layers)
+        identity = torch.zeros_like(large)
         identity[:, :, 3, 3] = 1
-        small = F.pad(self.proj1.weight, (1, 1, 1, 1)) + F.pad(self.proj2.weight, (2, 2, 2, 2))
-        biases: list[Any] = [self.proj.bias, self.proj1.bias, self.proj2.bias]
-        return self.proj.weight + small + identity, sum(biases)
+        biases: list[Any] = [layer.bias for layer in layers]
+        return large + F.pad(middle, (1, 1, 1, 1)) + F.pad(small, (2, 2, 2, 2)) + identity, sum(biases)
 
 
 def _lines_around(first: int, end: int, side: int) -> tuple[int, int]:
@@ -192,9 +194,9 @@ class TransMIL(MILModel):
         x = self.encode(self.feat_ext, bags.x)
         widen = Widen(compute_dtype(self.cls_token))
         if isinstance(self.fc1, torch.nn.Linear):
-            x = by_rows(widen, x, projection=Projection(self.fc1.weight, self.fc1.bias))
+            x = by_rows(widen, x, projection=Projection(readable(self.fc1).weight, self.fc1.bias))
         else:
-            x = widen(x)
+            x = self.fc1(widen(x))
         token, totals = self.cls_token[0].to(x.dtype), bags.segments.totals
         missing = [(math.isqrt(max(size - 1, 0)) + (size > 0)) ** 2 - size for size in totals]
         segments = bags.segments.extended([1] * bags.num_bags, missing)

@@ -10,6 +10,7 @@ from torch import Tensor
 from bigbag import ops
 from bigbag.adjacency import Adjacency
 from bigbag.bags import PackedBags, Segments
+from bigbag.nn.linear import readable
 
 
 class ChebConv(torch.nn.Module):
@@ -89,7 +90,7 @@ class ChebConv(torch.nn.Module):
             raise ValueError(f"ChebConv: instances of width {x.shape[1]}, expected {weight.shape[1] // self.K}")
         scale = self.lambda_max(adj, segments) if lambda_max is None else lambda_max
         if not self.torchmil_layout:
-            return ops.chebyshev_conv(adj, x, weight, scale, segments)
+            return ops.chebyshev_conv(adj, x, readable(self.fc).weight, scale, segments)
         degree = ops.degrees(ops.transpose(adj))
         terms = ops.chebyshev(adj, x.to(weight.dtype), self.K, scale, segments, degree=degree)
         return self.fc(torch.cat([part.reshape(part.shape[1], -1) for part in terms.split(segments.sizes, dim=1)]))

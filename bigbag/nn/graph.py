@@ -11,7 +11,7 @@ from torch import Tensor
 from bigbag import ops
 from bigbag.adjacency import Adjacency
 from bigbag.bags import PackedBags
-from bigbag.nn.linear import LazyLinear, project
+from bigbag.nn.linear import LazyLinear, project, readable
 
 
 def on_padded(layer: Callable[[Tensor, Adjacency], Tensor], x: Tensor, adj: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class GCNConv(torch.nn.Module):
         """``W (A X + X) + b``, ``(T, in_dim)`` to ``(T, out_dim)``."""
         if not isinstance(self.fc, LazyLinear):
             return self._sum(x, adj)
-        fc = self.fc.materialize(x.shape[-1])
+        fc = readable(self.fc.materialize(x.shape[-1]))
         if fc.out_features > fc.in_features:
             return project(self._sum(x, adj), fc.weight, fc.bias)
         y = self._sum(project(x, fc.weight), adj)

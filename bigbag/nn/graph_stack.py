@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from bigbag import ops
 from bigbag.adjacency import Adjacency
-from bigbag.nn.rows import State, row_chunks
+from bigbag.nn.rows import State, hooks_aside, row_chunks
 from bigbag.ops.registry import compute_dtype
 
 RowFunction = Callable[[Tensor], Tensor]
@@ -129,7 +129,9 @@ class _Stack:
                 if not through:
                     grad_z[rows] = grad_u
                     continue
-                found = torch.autograd.grad(u, [part, *(p for p, _ in own)], grad_u)
+                parameters = [p for p, _ in own]
+                with hooks_aside(parameters):
+                    found = torch.autograd.grad(u, [part, *parameters], grad_u)
                 grad_z[rows] = found[0]
                 for (_, total), value in zip(own, found[1:]):
                     total += value

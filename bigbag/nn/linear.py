@@ -9,10 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from bigbag.kernels.cpu.memory import huge_pages
 from bigbag.nn.rows import row_chunks
 from bigbag.ops.registry import compute_dtype
+
+_PLAIN = (torch.nn.Linear.forward, torch.nn.Conv2d.forward)
+_WEIGHT_HOOKS = (BasePruningMethod, SpectralNorm, WeightNorm)
 
 
 class LazyLinear(torch.nn.Module):
@@ -51,6 +57,27 @@ class LazyLinear(torch.nn.Module):
             weight = self.module.weight
             self.module(torch.zeros(1, in_features, device=weight.device, dtype=weight.dtype))
         return self.module
+
+
+def readable(layer: Any) -> Any:
+    """A linear layer or convolution whose weight an operator takes, instead of calling the layer.
+
+    Hooks by which torch computes a weight before each call (``prune`` and the old ``weight_norm`` and ``spectral_norm``
+    of ``torch.nn.utils``) are run here.
+
+    Raises:
+        ValueError: a layer in its place that computes something else, such as an adapter around it.
+    """
+    if type(layer).forward not in _PLAIN:
+        raise ValueError(
+            f"a {type(layer).__module__}.{type(layer).__name__} stands for a linear layer that is read, not called, so "
+            "that what it adds to the weight would be lost: register a parametrization of the weight "
+            "(torch.nn.utils.parametrize), or merge it first"
+        )
+    for hook in layer._forward_pre_hooks.values():
+        if isinstance(hook, _WEIGHT_HOOKS):
+            hook(layer, ())
+    return layer
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

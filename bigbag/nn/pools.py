@@ -15,7 +15,7 @@ from torch import Tensor
 from bigbag import ops
 from bigbag.bags import PackedBags, Segments
 from bigbag.nn.encoded import Encoded, segment_max
-from bigbag.nn.linear import LazyLinear, project
+from bigbag.nn.linear import LazyLinear, project, readable
 from bigbag.ops.attention_pool import ACTIVATIONS
 from bigbag.ops.registry import compute_dtype
 
@@ -64,7 +64,7 @@ def attention_values(x: Tensor, layers: Sequence[torch.nn.Linear], w2: Tensor, a
     Returns:
         ``(T, H)`` in float32 (float64 for float64).
     """
-    weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
+    weight, bias = (torch.cat([getattr(readable(layer), name) for layer in layers]) for name in ("weight", "bias"))
     return ops.attention_scores(project(x, weight), bias, w2, act=act, gated=len(layers) > 1)
 
 
@@ -119,10 +119,10 @@ class AttentionPool(torch.nn.Module):
             z: ``(B, D)``.
             f: ``(T,)`` attention values before the softmax.
         """
-        fc1 = self.fc1.materialize(x.shape[-1])
+        fc1 = readable(self.fc1.materialize(x.shape[-1]))
         gate: dict[str, Any] = {}
         if self.gated:
-            fc_gated = self.fc_gated.materialize(x.shape[-1])
+            fc_gated = readable(self.fc_gated.materialize(x.shape[-1]))
             gate = {"wg": fc_gated.weight, "bg": fc_gated.bias}
         if isinstance(x, Encoded):
             z, scores = x.pool(lambda rows: (rows, self.score(rows)), segments=segments, modules=[self])
@@ -132,7 +132,7 @@ class AttentionPool(torch.nn.Module):
             segments,
             fc1.weight,
             fc1.bias,
-            self.fc2.weight,
+            readable(self.fc2).weight,
             **gate,
             act=self.act,
             keep_preactivations=not self.recompute,
@@ -142,7 +142,7 @@ class AttentionPool(torch.nn.Module):
     def score(self, x: Tensor) -> Tensor:
         """``(n, D)`` instances to their attention values ``(n, n_heads)``, in float32 (float64)."""
         layers = [self.fc1.module, self.fc_gated.module] if self.gated else [self.fc1.module]
-        return attention_values(x, layers, self.fc2.weight, self.act)
+        return attention_values(x, layers, readable(self.fc2).weight, self.act)
 
     def forward(self, X: Tensor, mask: Tensor | None = None, return_att: bool = False) -> Any:
         """Pool a padded batch.

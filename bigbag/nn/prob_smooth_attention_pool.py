@@ -11,7 +11,7 @@ from bigbag import ops
 from bigbag.adjacency import Adjacency
 from bigbag.bags import PackedBags, Segments
 from bigbag.nn.encoded import Encoded
-from bigbag.nn.linear import LazyLinear, gelu_project, project
+from bigbag.nn.linear import LazyLinear, gelu_project, project, readable
 from bigbag.nn.rows import by_rows
 from bigbag.ops import distributed
 
@@ -84,7 +84,7 @@ class ProbSmoothAttentionPool(torch.nn.Module):
     def _first_layer(self, x: Tensor | Encoded) -> torch.nn.Linear:
         first = self.in_mlp[0]
         assert isinstance(first, LazyLinear)
-        return first.materialize(x.shape[-1])
+        return readable(first.materialize(x.shape[-1]))
 
     def _project(self, x: Tensor) -> Tensor:
         first = self._first_layer(x)
@@ -94,11 +94,10 @@ class ProbSmoothAttentionPool(torch.nn.Module):
         return self._from_first(self._project(x))
 
     def _from_first(self, h: Tensor) -> Tensor:
-        second = self.in_mlp[2]
-        assert isinstance(second, torch.nn.Linear)
+        second = readable(self.in_mlp[2])
         h = gelu_project(h, second.weight, second.bias)
         layers = [self.mu_f_nn] + ([self.log_diag_Sigma_nn] if self.covar_mode == "diag" else [])
-        weight, bias = (torch.cat([getattr(at, name) for at in layers]) for name in ("weight", "bias"))
+        weight, bias = (torch.cat([getattr(readable(at), name) for at in layers]) for name in ("weight", "bias"))
         return ops.attention_scores(h, None, weight, act="gelu") + bias
 
     def sample(

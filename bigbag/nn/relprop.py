@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bigbag.nn.attention.base import head_width
+from bigbag.nn.linear import readable
 from bigbag.nn.transformers.encoder import layer_widths
 from bigbag.nn.transformers.layer import linear_or_identity, mlp_of
 
@@ -216,10 +217,10 @@ def _divide(a: Tensor, b: Tensor) -> Tensor:
 def _through_linear(layer: torch.nn.Module, x: Tensor, R: Tensor) -> Tensor:
     if isinstance(layer, torch.nn.Identity):
         return R
-    assert isinstance(layer, torch.nn.Linear)
-    parts = [(x.clamp(min=0), layer.weight.clamp(min=0)), (x.clamp(max=0), layer.weight.clamp(max=0))]
-    share = _divide(R, sum(rows @ weight.t() for rows, weight in parts))  # type: ignore[arg-type]
-    return sum(rows * (share @ weight) for rows, weight in parts)  # type: ignore[return-value]
+    weight = readable(layer).weight
+    parts = [(x.clamp(min=0), weight.clamp(min=0)), (x.clamp(max=0), weight.clamp(max=0))]
+    share = _divide(R, sum(rows @ part.t() for rows, part in parts))
+    return sum(rows * (share @ part) for rows, part in parts)
 
 
 def _through_product(a: Tensor, b: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:

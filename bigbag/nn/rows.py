@@ -380,4 +380,18 @@ def gradients(
     if not (reached and wanted):
         return None
     tops, bottoms = [out for out, _ in reached], [grad for _, grad in reached]
-    return iter(torch.autograd.grad(tops, wanted, bottoms, materialize_grads=True))
+    with hooks_aside(wanted):
+        return iter(torch.autograd.grad(tops, wanted, bottoms, materialize_grads=True))
+
+
+@contextmanager
+def hooks_aside(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Without the hooks of ``tensors``: those are for the whole gradient, not for that of each chunk."""
+    aside = [(hooks, dict(hooks)) for tensor in tensors if (hooks := tensor._backward_hooks)]
+    for hooks, _ in aside:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, own in aside:
+            hooks.update(own)

@@ -12,7 +12,7 @@ from bigbag import ops
 from bigbag.adjacency import Adjacency
 from bigbag.bags import PackedBags, Segments
 from bigbag.nn.encoded import Encoded, rows_of, weighted_sum
-from bigbag.nn.linear import project
+from bigbag.nn.linear import project, readable
 from bigbag.nn.sm import Sm
 from bigbag.ops.attention_pool import ACTIVATIONS
 from bigbag.ops.registry import compute_dtype
@@ -94,7 +94,8 @@ class SmAttentionPool(torch.nn.Module):
             z: ``(B, D)``, in the dtype of the computation.
             f: ``(T,)`` attention values before the softmax.
         """
-        w1, w2 = self.proj1.weight, self.proj2.weight  # once: in training, spectral normalisation iterates at each use
+        # Once: in training, spectral normalisation iterates at each use.
+        w1, w2 = readable(self.proj1).weight, readable(self.proj2).weight
         if not isinstance(self.sm, Sm):
             if isinstance(x, Encoded):
                 z, f = x.pool(

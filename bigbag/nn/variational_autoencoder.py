@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bigbag import ops
 from bigbag.bags import PackedBags, Segments
-from bigbag.nn.linear import MLP, are_precise, linear_error
+from bigbag.nn.linear import MLP, are_precise, linear_error, readable
 from bigbag.nn.rows import Projection, by_rows
 from bigbag.ops.registry import compute_dtype
 
@@ -81,7 +81,7 @@ class VariationalAutoEncoder(torch.nn.Module):
         x = X.flatten(1)
         if not self._keeps_hidden or len(self.encoder.net) == 1:  # a single layer has no hidden one to keep
             return by_rows(self._encode, x, modules=[self.encoder])
-        first: Any = self.encoder.net[0]
+        first = readable(self.encoder.net[0])
         hidden = by_rows(self._enter, x, modules=[self.encoder.norm], projection=Projection(first.weight, first.bias))
         return _mean_and_log_std(self.encoder.net[1:], hidden, self.d_var_enc)
 
@@ -169,14 +169,14 @@ class VariationalAutoEncoder(torch.nn.Module):
     def _gram(self) -> Tensor | None:
         """Of the decoder's last layer for :func:`linear_error`, where the likelihood needs but the sum of a row's
         squared errors and products are precise enough."""
-        last: Any = self.decoder.net[-1]
+        last = readable(self.decoder.net[-1])
         if self.covar_mode != "single" or not are_precise(last.weight):
             return None
         return last.weight[:-1].t() @ last.weight[:-1]
 
     def _log_likelihood(self, x: Tensor, hidden: Tensor, gram: Tensor | None) -> Tensor:
         """``log p(x | z)`` (n,) from what the last layer of the decoder sees."""
-        last: Any = self.decoder.net[-1]
+        last = readable(self.decoder.net[-1])
         if gram is None:
             return _log_normal(_wide(x), *_mean_and_log_std([last], hidden, self.d_var_dec))
         (weight, of_std), (bias, std_bias) = last.weight.tensor_split([-1]), last.bias.tensor_split([-1])
@@ -294,6 +294,7 @@ def _mean_and_log_std(layers: Any, x: Tensor, width: int) -> tuple[Tensor, Tenso
     *before, last = layers
     for layer in before:
         x = layer(x)
+    last = readable(last)
     # Apart: a product with 1025 columns takes 1.7 times as long as one with 1024.
     parts = zip(last.weight.tensor_split([-width]), last.bias.tensor_split([-width]))
     mean, log_std = (_wide(F.linear(x, weight, bias)) for weight, bias in parts)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from bigbag.ops import fused_attention
 
@@ -93,6 +94,8 @@ def why_not(dtypes: Mapping[str, tuple[torch.dtype, ...]], impl: str, device: st
             return f"it needs a CUDA device, got {device}"
         if (missing := fused_attention.unavailable(impl)) is not None:
             return missing
+    if impl != "reference" and forward_ad._current_level >= 0:
+        return "it has no derivative in forward mode"
     if dtype not in dtypes[impl]:
         return f"it takes {', '.join(str(d)[6:] for d in dtypes[impl])}, got {str(dtype)[6:]}"
     return None

@@ -54,6 +54,25 @@ def test_model_takes_torchmils_arguments(name):
         compare(name, method, getattr(theirs, method), getattr(ours, method))
 
 
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("MILModel", "MILModelWrapper")])
+def test_a_seed_gives_torchmils_parameters_in_torchmils_order(name):
+    """An optimiser's state_dict goes by that order."""
+
+    def parameters(models, layers):
+        arguments = {"feat_ext": layers.VariationalAutoEncoderMIL((6,), [4])} if name == "VAEABMIL" else {}
+        if name == "CAMIL":
+            arguments["n_landmarks"] = 4  # torchmil's default raises
+        torch.manual_seed(0)
+        return list(getattr(models, name)(in_shape=(6,), **arguments).named_parameters())
+
+    torch.manual_seed(1)
+    expected = parameters(theirs_models, theirs_nn)
+    torch.manual_seed(1)
+    found = parameters(bigbag.models, bigbag.nn)
+    assert [key for key, _ in found] == [key for key, _ in expected]
+    assert all(torch.equal(p, q) for (_, p), (_, q) in zip(found, expected))
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_layer_takes_torchmils_arguments(name):
     theirs, ours = getattr(theirs_nn, name), getattr(bigbag.nn, name)

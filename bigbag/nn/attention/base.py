@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bigbag.bags import PackedBags, Segments
+from bigbag.nn.linear import readable
 from bigbag.nn.rows import Padding, Projection, Widen, by_rows
 from bigbag.ops.registry import compute_dtype
 
@@ -131,7 +132,7 @@ class SelfAttention(Attention):
         weight = None
         if self.qkv_nn is not None:
             first = "qkv".index(which)
-            weight = self.qkv_nn.weight[first * self.att_dim : (first + len(which)) * self.att_dim]
+            weight = readable(self.qkv_nn).weight[first * self.att_dim : (first + len(which)) * self.att_dim]
         return self.heads(x, weight, len(which), enter, padding)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, **kwargs: Any) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 from bigbag import ops
 from bigbag.bags import PackedBags, Segments
 from bigbag.nn.attention.base import Attention, attention_dropout
+from bigbag.nn.linear import readable
 
 
 class MultiheadCrossAttention(Attention):
@@ -56,7 +57,7 @@ class MultiheadCrossAttention(Attention):
             y: the rows that answer.
             y_segments: how those are cut into the same B bags. A bag without any gives zeros before ``out_proj``.
         """
-        asks, answers = (None if layer is None else layer.weight for layer in (self.q_nn, self.kv_nn))
+        asks, answers = (None if layer is None else readable(layer).weight for layer in (self.q_nn, self.kv_nn))
         (q,), (k, v) = self.heads(x, asks, 1), self.heads(y, answers, 2)
         out = ops.masked_attention(q, k, v, segments, y_segments, **attention_dropout(self))
         return self.out_proj(out.flatten(1))

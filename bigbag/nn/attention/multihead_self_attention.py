@@ -10,6 +10,7 @@ from torch import Tensor
 from bigbag import ops
 from bigbag.bags import Segments
 from bigbag.nn.attention.base import SelfAttention, attention_dropout
+from bigbag.nn.linear import readable
 from bigbag.nn.rows import by_rows
 
 
@@ -68,7 +69,7 @@ class MultiheadSelfAttention(SelfAttention):
                 by_rows(lambda rows, u_b=u_b: rows.to(u_b.dtype) @ u_b.t(), rows, shared=[u_b])
                 for rows, u_b in zip(bags, u.unbind(0))
             ]
-            return ops.segment_softmax(torch.cat(scores), segments)
+            return ops.segment_softmax(torch.cat([*scores, u.new_zeros(0, self.n_heads)]), segments)
 
     def first_queries(self, q: Tensor) -> Tensor:
         """The queries ``(B, H, d)`` of the first row of each bag as they meet the keys."""
@@ -79,7 +80,7 @@ class MultiheadSelfAttention(SelfAttention):
         if self.qkv_nn is None:
             eye = torch.eye(self.att_dim, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
             return (eye.view(self.n_heads, self.head_dim, -1),) * 3
-        queries, keys, values = self.qkv_nn.weight.view(3, self.n_heads, self.head_dim, -1).unbind(0)
+        queries, keys, values = readable(self.qkv_nn).weight.view(3, self.n_heads, self.head_dim, -1).unbind(0)
         return queries, keys, values
 
     def attention_matrices(self, q: Tensor, k: Tensor, segments: Segments, **kwargs: Any) -> list[Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from bigbag import ops
 from bigbag.bags import Segments
 from bigbag.nn.attention.base import SelfAttention
+from bigbag.nn.linear import readable
 from bigbag.nn.rows import Padding, by_rows, take_of_bags
 from bigbag.ops.join import windows
 
@@ -161,7 +162,7 @@ class NystromAttention(SelfAttention):
 
     def _convolve_bag(self, v: Tensor) -> Tensor:
         """The residual of one bag from its values ``(N, H, d)``."""
-        weight = self.res_conv.weight.to(v.dtype)
+        weight = readable(self.res_conv).weight.to(v.dtype)
         return F.conv2d(v.transpose(0, 1)[None], weight, padding=(_REACH, 0), groups=self.n_heads)[0].transpose(0, 1)
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigbag.bags import Segments
+from bigbag.nn.linear import readable
 from bigbag.nn.transformers.conventional_transformer import TransformerLayer
 
 
@@ -64,8 +65,8 @@ class T2TLayer(torch.nn.Module):
         if side * side != X.shape[1]:
             raise ValueError(f"T2TLayer: expected a square number of tokens, got {X.shape[1]}")
         grid, window = X.mT.reshape(X.shape[0], -1, side, side), self.unfold
-        if isinstance(self.out_proj, torch.nn.Linear):
-            weight = self.out_proj.weight.view(-1, grid.shape[1], *self.kernel_size)
+        if not isinstance(self.out_proj, torch.nn.Identity):
+            weight = readable(self.out_proj).weight.view(-1, grid.shape[1], *self.kernel_size)
             found = F.conv2d(grid, weight, self.out_proj.bias, window.stride, window.padding, window.dilation).flatten(
                 2
             )
