@@ -55,6 +55,7 @@ def bag_bytes(bag: Mapping[str, Tensor]) -> int:
     parts = [
         part
         for tensor in bag.values()
+        if isinstance(tensor, Tensor)
         for part in ((tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,))
     ]
     return sum(part.numel() * part.element_size() for part in parts)

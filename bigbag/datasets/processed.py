@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -62,7 +63,8 @@ class ProcessedMILDataset(MILDataset):
     :func:`bigbag.graphs.build_adjacency`. A bag of one instance gets a self loop.
 
     Methods to override: ``_load_features``, ``_load_labels``, ``_load_inst_labels``, ``_load_coords`` (arrays of a
-    bag's name), ``_load_bag`` (a dict of them), ``_build_adj`` (edges) and ``_build_bag`` (a dict of tensors).
+    bag's name), ``_load_bag`` (a dict of them), ``_build_adj`` (edges) and ``_build_bag`` (a dict of tensors). Both
+    dicts may hold further entries, which a subclass may name in ``bag_keys``.
 
     Where torchmil differs: it keeps every bag for ever, in each worker; its binary graphs are float64, which its own
     models on float32 features refuse; a missing file, or arrays of different lengths, are named here.
@@ -155,7 +157,7 @@ class ProcessedMILDataset(MILDataset):
 
     def description(self) -> dict[str, Any]:
         """The class, the settings that change bags, and a digest of names, splits, labels and sizes of files."""
-        attributes = {self._folders[key] for key in self.bag_keys}
+        attributes = {self._folders[key] for key in self.bag_keys if key in self._folders}
         sizes = [
             [entry.name, entry.split, entry.label, [self._file_size(kind, entry.name) for kind in sorted(attributes)]]
             for entry in self.entries()
@@ -225,7 +227,10 @@ class ProcessedMILDataset(MILDataset):
         """The tensors of a bag, the graph among them."""
         bag = self._load_bag(name)
         _check_lengths(bag, name)
-        tensors = {key: torch.from_numpy(np.asarray(values)) for key, values in bag.items()}
+        tensors = {
+            key: values if isinstance(values, Tensor | str) else torch.from_numpy(np.asarray(values))
+            for key, values in bag.items()
+        }
         if "adj" in self.bag_keys:
             edge_index, edge_weight, norm_edge_weight = self._build_adj(bag)
             values = torch.from_numpy(norm_edge_weight if self.norm_adj else edge_weight)
@@ -237,7 +242,8 @@ class ProcessedMILDataset(MILDataset):
     def _build_adj(self, bag_dict: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Edges ``(2, E)`` int64, their weights ``(E,)`` float32, and the same normalised."""
         coords = bag_dict["coords"]
-        features = bag_dict["X"].reshape(len(coords), -1) if self.adj_with_dist else None
+        features = bag_dict["X"] if self.adj_with_dist else None
+        features = None if features is None else features.reshape(len(coords), math.prod(features.shape[1:]))
         adj = build_adjacency(coords, radius=self.dist_thr, features=features, self_loops=len(coords) == 1)
         edge_index = np.stack([adj.rows().numpy(), adj.col.numpy().astype(np.int64)])
         weight = np.ones(adj.num_edges, np.float32) if adj.weight is None else adj.weight.numpy()
@@ -260,6 +266,8 @@ class ProcessedMILDataset(MILDataset):
     def _check_keys(self) -> None:
         for key in self.bag_keys:
             if key not in self._folders:
+                if not type(self).__module__.startswith("bigbag."):
+                    continue  # a subclass of the user's, which may add to what a bag holds
                 raise ValueError(f"bag_keys holds {key!r}, expected some of {', '.join(self._folders)}")
             folder = self._folders[key]
             if getattr(self, folder) is None and folder not in self._optional_folders:

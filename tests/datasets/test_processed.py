@@ -175,3 +175,29 @@ def test_splits_csv(slides_root):
     assert ours.CAMELYON16MILDataset(slides_root).bag_names == ["b", "c", "slide.with.dots"]
     with pytest.raises(ValueError, match="line 6: bag 'c' is in test and in train"):
         ours.CAMELYON16MILDataset(slides_root, partition=None)
+
+
+def test_subclasses_add_to_what_a_bag_holds(folders, assert_same_bags):
+    def own(base):
+        class Own(base):
+            def _load_bag(self, name):
+                bag = super()._load_bag(name)
+                return {**bag, "order": np.arange(len(bag["X"]))}
+
+            def _build_bag(self, name):
+                bag = super()._build_bag(name)
+                return {**bag, "centre": bag["X"].mean(0)}
+
+        return Own(**paths_of(folders), bag_keys=["X", "Y", "order", "centre"])
+
+    mine, other = own(ours.ProcessedMILDataset), own(theirs.ProcessedMILDataset)
+    assert set(mine[0].keys()) == {"X", "Y", "order", "centre"}
+    assert_same_bags(mine, other)
+    assert mine.load(mine.entries()[0]).num_instances == len(mine[0]["X"]) and mine.description()
+
+
+def test_an_empty_bag_has_an_empty_graph(folders):
+    for kind, shape in (("features", (0, 6)), ("coords", (0, 2)), ("inst_labels", (0,))):
+        np.save(folders[kind] / "c.npy", np.zeros(shape, np.float32))
+    bag = ours.ProcessedMILDataset(**paths_of(folders), bag_names=["c"], adj_with_dist=True)[0]
+    assert bag["X"].shape == (0, 6) and bag["adj"].shape == (0, 0)
