@@ -148,3 +148,18 @@ def test_a_batch_without_bags_has_no_logits(name):
     model, batch = small(name), padded(small(name), make_pack(), 0.0)
     batch = {key: (value.to_dense() if value.is_sparse else value)[:0] for key, value in batch.items()}
     assert model(**batch).shape == (0,)
+
+
+@pytest.mark.parametrize("name", ["SmABMIL", "SmoothABMIL", "GTP"])
+def test_gradients_to_a_dense_graph_are_torchmils_at_its_edges(name):
+    theirs = getattr(pytest.importorskip("torchmil.models"), name)((WIDTH,), **SMALL.get(name, {}))
+    ours, found = small(name), []
+    ours.load_state_dict(theirs.state_dict())
+    batch = {key: value for key, value in padded(ours, make_pack((5,), (1,)), 0.0).items() if key != "adj"}
+    adj = padded(small("SmABMIL"), make_pack((5,), (1,)), 0.0)["adj"].to_dense()
+    for model in (ours, theirs):
+        given = adj.clone().requires_grad_()
+        sum(model.compute_loss(torch.ones(1), **batch, adj=given)[1].values()).backward()
+        found.append(given.grad)
+    torch.testing.assert_close(found[0], found[1] * (adj != 0), rtol=1e-4, atol=1e-6)
+    assert found[0].abs().max() > 1e-4
