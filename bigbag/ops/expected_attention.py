@@ -85,8 +85,10 @@ def expected_attention(mu: Tensor, log_var: Tensor, segments: Segments, *, impl:
 
 
 def _lowest(mu: Tensor, sigma: Tensor, segments: Segments, impl: str) -> Tensor:
-    """(B,): the log(r) at which the product is still 1."""
-    mean = (mu + sigma.square() / 2).clamp(-CLIP, CLIP)
+    """(B,): the log(r) at which the product is still 1, 1 - r sum E[x], and so is its derivative by log sigma,
+    r sigma^2 E[x], E[x] = exp(mu + sigma^2 / 2): of what lies below, backward and the derivative of forward differ."""
+    variance = sigma.square()
+    mean = (mu + variance / 2 + variance.log1p()).clamp(-CLIP, CLIP)
     return math.log(1e-7) - segment_logsumexp(mean, segments, impl=impl).clamp(min=-CLIP)
 
 
