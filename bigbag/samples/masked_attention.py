@@ -112,20 +112,21 @@ class ClassTokenSample(Sample):
         return ops.class_token_attention(tensors["q_cls"], tensors["k"], **structure, impl=impl)
 
 
-def _maker(shapes: dict[str, tuple[int, ...]], factor: float = 1.0) -> Callable[[torch.Generator], dict[str, Tensor]]:
+def _maker(shapes: dict[str, tuple[int, ...]], saturated: bool = False) -> Callable[..., dict[str, Tensor]]:
     def make(generator: torch.Generator) -> dict[str, Tensor]:
         made = {n: torch.randn(*s, generator=generator, dtype=torch.float64) for n, s in shapes.items()}
-        first = next(iter(made))
-        made[first] = made[first] * factor
         if "slopes" in made:  # the nearer, the more attention
             made["slopes"] = made["slopes"].abs()
+        if saturated:
+            # Integers, so that scores are exact in every precision: near 1e4, rounding would decide between close ones.
+            made = {name: (3 * value).round() * (256 if name == "q_cls" else 1) for name, value in made.items()}
         return made
 
     return make
 
 
 def _attention(
-    name: str, sizes: str = "several", heads: int = 2, dim: int = 12, width: int = 12, factor: float = 1.0,
+    name: str, sizes: str = "several", heads: int = 2, dim: int = 12, width: int = 12,
     kv_sizes: tuple[int, ...] = (), masked: bool = False, bias: str = "", skip: int = 1, **options: Any,
 ) -> AttentionSample:  # fmt: skip
     cut = _SIZES[sizes]
@@ -140,13 +141,13 @@ def _attention(
         before = (heads,) if mode == "bias" else (1, dim)
         shapes["table"] = (*before, *front, last + skip)
     cuts = {"q": "rows", "k": "keys", "v": "keys", "output 0": "rows"}
-    make = _maker(shapes, factor)
+    make = _maker(shapes)
     return AttentionSample("masked_attention", name, cut, make, options, True, kv_sizes, masked, bias, cut=cuts)
 
 
-def _class_token(name: str, sizes: str, masked: bool = False, factor: float = 1.0) -> ClassTokenSample:
-    cut = _SIZES[sizes]
-    make = _maker({"q_cls": (len(cut), 3, 10), "k": (sum(cut), 3, 10)}, factor)
+def _class_token(name: str, sizes: str, masked: bool = False, saturated: bool = False) -> ClassTokenSample:
+    cut, dim = _SIZES[sizes], 16 if saturated else 10  # a scale of 1 / 4 is exact
+    make = _maker({"q_cls": (len(cut), 3, dim), "k": (sum(cut), 3, dim)}, saturated)
     cuts = {"q_cls": "bags", "k": "rows", "output 0": "rows"}
     return ClassTokenSample("class_token_attention", name, cut, make, {}, True, masked, cut=cuts)
 
@@ -172,5 +173,5 @@ SAMPLES: list[Sample] = [
     _attention("contextual euclidean", bias="contextual euclidean", dropout=0.3),
     *(_class_token(name, name) for name in _SIZES),
     _class_token("masked", "several", masked=True),
-    _class_token("scores at 1e4", "several", factor=3e3),
+    _class_token("scores at 1e4", "several", saturated=True),
 ]
