@@ -6,6 +6,13 @@
 The oracle is the operator's reference in float64. An implementation may err twice as much as the reference does in the
 precision under test, plus rounding: so the budget follows from the definition, not from what a kernel happens to do.
 In float64 the oracle errs as well, by once as much.
+
+The reference's error is random: what counts is the largest budget of K = ``DRAWS`` draws of the same kind of numbers.
+For long results that changes little: the largest of n errors is about sqrt(2 log n) of their standard deviations. But
+let a result be one number, the sum of terms t of random signs, and s^2 = sum t^2. Its error e is about normal, of
+deviation c eps s, c from how often a term is rounded; its value v of deviation s. An implementation whose error is
+distributed like e exceeds a budget of one draw, 2 (|e| + eps |v|), with a probability of 7% where c = 1: whenever e and
+v happen to be small. It exceeds the largest of K = 2, 4, 8 with 1.3%, 0.13%, 0.005%.
 """
 
 from __future__ import annotations
@@ -40,6 +47,9 @@ SIZES = {
 }
 """Ways to cut a pack that have gone wrong somewhere."""
 
+DRAWS = 8
+"""Draws that an error budget is the largest of."""
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -58,6 +68,7 @@ class Sample:
         of: the pack and the bag that this sample is the only one of.
         amplification: by how much the operator's own recomputation magnifies rounding; 1 for none. Attention takes its
             weights in backward from exp(S - L), L the logsumexp: rounding S and L to eps |L| errs by as much there.
+        seed: of the numbers, and of the gradients that come in.
     """
 
     op: str
@@ -69,13 +80,14 @@ class Sample:
     cut: Mapping[str, str] = field(default_factory=lambda: {"x": "rows", "output 0": "bags"}, kw_only=True)
     of: tuple[Any, int] | None = field(default=None, kw_only=True)
     amplification: float = field(default=1.0, kw_only=True)
+    seed: int = field(default=0, kw_only=True)
 
     def __str__(self) -> str:
         return f"{self.op}, {self.name}"
 
     def tensors(self, dtype: torch.dtype, device: str = "cpu", stored: torch.dtype | None = None) -> dict[str, Tensor]:
         """Leaves that require grad, rounded to ``dtype``; the first one to ``stored`` if given."""
-        made = self.make(torch.Generator().manual_seed(0))
+        made = self.make(torch.Generator().manual_seed(2 * self.seed))
         out = {}
         for position, (name, value) in enumerate(made.items()):
             value = value.to(stored if stored is not None and position == 0 else dtype).to(device)
@@ -100,6 +112,10 @@ class Sample:
         device = next(iter(tensors.values())).device.type
         out = self.apply(tensors, self.structure(device), impl)
         return out if isinstance(out, tuple) else (out,)
+
+    def rounding(self, dtype: torch.dtype) -> float:
+        """By how much of the largest number a result may err for its rounding."""
+        return self.amplification * torch.finfo(dtype).eps
 
     def alone(self, bag: int) -> Sample:
         """The same call of one bag; its tensors are the pack's, cut by :meth:`part`."""
@@ -135,9 +151,9 @@ def samples(op: str) -> list[Sample]:
     return found
 
 
-def fixed_random(outputs: Sequence[Tensor]) -> list[Tensor]:
+def fixed_random(outputs: Sequence[Tensor], seed: int = 0) -> list[Tensor]:
     """Random float64 weights of the same shapes, rounded to 16 bits: the same gradient enters in every precision."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(2 * seed + 1)
     drawn = [torch.randn(out.shape, generator=generator).to(torch.bfloat16).to(torch.float16) for out in outputs]
     return [weight.double().to(out.device) for weight, out in zip(drawn, outputs)]
 
@@ -147,7 +163,7 @@ def run(
 ) -> dict[str, Tensor]:
     """Outputs, and the gradients of their sum weighted by ``weights`` (default: :func:`fixed_random`), as float64."""
     outputs = sample.call(tensors, impl)
-    weights = fixed_random(outputs) if weights is None else weights
+    weights = fixed_random(outputs, sample.seed) if weights is None else weights
     loss = sum(((out.double() * weight).sum() for out, weight in zip(outputs, weights)), torch.zeros(()))
     grads = torch.autograd.grad(loss, list(tensors.values()))
     found = {f"output {i}": out for i, out in enumerate(outputs)}
@@ -159,17 +175,36 @@ def _exact(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().double().cpu().requires_grad_() for name, value in tensors.items()}
 
 
-def _reference_errors(sample: Sample, dtype: torch.dtype, device: str, stored: torch.dtype | None) -> dict[str, Tensor]:
-    """How far the reference in ``dtype`` is from that in float64.
+def _within(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """What overflows in ``dtype`` counts as its largest number: infinite errors would allow anything."""
+    limit = torch.finfo(dtype).max
+    return value.clamp(-limit, limit)
 
-    For float64 itself: twice float32's error scaled down, since a vector has half as many lanes of float64: sums are of
-    half as many partial sums, each twice as long.
+
+def _errors(found: dict[str, Tensor], truth: dict[str, Tensor], dtype: torch.dtype) -> dict[str, float]:
+    """The largest error of each result that has numbers."""
+    return {
+        name: float((_within(found[name], dtype) - _within(value, dtype)).abs().max())
+        for name, value in truth.items()
+        if value.numel()
+    }
+
+
+def _budgets(sample: Sample, dtype: torch.dtype, device: str, stored: torch.dtype | None) -> dict[str, float]:
+    """2 x (error of the reference + rounding) of each result, from one draw.
+
+    For float64, 3 x, the error being twice float32's scaled down, since a vector has half as many lanes of float64:
+    sums are of half as many partial sums, each twice as long.
     """
     lower = torch.float32 if dtype == torch.float64 else dtype
     low = sample.tensors(lower, device, stored)
-    truth, found = run(sample, _exact(low), "reference"), run(sample, low, "reference")
-    scale = 1.0 if lower == dtype else 2 * torch.finfo(dtype).eps / torch.finfo(lower).eps
-    return {name: (found[name] - v).abs().max() * scale for name, v in truth.items() if v.numel()}
+    truth = run(sample, _exact(low), "reference")
+    factor, scale = (2, 1.0) if lower == dtype else (3, 2 * torch.finfo(dtype).eps / torch.finfo(lower).eps)
+    errors, rounding = _errors(run(sample, low, "reference"), truth, lower), sample.rounding(dtype)
+    return {
+        name: factor * (scale * error + rounding * float(_within(truth[name], dtype).abs().max()))
+        for name, error in errors.items()
+    }
 
 
 def check(
@@ -181,28 +216,27 @@ def check(
         stored: dtype of the first tensor, where it is stored narrower than the rest.
 
     Returns:
-        For each output and gradient, its error divided by its budget.
+        For each output and gradient, its error divided by its budget, from as many draws as it took.
 
     Raises:
-        AssertionError: an error beyond 2 x (error of the reference in ``dtype`` + rounding, amplified), or a NaN;
-            float64: beyond 3 x.
+        AssertionError: an error beyond 2 x (error of the reference in ``dtype`` + rounding, amplified), the largest of
+            ``DRAWS`` draws, or a NaN; float64: beyond 3 x.
     """
     low = sample.tensors(dtype, device, stored)
-    truth = run(sample, _exact(low), "reference")
-    reference_error = _reference_errors(sample, dtype, device, stored)
-    found = run(sample, low, impl)
-    used = {}
+    truth, found = run(sample, _exact(low), "reference"), run(sample, low, impl)
     for name, value in truth.items():
         assert found[name].shape == value.shape, f"{sample}: {name} has shape {tuple(found[name].shape)}"
-        if value.numel() == 0:
-            continue
-        rounding = sample.amplification * torch.finfo(dtype).eps * value.abs().max()
-        budget = (3 if dtype == torch.float64 else 2) * (reference_error[name] + rounding)
-        error = (found[name] - value).abs().max()
+    errors, budgets = _errors(found, truth, dtype), _budgets(sample, dtype, device, stored)
+    for seed in range(sample.seed + 1, sample.seed + DRAWS):
+        if all(error <= budgets[name] for name, error in errors.items()):
+            break  # a further draw could only allow more
+        drawn = _budgets(replace(sample, seed=seed), dtype, device, stored)
+        budgets = {name: max(budget, drawn[name]) for name, budget in budgets.items()}
+    for name, error in errors.items():
         # Written so that a NaN fails.
-        assert bool(error <= budget), f"{sample}, {impl}, {dtype}: {name} errs by {error:.3g}, budget {budget:.3g}"
-        used[name] = float(error / budget) if budget else 0.0
-    return used
+        what = f"{sample}, {impl}, {dtype}: {name} errs by {error:.3g}, budget {budgets[name]:.3g}"
+        assert error <= budgets[name], what
+    return {name: error / budgets[name] if budgets[name] else 0.0 for name, error in errors.items()}
 
 
 @contextmanager

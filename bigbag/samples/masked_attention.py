@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -76,6 +77,15 @@ class AttentionSample(Sample):
             coords[1:2] = float("nan")
             found |= {"coords": coords.to(device), "kv_coords": (kv_coords if self.kv_sizes else coords).to(device)}
         return found
+
+    def rounding(self, dtype: torch.dtype) -> float:
+        """Backward takes the weights from exp(S - L), L the logsumexp, for scores of variance 1 about log(keys) + 1/2.
+
+        Rounding S and L, in float32 at least, to eps |L| errs by as much in all weights of a row: so does its gradient.
+        """
+        accumulated = torch.float64 if dtype == torch.float64 else torch.float32
+        logsumexp = 0.5 + math.log(max(1, *self._cuts()["kv_segments"]))
+        return max(super().rounding(dtype), (1 + logsumexp) * torch.finfo(accumulated).eps)
 
     def _cuts(self) -> dict[str, tuple[int, ...]]:
         return {"segments": self.sizes, "kv_segments": self.kv_sizes or self.sizes}

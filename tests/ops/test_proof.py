@@ -1,12 +1,15 @@
 """Every operator x implementation x sample x dtype against the float64 reference, and the promises of the contract.
 
 What only one operator promises is in a file of its own. Under TRITON_INTERPRET=1 the Triton kernels run here too;
-``tests/kernels/test_interpreter.py`` starts that run.
+``tests/kernels/test_interpreter.py`` starts that run. BIGBAG_TEST_SEED=1 and so on draw other numbers.
 """
 
 from __future__ import annotations
 
 import inspect
+import os
+import pkgutil
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,7 +26,8 @@ from bigbag.testing import Sample, check, fixed_random, poisoned_empty, run, sam
 # The interpreter is slow, and to it float16 and bfloat16 are one path.
 DTYPES = (torch.float32, torch.bfloat16)
 DTYPES += () if INTERPRETED else (torch.float64, torch.float16)
-SAMPLES = [sample for op in _OPERATORS for sample in samples(op.name)]
+SEED = int(os.environ.get("BIGBAG_TEST_SEED", "0"))
+SAMPLES = [replace(sample, seed=SEED) for op in _OPERATORS for sample in samples(op.name)]
 # Where values are of order 1, so that differences resolve gradients and sums keep their digits.
 SMALL = [s for s in SAMPLES if 0 < sum(s.sizes) < 400 and "1e4" not in s.name]
 NAMED = {str(sample): sample for sample in SAMPLES}
@@ -179,14 +183,61 @@ def test_poison_is_seen() -> None:
         assert (torch.empty_like(torch.zeros(2, dtype=torch.int64)) == torch.iinfo(torch.int64).max).all()
 
 
-def test_check_notices_an_implementation_that_errs(monkeypatch: pytest.MonkeyPatch) -> None:
-    sample = NAMED["segment_sum, several"]
-    from bigbag.ops import segments as module
+def _by_1e5th(kernel: Any) -> Any:
+    return lambda *args: kernel(*args) * (1 + 1e-5)
 
-    right = module._OPS["sum", "cpu"]
-    monkeypatch.setitem(module._OPS, ("sum", "cpu"), lambda x, offsets: right(x, offsets) * (1 + 1e-4))
-    with pytest.raises(AssertionError, match="output 0 errs"):
-        check(sample, "cpu", torch.float32)
+
+def _by_a_hundredth(kernel: Any) -> Any:
+    return lambda *args: kernel(*args) * 1.01
+
+
+def _without_an_edge(kernel: Any) -> Any:
+    def errs(crow: Tensor, col: Tensor, weight: Tensor, *args: Any) -> Tensor:
+        kept = torch.arange(len(weight)) != 100
+        return kernel(crow, col, weight * kept[:, None], *args)
+
+    return errs
+
+
+def _lse_in_bfloat16(kernel: Any) -> Any:
+    def errs(*args: Any) -> Any:
+        out, lse = kernel(*args)
+        return out, lse.bfloat16().float()
+
+    return errs
+
+
+@pytest.mark.parametrize(
+    ("sample", "kernel", "defect", "dtype", "where"),
+    [
+        ("segment_sum, several", "segments.sum_rows", _by_1e5th, torch.float32, "output 0"),
+        # Its largest sums overflow, the others must not hide behind them.
+        ("segment_sum, values at 1e4", "segments.sum_rows", _by_a_hundredth, torch.float16, "output 0"),
+        ("spmm, off the block", "spmm.spmm", _without_an_edge, torch.float32, "output 0"),
+        (
+            "masked_attention, several",
+            "masked_attention._attend_fast",
+            _lse_in_bfloat16,
+            torch.float32,
+            "gradient of q",
+        ),
+    ],
+)
+def test_check_notices_a_kernel_that_errs(
+    sample: str, kernel: str, defect: Any, dtype: torch.dtype, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = f"bigbag.kernels.cpu.{kernel}"
+    monkeypatch.setattr(target, defect(pkgutil.resolve_name(target)))
+    with pytest.raises(AssertionError, match=f"{where} errs"):
+        check(NAMED[sample], "cpu", dtype)
+
+
+def test_a_draw_on_which_the_reference_hardly_errs_is_not_all_that_counts() -> None:
+    """Of gradients that are a single number."""
+    for name in ("attention_scores, one unit, not gated", "smooth, bags of one", "smooth, wide lattice"):
+        for seed in range(9):
+            for dtype in (torch.float32, torch.float64):
+                check(replace(NAMED[name], seed=seed), "cpu", dtype)
 
 
 def test_every_operator_has_samples_and_names_its_function() -> None:
