@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import shutil
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -163,14 +162,14 @@ def _pack(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> int:
     from bigbag.engine import preemption
     from bigbag.engine.backend import choose_backend
-    from bigbag.engine.run import train
+    from bigbag.engine.run import delete_run, train
     from bigbag.engine.world import joined_world, leave
 
     config = _config(options)
     engine = config.engine
     with joined_world(choose_backend(engine.backend), engine.threads, engine.timeout_s) as world:
         if options.restart and world.is_main:
-            shutil.rmtree(config.run_dir, ignore_errors=True)
+            delete_run(config.run_dir)
         world.barrier()
         preemption.watch()
         try:

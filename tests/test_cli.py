@@ -119,6 +119,18 @@ def test_unknown_key(packed, tmp_path, capsys):
     assert "'train.epoch'" in text and "did you mean 'epochs'" in text
 
 
+def test_restart_deletes_runs_only(packed, tmp_path, capsys):
+    other = tmp_path / "camelyon16" / "precious.txt"
+    other.parent.mkdir()
+    other.touch()
+    text = fails(capsys, ["train", *arguments(packed[1], tmp_path), "--restart"])
+    assert "holds no run" in text and str(other.parent) in text and other.is_file()
+    other.rename(other.with_name("identity.json"))
+    (other.parent / "checkpoints").mkdir()
+    fails(capsys, ["train", *arguments(packed[1], tmp_path), "model.name=ABMI", "--restart"])
+    assert not other.parent.exists()
+
+
 def test_shards_that_are_not_there(tmp_path, capsys):
     text = fails(capsys, ["train", *arguments(tmp_path / "nowhere", tmp_path)])
     assert "nowhere" in text and "pack" in text

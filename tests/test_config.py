@@ -59,6 +59,55 @@ def test_missing_file_and_not_yaml(tmp_path):
     assert "expected a mapping" in message(tmp_path, "- 1")
 
 
+def test_a_setting_twice_and_other_bytes(tmp_path):
+    text = message(tmp_path, MINIMAL + "optim: {lr: 1.0}\ntrain:\n  epochs: 3\n  epochs: 4\n")
+    assert text.endswith(f"run.yaml:8: setting 'train.epochs' is there twice, first at {tmp_path}/run.yaml:7: keep one "
+                         "of them")  # fmt: skip
+    for content in (b"name: \xff\xfe", b"name: 2001-99-99", b"name: " + 3000 * b"["):
+        (tmp_path / "run.yaml").write_bytes(content)
+        with pytest.raises(ConfigError, match=r"run\.yaml: not "):
+            load_config(tmp_path / "run.yaml")
+    assert "override 'optim.lr=2001-99-99'" in message(tmp_path, MINIMAL, "optim.lr=2001-99-99")
+
+
+def test_a_number_with_an_exponent_is_a_number_everywhere(tmp_path):
+    config = load_config(write(tmp_path, MINIMAL), ["model.dropout=1e-1", "model.other=-2E3", "model.name=1e"])
+    assert config.model.arguments == {"dropout": 0.1, "other": -2000.0} and config.model.name == "1e"
+
+
+OUT_OF_RANGE = [
+    "optim.lr=-1",
+    "optim.lr=.nan",
+    "optim.lr=yes",
+    "optim.betas=[0.9,1]",
+    "optim.warmup_epochs=-1",
+    "optim.clip_norm=0",
+    "optim.final_lr_fraction=2",
+    "train.epochs=true",
+    "seed=-1",
+    "seed=100000000000000000000",
+    "data.splits.seed=-1",
+    "data.num_workers=-1",
+    "data.cache_bytes=0",
+    "engine.threads=0",
+    "task.pos_weight=.inf",
+    "report.num_slides=-1",
+    "train.loss_coefficients={a: {schedule: cyclical, cycle_len: 2, cycle_prop: 3}}",
+]
+
+
+@pytest.mark.parametrize("override", OUT_OF_RANGE)
+def test_values_out_of_range_name_the_setting(tmp_path, override):
+    section, _, name = override.partition("=")[0].rpartition(".")
+    text = message(tmp_path, MINIMAL, override)
+    assert text.startswith(f"override {override!r}: setting '{section}") and name in text.partition("(got")[0]
+
+
+@pytest.mark.parametrize("name", ['""', ".", "..", "a/../..", "/tmp/x", '"a\\0"'])
+def test_a_run_lies_below_out(tmp_path, name):
+    assert "'name': expected the name of a folder below out" in message(tmp_path, MINIMAL, f"name={name}")
+
+
 def test_task_must_fit_outputs(tmp_path):
     assert "num_outputs" in message(tmp_path, MINIMAL + "task: {type: multiclass}\n")
 

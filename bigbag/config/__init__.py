@@ -17,6 +17,7 @@ from bigbag.config.sections import (
     TaskConfig,
     TrainConfig,
 )
+from bigbag.config.yaml_text import read_yaml
 
 __all__ = [
     "CompareConfig",
@@ -36,4 +37,5 @@ __all__ = [
     "check_arguments",
     "load_config",
     "load_data_config",
+    "read_yaml",
 ]

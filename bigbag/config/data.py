@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import NonNegativeInt, PositiveInt, field_validator, model_validator
 
-from bigbag.config.base import Named, Section
+from bigbag.config.base import Named, Section, Seed
 
 
 class SourceConfig(Named):
@@ -73,7 +73,7 @@ class SplitsConfig(Section):
     CSV with a column of bags or patients and a column ``site``. None: sites are not looked at."""
     stratify: bool = True
     """Balance the labels between splits; labels that are measurements are not classes, and are left alone."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the rule; not that of the run, so that runs with other seeds are comparable bag by bag."""
 
     @field_validator("test_fraction", "val_fraction")
@@ -180,7 +180,7 @@ class DataConfig(Section):
     """Random changes to training bags; none by default."""
     splits: SplitsConfig = SplitsConfig()
     """Which bags train, validate and test."""
-    num_workers: int = 1
+    num_workers: NonNegativeInt = 1
     """Reading threads of each rank; 0 reads when a pack is asked for."""
     prefetch_packs: int = 2
     """Packs that are prepared ahead for each reading thread."""
@@ -192,7 +192,7 @@ class DataConfig(Section):
     """Allow ``pipe:`` shard addresses, which run a shell command."""
     cache_dir: str | None = None
     """Folder for copies of remote shards; None: a folder of the user's cache."""
-    cache_bytes: int = 50 * 2**30
+    cache_bytes: PositiveInt = 50 * 2**30
     """Most bytes that copies of remote shards may take on disk."""
 
     @field_validator("budget_instances", "shard_bytes", "prefetch_packs")

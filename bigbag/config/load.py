@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from bigbag.config.data import DataConfig
 from bigbag.config.sections import Config
+from bigbag.config.yaml_text import read_yaml
 
 
 class ConfigError(ValueError):
@@ -30,17 +31,24 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path = Path(path)
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: can't read the config: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not text in UTF-8 ({error.reason} at byte {error.start})") from None
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        settings = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+        settings, node = read_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(settings, dict):
         raise ConfigError(f"{path}: expected a mapping of settings, got {type(settings).__name__}")
-    places = {key: f"{path}:{line}" for key, line in _lines(node).items()}
+    places: dict[str, str] = {}
+    for key, line in _lines(node):
+        if key in places:
+            raise ConfigError(
+                f"{path}:{line}: setting {key!r} is there twice, first at {places[key]}: keep one of them"
+            )
+        places[key] = f"{path}:{line}"
     for override in overrides:
         key = _apply_override(settings, override)
         places[key] = f"override {override!r}"
@@ -99,15 +107,13 @@ def check_arguments(what: str, arguments: Mapping[str, Any], known: Sequence[str
             raise ConfigError(f"{what}: unknown setting {key!r}{_suggest(key, known)}; it takes: {', '.join(known)}")
 
 
-def _lines(node: yaml.Node | None, prefix: str = "") -> dict[str, int]:
-    """Dotted key -> line (from 1) of every key below a YAML mapping node."""
-    lines: dict[str, int] = {}
+def _lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
+    """Dotted key and line (from 1) of every setting below a YAML mapping node."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             name = f"{prefix}{key.value}"
-            lines[name] = key.start_mark.line + 1
-            lines |= _lines(value, f"{name}.")
-    return lines
+            yield name, key.start_mark.line + 1
+            yield from _lines(value, f"{name}.")
 
 
 def _apply_override(settings: dict[str, Any], override: str) -> str:
@@ -124,9 +130,9 @@ def _apply_override(settings: dict[str, Any], override: str) -> str:
             raise ConfigError(f"override {override!r}: {parent!r} is a value, not a section")
         section = below
     try:
-        section[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
+        section[last], _ = read_yaml(value)
+    except ValueError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
     return key
 
 

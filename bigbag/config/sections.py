@@ -8,9 +8,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
-from bigbag.config.base import Named, Section
+from bigbag.config.base import Named, Section, Seed, Share
 from bigbag.config.data import DataConfig
 
 _DATA_KEYS_WITHOUT_EFFECT = (
@@ -87,22 +95,25 @@ class TaskConfig(Section):
             raise ValueError(f"{name} is {value}, expected positive weights")
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimConfig(Section):
     """AdamW with linear warm-up and cosine decay, stepped once per global step."""
 
-    lr: float = 1e-4
+    lr: NonNegativeFloat = 1e-4
     """Peak learning rate."""
-    weight_decay: float = 1e-2
+    weight_decay: NonNegativeFloat = 1e-2
     """Decoupled weight decay, applied to matrices only (not to biases and other vectors)."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay rates of the moment estimates."""
-    warmup_epochs: float = 1.0
+    warmup_epochs: NonNegativeFloat = 1.0
     """Length of the linear warm-up from 0, in epochs."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Shape of the learning rate after the warm-up."""
-    final_lr_fraction: float = 0.0
+    final_lr_fraction: Share = 0.0
     """Learning rate at the end of a cosine schedule, as a share of ``lr``."""
-    clip_norm: float | None = 1.0
+    clip_norm: PositiveFloat | None = 1.0
     """Largest L2 norm of the whole gradient; None: no clipping."""
 
 
@@ -139,9 +150,9 @@ class CyclicalSchedule(Section):
     """Coefficient at the start of a cycle."""
     max_coef: float = 1.0
     """Coefficient at its top."""
-    cycle_prop: float = 0.5
+    cycle_prop: Share = 0.5
     """Share of the cycle in which the coefficient rises."""
-    warmup_steps: int = 0
+    warmup_steps: NonNegativeInt = 0
     """Steps at ``min_coef`` before the first cycle."""
 
 
@@ -208,7 +219,7 @@ class EngineConfig(Section):
     activations that all of them hold, as under tensor parallelism. Here each rank has other bags, or with
     ``parallel.bag`` other instances, and would get back pieces of the others' activations.
     ``train.activation_checkpointing`` recomputes, and keeps the inputs of layers alone."""
-    threads: int | None = None
+    threads: PositiveInt | None = None
     """CPU threads of each rank; None: cores divided by the ranks of this node when there is no GPU."""
     timeout_s: PositiveInt = 1800
     """Seconds for which a rank waits for the others before it gives up, saying where: one of them is stuck or gone."""
@@ -246,7 +257,7 @@ class ParallelConfig(Section):
 class ReportConfig(Section):
     """What is drawn for ``report.html``."""
 
-    num_slides: int = 4
+    num_slides: NonNegativeInt = 4
     """Positive test bags whose attention maps are saved and drawn, and validation bags whose attention TensorBoard
     shows after each epoch."""
     instance_scores: bool = False
@@ -275,7 +286,7 @@ class Config(Section):
     """Name of the run: its folder is ``out/name``."""
     out: str = "runs"
     """Folder of all runs."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of initial weights, order of bags and dropout."""
     data: DataConfig
     """Bags."""
@@ -295,6 +306,14 @@ class Config(Section):
     """Report."""
     compare: CompareConfig = CompareConfig()
     """Comparison of models."""
+
+    @field_validator("name")
+    @classmethod
+    def _below_out(cls, value: str) -> str:
+        parts = Path(value).parts
+        if not parts or ".." in parts or Path(value).is_absolute() or "\0" in value:
+            raise ValueError("expected the name of a folder below out, which --restart may delete")
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:

@@ -13,9 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
-
-from bigbag.config import ConfigError, SplitsConfig, check_arguments
+from bigbag.config import ConfigError, SplitsConfig, check_arguments, read_yaml
 from bigbag.data.divide import Splittable, classes_of, folds_of, groups_of, hold_out, site_folds
 from bigbag.data.split_tables import count_folds, read_splits
 from bigbag.data.stores import BagStore
@@ -152,7 +150,7 @@ def parse_splits_option(text: str) -> SplitsConfig:
     pairs = dict(pair.partition("=")[::2] for pair in text.split(","))
     check_arguments("--splits", pairs, list(SplitsConfig.model_fields))
     try:
-        return SplitsConfig(**{key: yaml.safe_load(value) for key, value in pairs.items()})
+        return SplitsConfig(**{key: read_yaml(value)[0] for key, value in pairs.items()})
     except ValueError as error:
         raise ConfigError(f"--splits {text}: {error}") from None
 

@@ -6,9 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
-
-from bigbag.config import ConfigError, DataConfig, load_data_config
+from bigbag.config import ConfigError, DataConfig, load_data_config, read_yaml
 from bigbag.data import Source
 from bigbag.datasets import recognise
 
@@ -63,7 +61,11 @@ def source_arguments(
     if "," in named.get("label", ""):
         named["label"] = named["label"].split(",")
     given = {"labels": labels, "slides": slides, "columns": named}
-    given |= {key: yaml.safe_load(value) for key, value in _pairs("--option", others).items()}
+    for key, value in _pairs("--option", others).items():
+        try:
+            given[key], _ = read_yaml(value)
+        except ValueError as error:
+            raise ConfigError(f"--option {key}={value}: not valid YAML: {error}") from None
     return {key: value for key, value in given.items() if value}
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -241,6 +243,26 @@ def _splits_of_run(config: Config, store: BagStore) -> dict[str, tuple[int, ...]
     if there.get("data") == store.digest() and there.get("splits") != splits_digest(store, splits):
         raise ValueError(f"{path}: has not the splits that the run was trained with: {_WRITE_AGAIN}")
     return splits
+
+
+def delete_run(folder: Path) -> None:
+    """Delete the folder of a run, if there is one.
+
+    Raises:
+        ConfigError: the folder holds something else.
+        OSError: it can't be deleted.
+    """
+    if not folder.exists():
+        return
+    if any(folder.iterdir()) and not any((folder / name).exists() for name in ("identity.json", "checkpoints")):
+        raise ConfigError(
+            f"{folder}: holds no run (identity.json is missing), so it is not deleted: choose another name "
+            "(name=...), or delete it yourself"
+        )
+    # Checkpoints first, since a run would go on from what an interrupted deletion left of them.
+    for part in (folder / "checkpoints", folder):
+        if part.exists():
+            shutil.rmtree(part)
 
 
 def _claim_run_dir(config: Config, store: BagStore, splits: Mapping[str, Sequence[int]], world: World) -> None:
