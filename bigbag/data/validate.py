@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,19 +27,26 @@ _EXPONENT: dict[np.dtype, tuple[Any, int]] = {
 }
 
 
+def _largest_exponent(values: np.ndarray) -> tuple[int, int]:
+    """The largest exponent bits of floats, and those of NaN and infinity; 0 is that of zeros and subnormal numbers."""
+    integer, mask = _EXPONENT[values.dtype]
+    bits = np.ascontiguousarray(values).reshape(-1).view(integer)
+    buffer = np.empty(min(_CHUNK, bits.size), dtype=integer)
+    largest = 0
+    for start in range(0, bits.size, _CHUNK):
+        part = bits[start : start + _CHUNK]
+        largest = max(largest, int(np.bitwise_and(part, integer(mask), out=buffer[: part.size]).max()))
+        if largest == mask:
+            break
+    return largest, mask
+
+
 def all_finite(values: np.ndarray) -> bool:
     """Whether no value is NaN or infinite, by an integer test on the exponent bits in bounded memory."""
     if values.dtype not in _EXPONENT:
         return True
-    integer, mask = _EXPONENT[values.dtype]
-    bits = np.ascontiguousarray(values).reshape(-1).view(integer)
-    buffer = np.empty(min(_CHUNK, bits.size), dtype=integer)
-    for start in range(0, bits.size, _CHUNK):
-        part = bits[start : start + _CHUNK]
-        exponent = np.bitwise_and(part, integer(mask), out=buffer[: part.size])
-        if exponent.max() == mask:
-            return False
-    return True
+    largest, nonfinite = _largest_exponent(values)
+    return largest != nonfinite
 
 
 def plain_label(label: Any) -> Label | None:
@@ -148,6 +156,7 @@ def check_bag(bag: Bag, entry: SourceEntry, dtype: str) -> Bag:
         )
     if bag.adj is not None:
         _check_adjacency(bag.adj, where)
+    _check_attributes(bag.attributes, where)
     return replace(bag, x=_cast(bag.x, dtype, where))
 
 
@@ -172,7 +181,16 @@ def _cast(x: np.ndarray, dtype: str, where: str) -> np.ndarray:
         raise BagError(
             "type", f"{where}: x holds values that uint8 cannot, expected integers from 0 to 255; use float16"
         )
-    if all_finite(stored):
+    if stored.dtype not in _EXPONENT:
+        return stored
+    largest, nonfinite = _largest_exponent(stored)
+    if largest == 0 and stored.dtype.itemsize < x.dtype.itemsize and x.any():
+        raise BagError(
+            "finite",
+            f"{where}: x is {np.abs(x).max()} at most, below the normal numbers of {dtype} (from "
+            f"{np.finfo(dtype).tiny}), which would keep little or nothing of it; store float32, or scale the features",
+        )
+    if largest != nonfinite:
         return stored
     flat = x.reshape(len(x), -1)
     bad = ~np.isfinite(flat)
@@ -189,6 +207,16 @@ def _cast(x: np.ndarray, dtype: str, where: str) -> np.ndarray:
         f"{where}: x[{row}, {column}] = {flat[row, column]} overflows {dtype} (largest number "
         f"{np.finfo(dtype).max}); store float32, or scale the features",
     )
+
+
+def _check_attributes(attributes: Mapping[str, Any], where: str) -> None:
+    for name, value in attributes.items():
+        try:
+            json.dumps({name: value}, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise BagError(
+                "type", f"{where}: attribute {name!r} is {value!r}, which JSON can't hold ({error})"
+            ) from None
 
 
 def _check_adjacency(adj: Adjacency, where: str) -> None:

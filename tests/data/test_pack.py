@@ -247,6 +247,18 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
         quiet_pack(FromFile([bag()]), tmp_path)
 
 
+def test_numbers_that_a_half_would_lose_and_what_json_cannot_hold(tmp_path: Path) -> None:
+    small = Bag(np.full((3, 2), 1e-6, np.float32), y=0, key="faint")
+    with pytest.raises(ValueError, match=r"bag 'faint': x is 9\.99.*e-07 at most, below the normal .*store float32"):
+        pack(MemorySource([small], ["train"]), tmp_path / "a", progress=False)
+    assert pack(MemorySource([small], ["train"]), tmp_path / "b", progress=False, dtype="float32").bags
+    zeros = replace(small, x=np.zeros((3, 2), np.float32))
+    assert pack(MemorySource([zeros], ["train"]), tmp_path / "c", progress=False).bags
+    odd = replace(zeros, attributes={"mpp": float("nan")})
+    with pytest.raises(ValueError, match=r"bag 'faint': attribute 'mpp' is nan, which JSON can't hold"):
+        pack(MemorySource([odd], ["train"]), tmp_path / "d", progress=False)
+
+
 def test_the_largest_half_is_no_overflow_and_integers_are_fine(tmp_path: Path) -> None:
     quiet_pack(MemorySource([bag(x=with_value(65504.0))]), tmp_path / "a")
     assert open_store(tmp_path / "a").read(0).x.max() == 65504

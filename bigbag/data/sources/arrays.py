@@ -17,6 +17,7 @@ from bigbag.data.sources.h5 import attributes_of, dataset_names, open_h5, read_d
 
 FEATURES = ("features", "feats", "feature", "feat", "embeddings", "embedding", "patch_embeddings", "x", "data", "arr_0")
 """Names under which files keep ``(N, P)`` features, the likeliest first."""
+_NOT_IN_NUMPY = [torch.bfloat16, *(kind for name, kind in vars(torch).items() if name.startswith("float8_"))]
 COORDS = ("coords", "coordinates", "coord", "positions", "locations", "xy")
 """Names under which files keep ``(N, 2)`` coordinates."""
 
@@ -35,13 +36,13 @@ class Contents:
         return next((there[name.lower()] for name in names if name.lower() in there), None)
 
     def features(self, names: Sequence[str] = FEATURES) -> np.ndarray:
-        """``(N, P)`` features: the first array of these names, else the only one.
+        """``(N, P)`` features: the first array of these names, else the only one, unless that is called coordinates.
 
         Raises:
             ValueError: no such array, or one of another shape.
         """
         name = self.find(names)
-        if name is None and len(self.arrays) == 1:
+        if name is None and len(self.arrays) == 1 and self.find(COORDS) is None:
             name = next(iter(self.arrays))
         if name is None:
             there = ", ".join(self.arrays) or "no arrays"
@@ -133,14 +134,14 @@ def _npz_member(archive: zipfile.ZipFile, item: zipfile.ZipInfo) -> np.ndarray:
 def _read_pt(path: Path) -> Contents:
     value = load_pt(path)
     if isinstance(value, Mapping):
-        arrays = {str(name): to_numpy(item) for name, item in value.items() if _is_array(item)}
+        arrays = {str(name): to_numpy(item, path) for name, item in value.items() if _is_array(item)}
         rest = {str(name): item for name, item in value.items() if isinstance(item, int | float | str)}
         return Contents(path, arrays, {"": rest})
     if isinstance(value, list | tuple) and value and all(_is_array(item) for item in value):
-        return Contents(path, {str(i): to_numpy(item) for i, item in enumerate(value)})
+        return Contents(path, {str(i): to_numpy(item, path) for i, item in enumerate(value)})
     if not _is_array(value):
         raise ValueError(f"{path}: holds a {type(value).__name__}, expected a tensor or a dict of tensors")
-    return Contents(path, {"": to_numpy(value)})
+    return Contents(path, {"": to_numpy(value, path)})
 
 
 def load_pt(path: Path) -> Any:
@@ -174,12 +175,22 @@ def _numpy_globals() -> list[Any]:
     return [rebuild, (rebuild, "numpy.core.multiarray._reconstruct"), np.ndarray, np.dtype, *dict.fromkeys(kinds)]
 
 
-def to_numpy(value: Any) -> np.ndarray:
-    """A tensor or array as numpy; bfloat16, which numpy lacks, as float32."""
+def to_numpy(value: Any, path: str | Path) -> np.ndarray:
+    """A tensor or array of the file ``path`` as numpy; floats that numpy lacks, such as bfloat16, as float32.
+
+    Raises:
+        ValueError: a tensor that is no plain array: sparse, nested, quantised, without data.
+    """
     if not isinstance(value, torch.Tensor):
         return np.asarray(value)
     value = value.detach()
-    return (value.float() if value.dtype == torch.bfloat16 else value).cpu().numpy()
+    try:
+        return (value.float() if value.dtype in _NOT_IN_NUMPY else value).cpu().resolve_conj().resolve_neg().numpy()
+    except (TypeError, RuntimeError):
+        raise ValueError(
+            f"{path}: holds a tensor of {value.dtype}, {value.layout}, on {value.device}, expected a plain one of "
+            "numbers: save it dense, in float16 or float32"
+        ) from None
 
 
 def _is_array(value: Any) -> bool:
@@ -196,7 +207,7 @@ def _read_safetensors(path: Path) -> Contents:
     try:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
-            return Contents(path, {name: to_numpy(file.get_tensor(name)) for name in names})
+            return Contents(path, {name: to_numpy(file.get_tensor(name), path) for name in names})
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error}): write or copy it again") from None
 
@@ -205,14 +216,21 @@ def _read_h5(path: Path) -> Contents:
     if not path.is_file():
         raise FileNotFoundError(path)
     with open_h5(path) as file:
-        names = [name for name in dataset_names(file) if file[name].dtype.kind in "biuf" and file[name].shape]
-        arrays = {name: read_dataset(file[name]) for name in names if name != "imgs"}
+        # What is called features is read whatever it holds, which read_dataset refuses where these are no numbers.
+        wanted = [name for name in dataset_names(file) if name != "imgs"]
+        names = [name for name in wanted if name.lower() in FEATURES or _holds_numbers(file[name])]
+        arrays = {name: read_dataset(file[name]) for name in names}
         attributes = {name: attributes_of(file[name]) for name in names}
         return Contents(path, arrays, attributes | {"": attributes_of(file)})
 
 
+def _holds_numbers(dataset: Any) -> bool:
+    return dataset.dtype.kind in "biuf" and bool(dataset.shape)
+
+
 def _read_csv(path: Path) -> Contents:
-    """One line per instance; a header may name two columns x and y. A header 0, 1, 2, ... is pandas' own."""
+    """One line per instance; a header may name two columns x and y. A header 0, 1, 2, ... is pandas' own, and a first
+    column without a name its index, which is no feature."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             first, second = file.readline(), file.readline()
@@ -225,10 +243,16 @@ def _read_csv(path: Path) -> Contents:
             file.seek(0)
             values = np.empty((0, len(cells)), np.float32)
             if second.strip() or not has_header:
-                values = np.loadtxt(file, np.float32, delimiter=delimiter, skiprows=int(has_header), ndmin=2)
+                values = np.loadtxt(
+                    file, np.float32, delimiter=delimiter, skiprows=int(has_header), ndmin=2, comments=None
+                )
+            if values.shape[1] != len(cells):
+                raise ValueError(f"{values.shape[1]} columns under a header of {len(cells)}")
     except (ValueError, csv.Error) as error:
         raise ValueError(f"{path}: not a table of numbers ({error}): write or copy it again") from None
     names = [cell.strip().lower() for cell in cells] if has_header else []
+    if names[:1] == [""] and len(names) > 1:
+        names, values = names[1:], values[:, 1:]
     if "x" in names and "y" in names:
         places = [names.index("x"), names.index("y")]
         rest = [i for i in range(len(names)) if i not in places]

@@ -40,7 +40,9 @@ def open_h5(path: str | Path) -> Iterator[Any]:
     with file:
         try:
             yield file
-        except (OSError, KeyError, RuntimeError) as error:
+        except (OSError, KeyError, RuntimeError, ValueError, TypeError, OverflowError) as error:
+            if isinstance(error, ValueError) and str(path) in str(error):
+                raise  # what bigbag has to say of the file
             raise ValueError(f"{path}: damaged HDF5 file ({error}): write or copy it again") from None
 
 
@@ -72,7 +74,7 @@ def need_dataset(file: Any, names: Sequence[str]) -> Any:
 
 
 def attributes_of(item: Any) -> dict[str, Any]:
-    """Attributes of a file or data set as plain Python: TRIDENT's ``'None'`` is None, JSON texts are read."""
+    """Attributes of a file or data set as plain Python: TRIDENT's ``'None'`` and NaN are None, JSON texts are read."""
     return {str(name): _plain(value) for name, value in item.attrs.items()}
 
 
@@ -167,5 +169,7 @@ def _plain(value: Any) -> Any:
             except ValueError:
                 return value
         return value
+    if isinstance(value, float | np.floating) and np.isnan(value):
+        return None
     listed = np.asarray(value).tolist() if isinstance(value, np.ndarray | np.generic) else value
     return listed if isinstance(listed, int | float | bool | list) else str(listed)

@@ -91,9 +91,10 @@ def _types_in(root: Path) -> Counter[str]:
 
 
 def _integers(values: np.ndarray, path: Path, name: str) -> np.ndarray:
-    flat = values.reshape(-1)
-    if flat.dtype.kind not in "biu" and not np.array_equal(flat, np.rint(flat)):
+    with np.errstate(invalid="ignore"):
+        whole = values.reshape(-1).astype(np.int64)
+    if values.size not in values.shape or not np.array_equal(whole, values.reshape(-1)):
         raise ValueError(
             f"{path}: {name} holds {values.shape} of {values.dtype}, expected one integer for each instance"
         )
-    return flat.astype(np.int64)
+    return whole

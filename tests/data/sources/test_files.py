@@ -192,3 +192,49 @@ def test_unknown_types_and_absent_files(tmp_path: Path) -> None:
             read_file(tmp_path / f"a{kind}")
     with pytest.raises(ValueError, match=r"type '.pkl' is not known; expected one of .npy"):
         read_file(tmp_path / "a.pkl")
+
+
+def test_coordinates_are_no_features(tmp_path: Path) -> None:
+    """A file whose features can't be read has its coordinates left, which are not taken for them."""
+    coords = np.zeros((4, 2), np.float32)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["coords"], file["features"] = coords, np.zeros((4, 3), np.complex64)
+    np.savez(tmp_path / "b.npz", coords=coords)
+    torch.save({"coords": torch.from_numpy(coords)}, tmp_path / "c.pt")
+    with pytest.raises(ValueError, match=r"a\.h5, features: is of type complex64, expected numbers"):
+        read_file(tmp_path / "a.h5").features()
+    for name in ("b.npz", "c.pt"):
+        with pytest.raises(ValueError, match=rf"{name}: holds coords, expected features"):
+            read_file(tmp_path / name).features()
+
+
+def test_tensors_that_numpy_lacks(tmp_path: Path) -> None:
+    x, path = torch.randn(4, 3), tmp_path / "a.pt"
+    for kind in (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2):
+        torch.save(x.to(kind), path)
+        np.testing.assert_array_equal(read_file(path).features(), x.to(kind).float().numpy())
+    for other in (x.to_sparse(), x.to("meta")):
+        torch.save(other, path)
+        with pytest.raises(ValueError, match=r"a\.pt: holds a tensor of torch\.float32.*save it dense"):
+            read_file(path)
+
+
+def test_no_line_of_a_table_is_lost_or_taken_for_features(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(",f0,f1\n0,1.5,2\n1,3,4\n")  # pandas writes its index so
+    np.testing.assert_array_equal(read_file(path).features(), [[1.5, 2], [3, 4]])
+    for text, message in (("1,2\n#3,4\n5,6\n", "'#3'"), ("x,y,f0\n1,2\n3,4\n", "2 columns under a header of 3")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=rf"a\.csv: not a table of numbers \(.*{message}"):
+            read_file(path)
+
+
+def test_damaged_names_and_numbers_that_are_none(tmp_path: Path) -> None:
+    path = write_h5(tmp_path / "a.h5", np.zeros((4, 3), np.float32))
+    with h5py.File(path, "a") as file:
+        file["features"].attrs["name"] = "slide"
+        file["features"].attrs["mpp"] = np.nan
+    assert read_file(path).attributes["features"] == {"name": "slide", "mpp": None}
+    path.write_bytes(path.read_bytes().replace(b"features\x00", b"feat\xffres\x00"))
+    with pytest.raises(ValueError, match=r"a\.h5: damaged HDF5 file \(.*codec"):
+        read_file(path)

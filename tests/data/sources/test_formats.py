@@ -15,6 +15,7 @@ import torch
 from bigbag.data import open_store, pack
 from bigbag.data.sources.clam import Clam, clam_stride
 from bigbag.data.sources.detect import detect_format
+from bigbag.data.sources.plain import Plain
 from bigbag.data.sources.stamp import Stamp
 from bigbag.datasets import open_source
 
@@ -302,6 +303,15 @@ def test_dsmil_s_numbered_header(tmp_path: Path, write: SimpleNamespace) -> None
     x = write.features(3, width=4)
     assert read_file(write.table(tmp_path / "a.csv", [[0, 1, 2, 3], *x.tolist()])).features().shape == (3, 4)
     assert read_file(write.table(tmp_path / "b.csv", x.tolist())).features().shape == (3, 4)
+
+
+@pytest.mark.parametrize(
+    "values", [np.full(6, 2**63 + 5, np.uint64), np.full(6, 1e30), np.full(6, np.nan), np.zeros((3, 2), np.int64)]
+)
+def test_instance_labels_that_are_none(tmp_path: Path, values: np.ndarray) -> None:
+    np.savez(tmp_path / "a.npz", features=np.ones((6, 4), np.float32), y_inst=values)
+    with pytest.raises(ValueError, match=r"a\.npz: y_inst holds .*, expected one integer for each instance"):
+        Plain(str(tmp_path)).read([tmp_path / "a.npz"])
 
 
 def test_torchmil_s_other_layouts(tmp_path: Path, write: SimpleNamespace, packed: Callable) -> None:
