@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 import warnings
 from collections import Counter, defaultdict
@@ -15,6 +14,7 @@ import numpy as np
 from bigbag.bags import Label
 from bigbag.data.names import bare_name
 from bigbag.data.plan import derive_seed
+from bigbag.data.table import read_table
 
 _MAX_CLASSES = 20
 _RESTARTS = 20
@@ -73,16 +73,16 @@ def _site(names: Sequence[str], table: dict[str, str] | None) -> str | None:
 def _read_sites(path: Path) -> dict[str, str]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; sites is 'tcga' or a CSV with a column 'site'")
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-        columns = {name.strip().lower(): name for name in reader.fieldnames or ()}
-        if "site" not in columns:
-            raise ValueError(f"{path}: columns {reader.fieldnames}, expected 'site' and a column of bags or patients")
-        sites: dict[str, str] = {}
-        for row in reader:
-            for name, value in row.items():
-                if name != columns["site"] and isinstance(value, str) and value.strip() and row[columns["site"]]:
-                    sites.setdefault(value.strip(), row[columns["site"]].strip())
+    table, sites = read_table(path), dict[str, str]()
+    site = next((name for name in table.columns if name.lower() == "site"), None)
+    if site is None:
+        raise ValueError(
+            f"{path}: columns {', '.join(table.columns)}, expected 'site' and a column of bags or patients"
+        )
+    for row in table.rows:
+        for name, value in row.items():
+            if name != site and value and row[site]:
+                sites.setdefault(value, row[site])
     return sites
 
 

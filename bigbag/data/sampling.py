@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from bigbag.data.manifest import BagInfo
 from bigbag.data.plan import derive_seed
+from bigbag.data.table import read_table
 
 _KIND = 0x5A3B
 
@@ -50,7 +50,7 @@ def bag_weights(infos: Sequence[BagInfo], weights: str | Mapping[int, float]) ->
         ValueError: labels that are no classes, or a bag or label without a weight.
     """
     if isinstance(weights, str) and weights != "class_balanced":
-        table = _read_table(Path(weights))
+        table = _read_weights(Path(weights))
         return [_look_up(table, info.name, f"{weights}: bag {info.name!r}") for info in infos]
     for info in infos:
         if not isinstance(info.label, int | float) or info.label != int(info.label):
@@ -74,14 +74,16 @@ def _look_up(table: Mapping[Any, float], key: object, what: str) -> float:
     return float(table[key])
 
 
-def _read_table(path: Path) -> dict[str, float]:
+def _read_weights(path: Path) -> dict[str, float]:
     if not path.is_file():
         raise ValueError(f"data.sampling.weights: {path} is no file, and neither class_balanced nor label: weight")
-    with open(path, newline="") as file:
-        rows = csv.DictReader(file)
-        if rows.fieldnames is None or not {"bag", "weight"} <= set(rows.fieldnames):
-            raise ValueError(f"{path}: columns {rows.fieldnames}, expected bag and weight")
+    table, weights = read_table(path), dict[str, float]()
+    bag, weight = (table.need(name, "data.sampling.weights") for name in ("bag", "weight"))
+    for line, row in table:
         try:
-            return {row["bag"]: float(row["weight"]) for row in rows}
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: a weight is not a number ({error})") from None
+            value = float(row[weight])
+        except ValueError:
+            raise ValueError(f"{path}, line {line}: weight is {row[weight]!r}, expected a number") from None
+        if weights.setdefault(row[bag], value) != value:
+            raise ValueError(f"{path}, line {line}: bag {row[bag]!r} has the weight {weights[row[bag]]} already")
+    return weights

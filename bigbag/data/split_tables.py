@@ -12,6 +12,7 @@ from pathlib import Path
 
 from bigbag.data.divide import Splittable
 from bigbag.data.names import bare_name
+from bigbag.data.table import read_table
 
 logger = logging.getLogger(__name__)
 
@@ -154,26 +155,10 @@ def _match(assigned: Assigned, bags: Sequence[Splittable], where: str) -> list[s
 
 
 def _read(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """Column names, stripped and in lower case, and the lines with their numbers."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such table of splits")
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            first = file.readline()
-            file.seek(0)
-            delimiter = max("\t,;", key=first.count)
-            reader = csv.reader(file, delimiter=delimiter)
-            columns = [name.strip().lower() for name in next(reader, [])]
-            rows = []
-            for cells in reader:
-                cells = [cell.strip() for cell in cells] + [""] * (len(columns) - len(cells))
-                if any(cells):
-                    rows.append((reader.line_num, dict(zip(columns, cells))))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: not a table of text ({error})") from None
-    if not columns or not rows:
-        raise ValueError(f"{path}: is empty; expected {_LAYOUTS}")
-    return columns, rows
+    """Column names in lower case, and the lines with their numbers."""
+    table = read_table(path)
+    columns = [name.lower() for name in table.columns]
+    return columns, [(line, dict(zip(columns, row.values()))) for line, row in table]
 
 
 def _name_column(columns: Sequence[str]) -> str | None:

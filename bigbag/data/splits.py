@@ -47,6 +47,9 @@ def split_bags(store: BagStore, settings: SplitsConfig | None = None, **fields: 
             f"no bag is in the split 'train' ({counts}): give the source a split for every bag, or set data.splits, "
             "for example to {folds: 5, fold: 0, val_fraction: 0.1}"
         )
+    for name in sorted(set(splits) - {*_NAMED, "unassigned"}):
+        shown = f"{len(splits[name])} bags are in the split {name!r}"
+        logger.warning("data.splits: %s, which no run uses: expected %s", shown, ", ".join(_NAMED))
     if store.keeps_leakage:
         if leaking := _leakage(store.infos, splits):
             logger.warning("%s", leaking)

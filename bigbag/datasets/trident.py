@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ import numpy as np
 
 from bigbag.data.sources.h5 import attributes_of, need_dataset, open_h5
 from bigbag.data.sources.trident import level0_stride
+from bigbag.data.table import read_table
 from bigbag.datasets.cache import DEFAULT_CACHE_BYTES
 from bigbag.datasets.processed import BAG_KEYS, PathLike
 from bigbag.datasets.slides import PatchLattice
@@ -123,17 +123,13 @@ class TridentWSIDataset(PatchLattice):
         if not path.is_file():
             raise ValueError(f"labels_path is {path}, expected a folder or a CSV: there is no such file")
         labels: dict[str, np.ndarray] = {}
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            columns = reader.fieldnames or ()
-            for column in (self.wsi_name_col, self.wsi_label_col):
-                if column not in columns:
-                    raise ValueError(f"{path}: no column {column!r}, expected one of {', '.join(columns)}")
-            for row in reader:
-                where = f"{path}, line {reader.line_num}"
-                name, label = row[self.wsi_name_col].strip(), _number(row[self.wsi_label_col], where)
-                if not np.array_equal(labels.setdefault(name, label), label):
-                    raise ValueError(f"{where}: {name!r} has the labels {labels[name]} and {label}")
+        table = read_table(path)
+        names, values = (table.need(name, "labels_path") for name in (self.wsi_name_col, self.wsi_label_col))
+        for line, row in table:
+            where = f"{path}, line {line}"
+            name, label = row[names], _number(row[values], where)
+            if not np.array_equal(labels.setdefault(name, label), label):
+                raise ValueError(f"{where}: {name!r} has the labels {labels[name]} and {label}")
         return {os.path.splitext(name)[0]: label for name, label in labels.items()} | labels
 
     def _file_size(self, folder: str, name: str) -> int:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from bigbag.data import SourceEntry, folds, make_splits, read_splits
+from bigbag import Bag
+from bigbag.data import MemoryStore, SourceEntry, folds, make_splits, read_splits, split_bags
 from bigbag.data.split_tables import splits_table
 
 NAMES = ["TCGA-3C-AALI-01Z-00-DX1.F6E9A5DF", "TCGA-3C-AALI-01Z-00-DX2.CF4496E0", "b", "c"]
@@ -95,8 +97,8 @@ def test_strangers_and_bags_that_are_not_listed_are_counted(table, caplog: pytes
         (",train,test\n0,b,b\n", r"line 2: bag 'b' is in train and in test"),
         ("name,label\nb,1\n", r"columns name, label; expected a column of names"),
         ("name,split\nz,train\n", r"names none of the 4 bags: it has 'z', a bag is 'TCGA"),
-        ("name,split\n", "is empty"),
-        ("", "is empty"),
+        ("name,split\n", "has no lines below its header"),
+        ("", "has no lines below its header"),
     ],
 )
 def test_tables_that_are_refused(table, text: str, message: str) -> None:  # type: ignore[no-untyped-def]
@@ -110,3 +112,9 @@ def test_a_table_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_bytes(b"\xff\xfe\x00\x01")
     with pytest.raises(ValueError, match=r"x.csv: not a table of text"):
         read_splits(tmp_path / "x.csv", BAGS)
+
+
+def test_a_split_that_no_run_uses_is_said(caplog):  # type: ignore[no-untyped-def]
+    bags = [Bag(np.ones((2, 3), np.float32), y=i % 2, key=str(i)) for i in range(4)]
+    splits = split_bags(MemoryStore(bags, ["train", "train", "trian", "test"]))
+    assert splits["trian"] == (2,) and "1 bags are in the split 'trian', which no run uses" in caplog.text

@@ -93,7 +93,7 @@ def test_labels_of_a_csv(tmp_path):
     (tmp_path / "labels.csv").write_text("slide,label\na,tumour\n")
     with pytest.raises(ValueError, match="line 2: label 'tumour', expected a number"):
         open_dataset(tmp_path)[1]
-    with pytest.raises(ValueError, match="no column 'label', expected one of slide, y"):
+    with pytest.raises(ValueError, match="has no column 'label' for labels_path; it has slide, y"):
         (tmp_path / "labels.csv").write_text("slide,y\na,0\n")
         open_dataset(tmp_path)[1]
 

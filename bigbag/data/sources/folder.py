@@ -17,7 +17,7 @@ from bigbag.data.lattice import facts_of_slides, join_slides
 from bigbag.data.names import bare_name
 from bigbag.data.sources.base import SourceEntry
 from bigbag.data.sources.labels import Annotation, Annotations, Reading, read_labels, tcga_patient
-from bigbag.data.sources.table import is_missing, read_table
+from bigbag.data.table import is_missing, read_table
 
 _LOOKS = 20
 
@@ -161,8 +161,12 @@ class FolderSource(ABC):
             raise ValueError(
                 f"{self.slides}: columns {', '.join(table.columns)}; expected one of slides and one of patients"
             )
-        pairs = [(self.name_of(row[slide]), row[patient]) for row in table.rows]
-        return {name: person for name, person in pairs if not is_missing(person)}
+        found: dict[str, str] = {}
+        for line, row in table:
+            name, person = self.name_of(row[slide]), row[patient]
+            if not is_missing(person) and found.setdefault(name, person) != person:
+                raise ValueError(f"{self.slides}, line {line}: slide {name!r} is of {person!r} and of {found[name]!r}")
+        return found
 
     @cached_property
     def _joined(self) -> tuple[tuple[SourceEntry, ...], list[dict[str, str]]]:

@@ -11,8 +11,8 @@ from typing import Any
 
 from bigbag.bags import Label
 from bigbag.data.names import bare_name
-from bigbag.data.sources.table import COLUMNS, Table, is_missing, leftover, read_table
 from bigbag.data.split_tables import split_name
+from bigbag.data.table import COLUMNS, Table, is_missing, leftover, read_table
 
 _TCGA = re.compile(r"(TCGA-[A-Z0-9]{2}-[A-Z0-9]{4})(?:-|$)")
 _SPLITS = ("train", "val", "test")
@@ -190,11 +190,18 @@ def number_labels(
         classes: texts of the classes in the order of their numbers; empty: sorted, unless all labels are numbers.
 
     Raises:
-        ValueError: a label that is none of ``classes``.
+        ValueError: a label that is none of ``classes``, or one that is no number among numbers.
     """
     known = [cell for _, cell in cells if not is_missing(cell)]
-    if not classes and all(_as_number(cell) is not None for cell in known):
+    numbers = [_as_number(cell) is not None for cell in known]
+    if not classes and all(numbers):
         return [None if is_missing(cell) else _as_number(cell) for _, cell in cells], ()
+    if not classes and any(numbers):
+        line, odd = next((line, cell) for line, cell in cells if not is_missing(cell) and _as_number(cell) is None)
+        raise ValueError(
+            f"{path}, line {line}: label {odd!r} among numbers such as {known[numbers.index(True)]!r}: correct it, or "
+            "name all classes in their order: classes=[...] (--option classes=[...])"
+        )
     order = tuple(str(name) for name in classes) or tuple(sorted(set(known)))
     for line, cell in cells:
         if not is_missing(cell) and cell not in order:

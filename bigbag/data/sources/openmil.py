@@ -20,7 +20,7 @@ from bigbag.data.lattice import settled_stride
 from bigbag.data.sources.arrays import FILE_TYPES, read_file
 from bigbag.data.sources.folder import Files, FolderSource, by_name, files_in, first_sound, need_files
 from bigbag.data.sources.labels import Annotation, Annotations, number_labels
-from bigbag.data.sources.table import is_missing, read_table
+from bigbag.data.table import is_missing, read_table
 
 _SPLITS = ("train", "val", "test")
 _TYPES = tuple(kind for kind in FILE_TYPES if kind != ".csv")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import logging
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +15,8 @@ import numpy as np
 
 from bigbag.bags import Bag
 from bigbag.data.sources.base import SourceEntry
+
+logger = logging.getLogger(__name__)
 
 
 class TableSource:
@@ -136,8 +140,9 @@ _LABELS = ("label", "class", "bag_label", "y", "target")
 class MilTable(TableSource):
     """A classic MIL data set in one table, plain or gzipped.
 
-    Three layouts are told apart by their first line: a header that names bag and label, other columns of text being
-    dropped; the UCI repository's ``clean1.data`` (bag, instance, features, label); and label, bag, features.
+    Three layouts are told apart by their first line: a header that names bag and label, columns without any number
+    being left out with a warning; the UCI repository's ``clean1.data`` (bag, instance, features, label); and label,
+    bag, features.
 
     Args:
         root: the table.
@@ -175,7 +180,9 @@ def _layout(lines: list[list[str]], path: Path) -> tuple[int, int, list[int], bo
     first, width = [cell.strip().lower() for cell in lines[0]], len(lines[0])
     bags, labels = ([i for i, cell in enumerate(first) if cell in names] for names in (_BAGS, _LABELS))
     if bags and labels and len(lines) > 1:
-        text = [i for i in range(width) if not _is_number(lines[1][i]) and i not in (bags[0], labels[0])]
+        rest = [i for i in range(width) if i not in (bags[0], labels[0])]
+        # A decimal comma is to be refused as a feature, not to be left out as text.
+        text = [i for i in rest if not any(_is_number(line[i].replace(",", ".")) for line in lines[1:])]
         return bags[0], labels[0], text, True
     if not _is_number(first[0]) and _is_number(first[-1]) and all(_is_number(cell) for cell in first[2:]):
         return 0, width - 1, [1], False
@@ -192,9 +199,9 @@ def _split_columns(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     lines = _lines(path)
     bag, label, drop, header = _layout(lines, path)
     rows = lines[1:] if header else lines
-    if any(len(row) != len(rows[0]) for row in rows):
-        raise ValueError(f"{path}: lines have different numbers of cells")
     columns = [i for i in range(len(rows[0])) if i not in (bag, label, *drop)]
+    if header and drop:
+        logger.warning("%s: columns of text are left out: %s", path, ", ".join(lines[0][i] for i in drop))
     try:
         x = np.array([[row[i] for i in columns] for row in rows], np.float64).astype(np.float32)
         labels = np.array([row[label] for row in rows], np.float64)
@@ -213,12 +220,19 @@ def _is_number(cell: str) -> bool:
 
 
 def _lines(path: Path) -> list[list[str]]:
+    """Cells of the lines that are not blank; tabs, commas and semicolons are told apart by the first of them."""
     opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rt") as file:
-            return [line.replace(",", "\t").split("\t") for line in file.read().splitlines() if line.strip()]
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+        with opener(path, "rt", encoding="utf-8-sig") as file:
+            lines = [line for line in file.read().splitlines() if line.strip()]
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}: not a readable table of text ({error})") from None
+    delimiter = max("\t,;", key=lines[0].count) if lines else ","
+    cells = [line.split(delimiter) for line in lines]
+    for number, row in enumerate(cells, 1):
+        if len(row) != len(cells[0]):
+            raise ValueError(f"{path}: line {number} that is not blank has {len(row)} cells, the first {len(cells[0])}")
+    return cells
 
 
 def read_table(path: Path) -> np.ndarray:
@@ -231,9 +245,12 @@ def read_table(path: Path) -> np.ndarray:
         ValueError: a cell that is no number, or lines of different lengths.
     """
     try:
-        return np.array(_lines(path), dtype=np.float64)
+        table = np.array(_lines(path), dtype=np.float64)
     except ValueError as error:
         raise ValueError(f"{path}: not a table of numbers ({error})") from None
+    if not table.size:
+        raise ValueError(f"{path}: is empty, expected a table of numbers")
+    return table
 
 
 def _find(root: str, stem: str) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from bigbag.data.lattice import settled_stride
 from bigbag.data.sources.arrays import read_file
 from bigbag.data.sources.base import SourceEntry
 from bigbag.data.sources.h5 import need_dataset, open_h5, read_dataset
+from bigbag.data.table import read_table
 
 
 class TorchmilFolder:
@@ -198,17 +198,13 @@ def read_split_rows(path: Path) -> list[tuple[int, str, str]]:
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file, expected a CSV with the columns bag_name and split")
-    rows = []
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        if not {"bag_name", "split"} <= set(reader.fieldnames or ()):
-            raise ValueError(f"{path}: columns {reader.fieldnames}, expected bag_name and split")
-        for row in reader:
-            name, split = (row["bag_name"] or "").strip(), (row["split"] or "").strip()
-            if not name or not split:
-                raise ValueError(f"{path}, line {reader.line_num}: bag_name or split is empty")
-            rows.append((reader.line_num, name, split))
-    return rows
+    table = read_table(path)
+    if not {"bag_name", "split"} <= set(table.columns):
+        raise ValueError(f"{path}: columns {', '.join(table.columns)}, expected bag_name and split")
+    for line, row in table:
+        if not row["bag_name"] or not row["split"]:
+            raise ValueError(f"{path}, line {line}: bag_name or split is empty")
+    return [(line, row["bag_name"], row["split"]) for line, row in table]
 
 
 def read_npy(path: Path) -> np.ndarray:
@@ -245,9 +241,11 @@ def to_inst_labels(values: np.ndarray, where: str) -> np.ndarray:
         ValueError: anything else.
     """
     flat = values.reshape(len(values), -1)
-    if flat.shape[1] != 1 or not np.array_equal(flat, np.rint(flat)):
+    with np.errstate(invalid="ignore"):
+        whole = flat.astype(np.int64)
+    if flat.shape[1] != 1 or not np.array_equal(flat, whole):
         raise ValueError(f"{where}: {values.shape} of {values.dtype}, expected one integer label per instance")
-    return flat[:, 0].astype(np.int64)
+    return whole[:, 0]
 
 
 def _size_of(path: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from bigbag.data.sources.clam import Clam, clam_stride
 from bigbag.data.sources.detect import detect_format
 from bigbag.data.sources.plain import Plain
 from bigbag.data.sources.stamp import Stamp
+from bigbag.data.sources.tables import MilTable
 from bigbag.datasets import open_source
 
 h5py = pytest.importorskip("h5py")
@@ -348,6 +350,26 @@ def test_classic_tables(tmp_path: Path, packed: Callable, file: str, text: str) 
     assert [one.info.label for one in found] == [1, 0] and [one.info.num_instances for one in found] == [2, 1]
     np.testing.assert_array_equal(found[0].bag.x, [[42, -198], [43, -190]])
     assert detect_format(tmp_path / file)[0] == "mil_table"
+
+
+def test_classic_tables_with_marks_semicolons_and_damage(tmp_path: Path) -> None:
+    text = "bag;label;f1;f2\na;1;1,5;2\n"
+    (tmp_path / "a.csv").write_text(text.replace("1,5", "1.5"), encoding="utf-8-sig")
+    source = MilTable(str(tmp_path / "a.csv"))
+    assert [entry.name for entry in source.entries()] == ["a-a"]
+    assert source.load(source.entries()[0]).x.tolist() == [[1.5, 2.0]]
+    damaged = bytearray(gzip.compress(500 * text.encode()))
+    damaged[20:24] = b"\xff\xff\xff\xff"
+    for content, message in (
+        (text.encode(), "a feature or label is not a number"),
+        (b"bag;label;f1;f2\na;1\n", "line 2 that is not blank has 2 cells, the first 4"),
+    ):
+        (tmp_path / "a.csv").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"a\.csv: {message}"):
+            MilTable(str(tmp_path / "a.csv"))
+    (tmp_path / "b.csv.gz").write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"b\.csv\.gz: not a readable table of text"):
+        MilTable(str(tmp_path / "b.csv.gz"))
 
 
 def test_bags_from_python(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from bigbag.data import make_splits, open_store
 from bigbag.data.names import bare_name
 from bigbag.data.sources.labels import Reading, read_labels, tcga_patient
 from bigbag.data.sources.plain import Plain
-from bigbag.data.sources.table import read_table
+from bigbag.data.table import read_table
 
 
 def labels(write: SimpleNamespace, path: Path, *rows: tuple, delimiter: str = ",", **how: object) -> dict:
@@ -52,7 +52,8 @@ def test_what_labels_become(tmp_path: Path, write: SimpleNamespace) -> None:
     assert labels(write, path, head, ("a", "tumor"), ("b", "normal"), ("c", "nan")) == {"a": 1, "b": 0, "c": None}
     assert labels(write, path, head, ("a", 2), ("b", 0.0), ("c", "1.5")) == {"a": 2, "b": 0, "c": 1.5}
     assert labels(write, path, head, ("a", "True"), ("b", "False")) == {"a": 1, "b": 0}
-    assert labels(write, path, head, ("a", 3), ("b", "4+4")) == {"a": 0, "b": 1}
+    gleason = {"classes": [3, "4+4"]}
+    assert labels(write, path, head, ("a", 3), ("b", "4+4"), **gleason) == {"a": 0, "b": 1}
     order = {"classes": ["tumor", "normal"]}
     assert labels(write, path, head, ("a", "tumor"), ("b", "normal"), **order) == {"a": 0, "b": 1}
     several = {"columns": {"label": ["er", "pr"]}}
@@ -110,6 +111,8 @@ def test_excel(tmp_path: Path, write: SimpleNamespace) -> None:
         ([("slide", "label"), ("", 1)], {}, r"line 2: slide is empty"),
         ([("slide", "label"), ("a", 1, 2)], {}, r"line 2: 3 cells under a header of 2 columns"),
         ([("slide", "label")], {}, r"no lines below its header"),
+        ([("slide", "label"), ("a", 2.5), ("b", "2,5")], {}, r"line 3: label '2,5' among numbers such as '2.5'"),
+        ([("slide", "label", "label"), ("a", 1, 0)], {}, r"a.csv: two columns are called 'label'"),
         ([("slide", "time", "event"), ("a", 1, "perhaps")], {}, r"line 2: event is 'perhaps', expected 1 or dead"),
         ([("slide", "time", "event"), ("a", "soon", 1)], {}, r"line 2: time is 'soon', expected a time"),
         (
@@ -130,6 +133,17 @@ def test_tables_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b"slide,label\n\xff\xfe\x00,1\n")
     with pytest.raises(ValueError, match=r"a.csv: not a table of text .* save it as CSV in UTF-8"):
         read_table(tmp_path / "a.csv")
+    (tmp_path / "a.csv").write_text('slide,label\n"a,1\nb,0\n')
+    with pytest.raises(ValueError, match=r"a.csv: not a table of text \(unexpected end of data\)"):
+        read_table(tmp_path / "a.csv")
+
+
+def test_a_slide_of_two_patients(tmp_path: Path, write: SimpleNamespace) -> None:
+    root = files(tmp_path / "features", "a")
+    table = write.table(tmp_path / "l.csv", [("case_id", "label"), ("p", 1), ("q", 0)])
+    slides = write.table(tmp_path / "s.csv", [("slide_id", "case_id"), ("a.svs", "p"), ("a", "q")])
+    with pytest.raises(ValueError, match=r"s\.csv, line 3: slide 'a' is of 'q' and of 'p'"):
+        Plain(root, labels=table, slides=slides).entries()
 
 
 def files(root: Path, *names: str) -> str:

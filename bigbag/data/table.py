@@ -84,7 +84,8 @@ def read_table(path: str | Path) -> Table:
     """A CSV, TSV or Excel table; commas, semicolons and tabs are told apart by the header.
 
     Raises:
-        ValueError: no such file, no header, no lines, a line with more cells than the header, or no text.
+        ValueError: no such file, no header, no lines, two columns of one name, a line with more cells than the header,
+            a quote that is not closed, or no text.
     """
     path = Path(path)
     if not path.is_file():
@@ -98,6 +99,9 @@ def read_table(path: str | Path) -> Table:
     if len(lines) < 2:
         raise ValueError(f"{path}: has no lines below its header; expected one for each slide")
     columns = tuple(lines[0][1])
+    twice = next((name for i, name in enumerate(columns) if name and name in columns[:i]), None)
+    if twice is not None:
+        raise ValueError(f"{path}: two columns are called {twice!r}; rename or remove one of them")
     for number, cells in lines:
         if len(cells) > len(columns):
             raise ValueError(f"{path}, line {number}: {len(cells)} cells under a header of {len(columns)} columns")
@@ -110,7 +114,7 @@ def _text_lines(path: Path) -> list[tuple[int, list[str]]]:
         with open(path, newline="", encoding="utf-8-sig") as file:
             first = file.readline()
             file.seek(0)
-            reader = csv.reader(file, delimiter=max(",\t;", key=first.count))
+            reader = csv.reader(file, delimiter=max(",\t;", key=first.count), strict=True)
             return [(reader.line_num, cells) for cells in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: not a table of text ({error}); save it as CSV in UTF-8") from None
