@@ -158,7 +158,7 @@ def _read(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
     """Column names in lower case, and the lines with their numbers."""
     table = read_table(path)
     columns = [name.lower() for name in table.columns]
-    return columns, [(line, dict(zip(columns, row.values()))) for line, row in table]
+    return columns, [(line, {name.lower(): cell for name, cell in row.items()}) for line, row in table]
 
 
 def _name_column(columns: Sequence[str]) -> str | None:

@@ -99,7 +99,8 @@ def read_table(path: str | Path) -> Table:
     if len(lines) < 2:
         raise ValueError(f"{path}: has no lines below its header; expected one for each slide")
     columns = tuple(lines[0][1])
-    twice = next((name for i, name in enumerate(columns) if name and name in columns[:i]), None)
+    lower = [name.lower() for name in columns]
+    twice = next((name for i, name in enumerate(columns) if name and lower[i] in lower[:i]), None)
     if twice is not None:
         raise ValueError(f"{path}: two columns are called {twice!r}; rename or remove one of them")
     for number, cells in lines:

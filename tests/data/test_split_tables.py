@@ -99,6 +99,7 @@ def test_strangers_and_bags_that_are_not_listed_are_counted(table, caplog: pytes
         ("name,split\nz,train\n", r"names none of the 4 bags: it has 'z', a bag is 'TCGA"),
         ("name,split\n", "has no lines below its header"),
         ("", "has no lines below its header"),
+        ("name,split,Split\nb,train,test\n", "two columns are called 'Split'"),
     ],
 )
 def test_tables_that_are_refused(table, text: str, message: str) -> None:  # type: ignore[no-untyped-def]
@@ -118,3 +119,8 @@ def test_a_split_that_no_run_uses_is_said(caplog):  # type: ignore[no-untyped-de
     bags = [Bag(np.ones((2, 3), np.float32), y=i % 2, key=str(i)) for i in range(4)]
     splits = split_bags(MemoryStore(bags, ["train", "train", "trian", "test"]))
     assert splits["trian"] == (2,) and "1 bags are in the split 'trian', which no run uses" in caplog.text
+
+
+def test_columns_without_a_name_do_not_shift_the_others(table):  # type: ignore[no-untyped-def]
+    path = table(",,train,val,test,\n0,,b,c,,\n")
+    assert read_splits(path, BAGS) == [None, None, "train", "val"]
