@@ -153,6 +153,28 @@ def test_shipped_models_build(path):
             build_model(ModelConfig(**model_settings(config, name)), (width,), config.task)
 
 
+def test_arguments_of_another_type_name_the_argument():
+    from bigbag.config import ModelConfig, TaskConfig
+    from bigbag.models import build_model
+
+    def build(**arguments):
+        return build_model(ModelConfig(**{"name": "ABMIL", **arguments}), (8,), TaskConfig())
+
+    assert build(att_dim="4", gated="no", in_shape=[8]).pool.gated is False
+    for arguments, message in (
+        ({"att_dim": "many"}, "model ABMIL: att_dim is 'many', expected int"),
+        ({"att_dim": 0}, "model ABMIL: att_dim is 0, expected at least 1"),
+        ({"name": "TransMIL", "n_heads": -1}, "model TransMIL: n_heads is -1, expected at least 1"),
+        ({"in_shape": 5}, "model ABMIL: in_shape is 5, expected tuple"),
+        ({"dropout": float("nan")}, "model ABMIL: dropout is nan, expected float"),
+        ({"feat_ext": {"name": ["MLP"]}}, "model.feat_ext: expected"),
+        ({"feat_ext": {"name": "MLP", "linear_sizes": 3}}, "model.feat_ext MLP: linear_sizes is 3, expected"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            build(**arguments)
+        assert str(caught.value).startswith(message)
+
+
 def test_every_setting_is_documented():
     def walk(section):
         for name, field in section.model_fields.items():

@@ -5,8 +5,9 @@ One YAML file is one run. :func:`load_config` reads it, applies ``key.sub=value`
 nearest name. DeepSpeed's own configuration is derived from this one and never written by hand.
 """
 
+from bigbag.config.arguments import ConfigError, check_arguments, typed_arguments
 from bigbag.config.data import DataConfig, GraphConfig, SourceConfig, SplitsConfig
-from bigbag.config.load import ConfigError, build_config, check_arguments, load_config, load_data_config
+from bigbag.config.load import build_config, load_config, load_data_config
 from bigbag.config.sections import (
     CompareConfig,
     Config,
@@ -38,4 +39,5 @@ __all__ = [
     "load_config",
     "load_data_config",
     "read_yaml",
+    "typed_arguments",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import NonNegativeInt, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from bigbag.config.base import Named, Section, Seed
 
@@ -92,6 +92,8 @@ class SplitsConfig(Section):
             raise ValueError("val_folds and val_fraction both say which bags validate: expected one of them")
         for name in ("fold", "val_fold"):
             count, number = getattr(self, f"{name}s"), getattr(self, name)
+            if number and count is None and (name == "val_fold" or self.table is None):
+                raise ValueError(f"{name} is {number}, but {name}s is not set: set it, or leave {name} out")
             if count is not None and count < 2:
                 raise ValueError(f"{name}s is {count}, expected at least 2")
             if number < 0 or (count is not None and number >= count):
@@ -145,7 +147,7 @@ class AugmentConfig(Section):
 class DataConfig(Section):
     """Which bags, how they are packed, and how they are fed."""
 
-    shards: str
+    shards: str = Field(min_length=1)
     """Folder or URL of a packed set (the place of its ``manifest.json``)."""
     source: SourceConfig | None = None
     """What ``bigbag pack`` reads to make ``shards``; not used in training."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from bigbag.config.arguments import ConfigError, suggest
 from bigbag.config.data import DataConfig
 from bigbag.config.sections import Config
 from bigbag.config.yaml_text import read_yaml
-
-
-class ConfigError(ValueError):
-    """A setting that can't be used; the message says where it stands and what was expected."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -87,6 +83,8 @@ def load_data_config(path: str | Path | None, overrides: Sequence[str], changes:
         if settings.keys() - {"data"}:
             raise ConfigError(f"{overrides[0]!r}: without --config only settings of data.* can be given")
         fields = settings.get("data") or {}
+        if not isinstance(fields, dict):
+            raise ConfigError(f"override 'data={fields}': expected data.key=value")
     try:
         return DataConfig.model_validate({**fields, **changes})
     except ValidationError as error:
@@ -94,17 +92,6 @@ def load_data_config(path: str | Path | None, overrides: Sequence[str], changes:
         if "shards" in missing:
             raise ConfigError("where the packed set goes is missing: give --out, or data.shards in a config") from None
         raise ConfigError(_explain(error, {}, {}, "data")) from None
-
-
-def check_arguments(what: str, arguments: Mapping[str, Any], known: Sequence[str]) -> None:
-    """Refuse arguments that a component doesn't have.
-
-    Raises:
-        ConfigError: names the unknown argument, the nearest known one and all of them.
-    """
-    for key in arguments:
-        if key not in known:
-            raise ConfigError(f"{what}: unknown setting {key!r}{_suggest(key, known)}; it takes: {', '.join(known)}")
 
 
 def _lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
@@ -147,7 +134,7 @@ def _explain(error: ValidationError, settings: Mapping[str, Any], places: Mappin
             (places[k] for i in range(len(location), 0, -1) if (k := ".".join(location[:i])) in places), default
         )
         if problem["type"] == "extra_forbidden":
-            messages.append(f"{place}: unknown setting {key!r}{_suggest(location[-1], known)}")
+            messages.append(f"{place}: unknown setting {key!r}{suggest(location[-1], known)}")
         elif problem["type"] == "missing":
             messages.append(f"{place}: setting {key!r} is missing")
         else:
@@ -165,8 +152,3 @@ def _field_names(location: Sequence[str]) -> list[str]:
             return []
         section = annotation
     return list(section.model_fields)
-
-
-def _suggest(name: str, known: Sequence[str]) -> str:
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {nearest[0]!r}?" if nearest else ""

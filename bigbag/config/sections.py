@@ -284,7 +284,7 @@ class Config(Section):
 
     name: str
     """Name of the run: its folder is ``out/name``."""
-    out: str = "runs"
+    out: str = Field("runs", min_length=1)
     """Folder of all runs."""
     seed: Seed = 0
     """Seed of initial weights, order of bags and dropout."""

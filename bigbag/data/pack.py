@@ -77,6 +77,8 @@ def pack(
         OSError: the disk is full or fails; finished shards are kept.
     """
     folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: is a file, expected a folder for the shards, or no such path yet")
     folder.mkdir(parents=True, exist_ok=True)
     options: dict[str, Any] = {"dtype": dtype, "shard_bytes": shard_bytes, "empty": empty, "invalid": invalid}
     options |= {"left_out_ok": left_out_ok, "unlabelled": unlabelled}

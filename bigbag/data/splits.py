@@ -13,6 +13,8 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic import ValidationError
+
 from bigbag.config import ConfigError, SplitsConfig, check_arguments, read_yaml
 from bigbag.data.divide import Splittable, classes_of, folds_of, groups_of, hold_out, site_folds
 from bigbag.data.split_tables import count_folds, read_splits
@@ -154,6 +156,10 @@ def parse_splits_option(text: str) -> SplitsConfig:
     check_arguments("--splits", pairs, list(SplitsConfig.model_fields))
     try:
         return SplitsConfig(**{key: read_yaml(value)[0] for key, value in pairs.items()})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        field = "".join(f"{name}: " for name in problem["loc"])
+        raise ConfigError(f"--splits {text}: {field}{problem['msg'].removeprefix('Value error, ')}") from None
     except ValueError as error:
         raise ConfigError(f"--splits {text}: {error}") from None
 

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from bigbag.config import typed_arguments
 from bigbag.data.sources.base import Source
 from bigbag.data.sources.detect import FORMATS, detect_format
 
@@ -50,7 +51,8 @@ def open_source(name: str, **params: Any) -> Source:
         params: arguments of its class.
 
     Raises:
-        ValueError: no such source, an argument it does not take, or one that it needs and is not given.
+        ValueError: no such source, an argument that it does not take or of another type, or one that it needs and is
+            not given.
     """
     known = arguments_of_source(name)
     for key in params:
@@ -59,6 +61,7 @@ def open_source(name: str, **params: Any) -> Source:
     missing = [key for key, value in known.items() if value.default is value.empty and key not in params]
     if missing:
         raise ValueError(f"source {name} needs {missing[0]!r}; give it in the config under data.source")
+    params = typed_arguments(f"source {name}", _class_of(name), params)
     return _class_of(name)(**{**_for_packing(known), **params})
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import bigbag.nn
-from bigbag.config import ConfigError, ModelConfig, TaskConfig, check_arguments
+from bigbag.config import ConfigError, ModelConfig, TaskConfig, check_arguments, typed_arguments
 from bigbag.files import read_json, write_atomically, write_json
 from bigbag.models.abmil import ABMIL
 from bigbag.models.base import MILModel
@@ -88,14 +88,19 @@ def build_model(model: ModelConfig, in_shape: tuple[int, ...], task: TaskConfig)
     cls = MODELS[model.name]
     arguments = model.arguments
     check_arguments(f"model {model.name}", arguments, arguments_of(model.name))
+    extractor = arguments.pop("feat_ext", None)
+    arguments = typed_arguments(f"model {model.name}", cls, arguments)
+    for key, value in arguments.items():
+        if isinstance(value, int) and value < 1 and key.endswith(("_dim", "_heads", "_landmarks", "_clusters")):
+            raise ConfigError(f"model {model.name}: {key} is {value}, expected at least 1")
     given = arguments.pop("in_shape", None)
     if given is not None and tuple(given) != tuple(in_shape):
         raise ConfigError(
             f"model.in_shape is {tuple(given)}, but the bags have instances of shape {tuple(in_shape)}; "
             "leave in_shape out to take the shape of the data"
         )
-    if arguments.get("feat_ext") is not None:
-        arguments["feat_ext"] = _build_feature_extractor(arguments["feat_ext"], in_shape)
+    if extractor is not None:
+        arguments["feat_ext"] = _build_feature_extractor(extractor, in_shape)
     try:
         return cls(in_shape=in_shape, criterion=build_criterion(task), out_dim=task.num_outputs, **arguments)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -108,7 +113,7 @@ def arguments_of(name: str) -> list[str]:
 
 
 def _build_feature_extractor(settings: Any, in_shape: tuple[int, ...]) -> torch.nn.Module:
-    if not isinstance(settings, Mapping) or "name" not in settings:
+    if not isinstance(settings, Mapping) or not isinstance(settings.get("name"), str):
         raise ConfigError(f"model.feat_ext: expected {{name: <class of bigbag.nn>, ...}}, got {settings!r}")
     arguments = {key: value for key, value in settings.items() if key != "name"}
     cls = getattr(bigbag.nn, settings["name"], None)
@@ -121,7 +126,11 @@ def _build_feature_extractor(settings: Any, in_shape: tuple[int, ...]) -> torch.
             arguments.setdefault(width, in_shape[0])
     if "input_shape" in known:
         arguments.setdefault("input_shape", tuple(in_shape))
-    return cls(**arguments)
+    arguments = typed_arguments(f"model.feat_ext {settings['name']}", cls, arguments)
+    try:
+        return cls(**arguments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"model.feat_ext {settings['name']} can't be built from {arguments}: {error}") from error
 
 
 def save_model(

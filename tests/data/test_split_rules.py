@@ -194,7 +194,9 @@ def test_classes_of_labels() -> None:
         ({"val_fraction": 1.5}, "between 0 and 1"),
         ({"folds": 1}, "folds is 1, expected at least 2"),
         ({"folds": 3, "fold": 3}, "fold is 3, expected 0 to 2"),
-        ({"fold": -1}, "fold is -1, expected 0 to"),
+        ({"folds": 3, "fold": -1}, "fold is -1, expected 0 to"),
+        ({"fold": 1}, "fold is 1, but folds is not set"),
+        ({"val_fold": 1, "table": "x.csv"}, "val_fold is 1, but val_folds is not set"),
         ({"folds": 3, "table": "x.csv"}, "table and folds both say which bags test"),
         ({"folds": 3, "test_fraction": 0.1}, "folds and test_fraction both say"),
         ({"val_folds": 3, "val_fraction": 0.1}, "both say which bags validate"),
@@ -212,7 +214,9 @@ def test_the_option_of_the_command_line() -> None:
     )
     with pytest.raises(ConfigError, match=r"--splits: unknown setting 'foldss'; did you mean 'folds'\?"):
         parse_splits_option("folds=5,foldss=2")
-    with pytest.raises(ConfigError, match="fold is 9, expected 0 to 4"):
+    with pytest.raises(ConfigError, match="--splits folds=5,fold=9: fold is 9, expected 0 to 4$"):
         parse_splits_option("folds=5,fold=9")
+    with pytest.raises(ConfigError, match="--splits folds=x: folds: Input should be a valid integer[^\n]*$"):
+        parse_splits_option("folds=x")
     with pytest.raises(ValueError, match="neither folds, val_folds nor a table with folds"):
         folds(val_fraction=0.1)

@@ -36,14 +36,16 @@ class Contents:
         return next((there[name.lower()] for name in names if name.lower() in there), None)
 
     def features(self, names: Sequence[str] = FEATURES) -> np.ndarray:
-        """``(N, P)`` features: the first array of these names, else the only one, unless that is called coordinates.
+        """``(N, P)`` features: the first array of these names, else the only one, if that has no name or, with the
+        usual names, is not called coordinates.
 
         Raises:
             ValueError: no such array, or one of another shape.
         """
         name = self.find(names)
-        if name is None and len(self.arrays) == 1 and self.find(COORDS) is None:
-            name = next(iter(self.arrays))
+        if name is None and len(self.arrays) == 1:
+            only = next(iter(self.arrays))
+            name = only if not only or (names is FEATURES and self.find(COORDS) is None) else None
         if name is None:
             there = ", ".join(self.arrays) or "no arrays"
             raise ValueError(f"{self.path}: holds {there}, expected features under one of the names {', '.join(names)}")

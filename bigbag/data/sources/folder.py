@@ -63,6 +63,8 @@ class FolderSource(ABC):
             raise ValueError(f"{self.root}: no such folder; check root of the source")
         if self.bags not in ("slide", "patient"):
             raise ValueError(f"bags is {self.bags!r}, expected 'slide' or 'patient'")
+        if self.stride is not None and not 0 < self.stride < float("inf"):
+            raise ValueError(f"stride is {self.stride}, expected a positive number in the unit of the coordinates")
 
     @classmethod
     @abstractmethod

@@ -219,8 +219,10 @@ def head_width(name: str, att_dim: int, n_heads: int, learn_weights: bool = True
     """Width of a head; without weights the heads share the instances, ``in_dim`` wide.
 
     Raises:
-        ValueError: a width that the heads do not divide.
+        ValueError: a width that the heads do not divide, or less than one of either.
     """
+    if att_dim < 1 or n_heads < 1:
+        raise ValueError(f"{name}: att_dim is {att_dim}, n_heads {n_heads}, expected at least 1 of each")
     if att_dim % n_heads:
         width = "att_dim" if learn_weights else "in_dim"
         raise ValueError(f"{name}: {width} = {att_dim} is not divisible by n_heads = {n_heads}")

@@ -203,6 +203,10 @@ def test_coordinates_are_no_features(tmp_path: Path) -> None:
     torch.save({"coords": torch.from_numpy(coords)}, tmp_path / "c.pt")
     with pytest.raises(ValueError, match=r"a\.h5, features: is of type complex64, expected numbers"):
         read_file(tmp_path / "a.h5").features()
+    np.savez(tmp_path / "d.npz", other=coords)
+    assert read_file(tmp_path / "d.npz").features().shape == (4, 2)
+    with pytest.raises(ValueError, match=r"d\.npz: holds other, expected features under one of the names x"):
+        read_file(tmp_path / "d.npz").features(("x",))
     for name in ("b.npz", "c.pt"):
         with pytest.raises(ValueError, match=rf"{name}: holds coords, expected features"):
             read_file(tmp_path / name).features()

@@ -226,6 +226,19 @@ def test_the_command_s_own_errors(tmp_path: Path, capsys: pytest.CaptureFixture,
     assert "takes no 'feature'" in fails("--from", root, "--format", "trident", "--option", "feature=x", "--out", "o")
     assert "has no folder features_<encoder>" in fails("--from", root, "--format", "trident", "--out", "o")
     assert "--column label: expected ROLE=NAME" in fails("--from", root, "--column", "label", "--out", "o")
+    for option, message in (
+        ("stride=abc", "source plain: stride is 'abc', expected float | None"),
+        ("stride=-1", "stride is -1, expected a positive number"),
+        ("classes=3", "source plain: classes is 3, expected Sequence[str]"),
+        ("columns=3", "source plain: columns is 3, expected Mapping[str,"),
+        ("root=[a]", "source plain: root is ['a'], expected str"),
+        ("labels=5", "5: no such table"),
+        ("stride={", "--option stride={: not valid YAML"),
+    ):
+        assert message in fails("--from", root, "--option", option, "--unlabelled", "keep", "--out", "o")
+    (tmp_path / "file").touch()
+    assert f"{tmp_path}/file: is a file, expected a folder" in fails("--from", root, "--out", str(tmp_path / "file"))
+    assert "setting 'shards'" in fails("--from", root, "--out", "") and "expected data.key" in fails("data=3")
     assert "only settings of data.*" in fails("--from", root, "--out", "o", "optim.lr=1")
     assert "label is missing" in fails("--from", root, "--out", str(tmp_path / "u"))
     found = packed(root, "--unlabelled", "keep", "data.storage_dtype=float32")
