@@ -143,5 +143,8 @@ def _sha256(path: Path) -> str:
 
 
 def _latest_tags(folder: Path) -> list[str]:
-    path = folder / _LATEST
-    return read_json(path, "start the run again with --restart")["tags"] if path.is_file() else []
+    path, remedy = folder / _LATEST, "start the run again with --restart"
+    tags = read_json(path, remedy).get("tags") if path.is_file() else []
+    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
+        raise ValueError(f"{path}: tags is {tags!r}, expected the names of checkpoints: {remedy}")
+    return tags

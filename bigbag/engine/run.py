@@ -297,7 +297,10 @@ def _differences(config: Config) -> str:
             return {prefix[:-1]: value}
         return {k: v for key, below in value.items() for k, v in flatten(below, f"{prefix}{key}.").items()}
 
-    there = flatten(yaml.safe_load((config.run_dir / "config.yaml").read_text()))
+    try:
+        there = flatten(yaml.safe_load((config.run_dir / "config.yaml").read_text(encoding="utf-8")))
+    except (OSError, ValueError, yaml.YAMLError):
+        return " (its config.yaml, which would tell them, cannot be read)"
     here = flatten(yaml.safe_load(config.to_yaml()))
     changed = [f"{key}: {there.get(key)!r} -> {here.get(key)!r}" for key in here if there.get(key) != here[key]]
     return f" ({'; '.join(changed)})" if changed else ""
@@ -328,4 +331,7 @@ def _read_results(config: Config) -> dict[str, Any]:
     path = config.run_dir / "results.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: train the run, or, if it is trained, {_WRITE_AGAIN}")
-    return read_json(path, _WRITE_AGAIN)
+    results = read_json(path, _WRITE_AGAIN)
+    if not isinstance(results.get("best_epoch"), int):
+        raise ValueError(f"{path}: best_epoch is {results.get('best_epoch')!r}, expected a number: {_WRITE_AGAIN}")
+    return results

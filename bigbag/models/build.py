@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 import bigbag.nn
 from bigbag.config import ConfigError, ModelConfig, TaskConfig, check_arguments, typed_arguments
@@ -179,7 +180,17 @@ def saved_model(path: str | Path) -> tuple[Path, dict[str, Any]]:
         raise FileNotFoundError(
             f"{path}: no model.json here or in checkpoints/best; give the folder of a run or of a saved model"
         )
-    return folder, read_json(folder / "model.json", _REMEDY)
+    about = read_json(folder / "model.json", _REMEDY)
+    try:
+        ModelConfig.model_validate(about.get("model")), TaskConfig.model_validate(about.get("task"))
+        TypeAdapter(tuple[int, ...]).validate_python(about.get("in_shape"))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        text = f"{error.title}{''.join(f'.{part}' for part in problem['loc'])}: {problem['msg']}"
+        raise ValueError(
+            f"{folder / 'model.json'}: not what a saved model says of itself ({text}): {_REMEDY}"
+        ) from None
+    return folder, about
 
 
 def load_model(path: str | Path) -> MILModel:
