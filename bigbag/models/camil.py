@@ -14,6 +14,7 @@ from bigbag.bags import PackedBags, Segments
 from bigbag.models.base import GraphMILModel, feature_dim, squeeze_single_output
 from bigbag.nn import NystromTransformerLayer
 from bigbag.nn.linear import readable
+from bigbag.nn.pool_rows import pool_rows
 from bigbag.nn.pools import attention_values
 from bigbag.nn.rows import Projection, Widen, by_rows
 from bigbag.ops.registry import compute_dtype
@@ -36,13 +37,20 @@ class CAMILSelfAttention(torch.nn.Module):
         self.qk_nn = torch.nn.Linear(in_dim, 2 * att_dim, bias=False)
         self.v_nn = torch.nn.Linear(in_dim, in_dim, bias=False)
 
+    def weights_and_values(self, x: Tensor, segments: Segments, adj: Adjacency) -> tuple[Tensor, Tensor]:
+        """``(T, in_dim)`` instances of a pack and their graph to weights ``(T, 1)`` and values ``(T, in_dim)``."""
+        # One projection for all three, and so one gradient of the size of x.
+        weights = [readable(layer).weight for layer in (self.qk_nn, self.v_nn)]
+        widths = (self.qk_nn.out_features // 2, self.qk_nn.out_features // 2, self.v_nn.out_features)
+        projection = Projection(torch.cat(weights), widths=widths)
+        q, k, v = by_rows(Widen(compute_dtype(weights[0])), x, projection=projection)
+        a = ops.segment_softmax(ops.neighbor_scores(q, k, adj), segments)
+        return a[:, None], v
+
     def forward_packed(self, x: Tensor, segments: Segments, adj: Adjacency) -> Tensor:
         """``(T, in_dim)`` instances of a pack and their graph to ``(T, in_dim)``."""
-        widen = Widen(compute_dtype(self.v_nn.weight))
-        q, k = by_rows(widen, x, projection=Projection(readable(self.qk_nn).weight, parts=2))
-        a = ops.segment_softmax(ops.neighbor_scores(q, k, adj), segments)
-        v = by_rows(widen, x, projection=Projection(readable(self.v_nn).weight))
-        return a[:, None].to(v.dtype) * v
+        a, v = self.weights_and_values(x, segments, adj)
+        return a.to(v.dtype) * v
 
     def forward(self, X: Tensor, adj: Tensor, mask: Tensor | None = None) -> Tensor:
         """``(B, N, in_dim)``, adjacency ``(B, N, N)`` and mask ``(B, N)`` to ``(B, N, in_dim)``."""
@@ -70,18 +78,17 @@ class CAMILAttentionPool(torch.nn.Module):
         if gated:
             self.fc_gated = torch.nn.Linear(in_dim, att_dim)
 
-    def pool(self, t: Tensor, m: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
-        """``(T, in_dim)`` twice to the bags ``(B, in_dim)`` and the attention values before the softmax ``(T,)``."""
+    def scores(self, t: Tensor) -> Tensor:
+        """``(T, in_dim)`` to the attention values before the softmax ``(T, 1)``."""
         layers = [self.fc1, self.fc_gated] if self.gated else [self.fc1]
-        f = attention_values(t, layers, readable(self.fc2).weight)
-        a = ops.segment_softmax(f, segments)
-        return ops.segment_pool(a, m, segments).squeeze(1), f.squeeze(1)
+        return attention_values(t, layers, readable(self.fc2).weight)
 
     def forward(self, T: Tensor, M: Tensor, mask: Tensor | None = None, return_att: bool = False) -> Any:
         """``(B, N, in_dim)`` twice and the mask ``(B, N)`` to ``z`` and, if ``return_att``, ``f`` ``(B, N)``."""
         bags = PackedBags.from_padded(T, mask)
-        z, f = self.pool(bags.x, PackedBags.from_padded(M, mask).x, bags.segments)
-        return (z, bags.to_padded(f)) if return_att else z
+        f = self.scores(bags.x)
+        z = ops.segment_pool(ops.segment_softmax(f, bags.segments), PackedBags.from_padded(M, mask).x, bags.segments)
+        return (z.squeeze(1), bags.to_padded(f.squeeze(1))) if return_att else z.squeeze(1)
 
 
 class CAMIL(GraphMILModel):
@@ -169,10 +176,13 @@ class CAMIL(GraphMILModel):
         return (Y_pred, f) if return_att else Y_pred
 
     def _pool_in_context(self, t: Tensor, segments: Segments, adj: Any) -> tuple[Tensor, Tensor]:
-        local = self.camil_self_attention.forward_packed(t, segments, adj)
-        return self.camil_att_pool.pool(t, by_rows(_fuse, local, t), segments)
+        a, v = self.camil_self_attention.weights_and_values(t, segments, adj)
+        z, f = pool_rows(_in_context, t, a, v, self.camil_att_pool.scores(t), segments=segments)
+        return z.squeeze(1), f.squeeze(1)
 
 
-def _fuse(local: Tensor, whole: Tensor) -> Tensor:
+def _in_context(t: Tensor, a: Tensor, v: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of ``M``, which are wanted in the pool alone, and their attention values."""
+    local = a.to(v.dtype) * v
     gate = torch.sigmoid(local)
-    return gate * local + (1 - gate) * whole
+    return gate * local + (1 - gate) * t, f

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bigbag.bags import Segments
+from bigbag.kernels.cpu.memory import huge_pages
 from bigbag.nn.rows import State, chunk_rows, gradients, trained_tensors
 from bigbag.ops import distributed
 from bigbag.ops.segments import log_sums
@@ -124,7 +125,7 @@ class _PoolRows(torch.autograd.Function):
         *given, z, log_sum = ctx.saved_tensors
         inputs = given[: work.num_inputs]
         shared = [t.detach().requires_grad_(t.requires_grad) for t in given[work.num_inputs :]]
-        found = [torch.empty_like(t) if need else None for t, need in zip(inputs, ctx.needs_input_grad[1:])]
+        found = [huge_pages(torch.empty_like(t)) if need else None for t, need in zip(inputs, ctx.needs_input_grad[1:])]
         parameters = [t for t in shared if t.requires_grad] + list(ctx.parameters)
         totals = [torch.zeros_like(p) for p in parameters]
         if grad_z is None and grad_scores is None:

@@ -8,26 +8,37 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bigbag.bags import Segments
 from bigbag.kernels.cpu.memory import huge_pages
-from bigbag.ops.rows import combine_rows
+from bigbag.ops.registry import compute_dtype
 
 _ROWS = {"cpu": 2048, "cuda": 16_384}
 
 
 class Projection(NamedTuple):
-    """A linear map at the end of a row-wise function, its result cut into ``parts`` of equal width."""
+    """A linear map at the end of a row-wise function, its result cut into parts of these ``widths``; None: one."""
 
     weight: Tensor
     bias: Tensor | None = None
-    parts: int = 1
+    widths: tuple[int, ...] | None = None
 
-    def __call__(self, rows: Tensor) -> tuple[Tensor, ...]:
-        return F.linear(rows, self.weight, self.bias).chunk(self.parts, dim=-1)
+    def room(self, num_rows: int) -> list[Tensor]:
+        """Memory for the parts ``(num_rows, width)`` of the result, in the dtype of the products."""
+        widths, dtype = self.widths or self.weight.shape[:1], compute_dtype(self.weight)
+        return [huge_pages(self.weight.new_empty(num_rows, width, dtype=dtype)) for width in widths]
+
+    def into(self, places: Sequence[Tensor], rows: Tensor) -> None:
+        """Write the parts of the result for ``rows`` to ``places``: one pass over the memory of the result."""
+        widths, dtype = [place.shape[1] for place in places], places[0].dtype
+        weights, rows = self.weight.to(dtype).split(widths), rows.to(dtype)
+        biases = [None] * len(widths) if self.bias is None else self.bias.to(dtype).split(widths)
+        for place, weight, bias in zip(places, weights, biases):
+            if bias is None:
+                torch.mm(rows, weight.t(), out=place)
+            else:
+                torch.addmm(bias, rows, weight.t(), out=place)
 
 
 @dataclass(frozen=True)
@@ -134,42 +145,6 @@ def trained_tensors(modules: Iterable[torch.nn.Module], shared: Iterable[Tensor]
     return list({id(t): t for t in every if t.requires_grad}.values())
 
 
-def take(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """``x`` to go on with, and ``x[rows]``: their gradients are added when both are known.
-
-    (Indexing alone would make a gradient of the size of ``x``, of zeros but for those rows, and keep it until then.)
-    """
-    return _Take.apply(x, rows)
-
-
-def take_of_bags(x: Tensor, segments: Segments, numbers: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-    """``x`` to go on with, and row ``numbers[b]`` of each bag b, None: its first, ``(B, P)``; as :func:`take`.
-
-    Where ranks share the bags, it comes from the rank that holds it, and is the same on all. Every bag must have it.
-    """
-    if segments.parts is None:
-        first = segments.offsets[:-1]
-        return take(x, first if numbers is None else first + torch.tensor(numbers, device=x.device))
-    wanted = numbers or (0,) * segments.num_bags
-    held = {bag: place for bag, row in enumerate(wanted) if (place := segments.place(bag, row)) >= 0}
-    bags, places = (torch.tensor(list(of), dtype=torch.int64, device=x.device) for of in (held, held.values()))
-    x, rows = take(x, places)
-    found = rows.new_zeros(segments.num_bags, *rows.shape[1:]).index_copy(0, bags, rows)
-    return x, combine_rows(found, segments)
-
-
-class _Take(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(rows)
-        return x.view_as(x), x[rows]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, grad_rows: Tensor) -> tuple[Tensor, None]:
-        return grad.index_add(0, ctx.saved_tensors[0], grad_rows), None
-
-
 def add_constant(x: Tensor, make: Callable[[slice], Tensor]) -> Tensor:
     """``x[rows] + make(rows)``, chunk by chunk, in the memory of x: that of a result which nothing else needs.
 
@@ -238,6 +213,10 @@ def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
+def _room_like(parts: Sequence[Tensor], num_rows: int) -> list[Tensor]:
+    return [huge_pages(part.new_empty(num_rows, *part.shape[1:])) for part in parts]
+
+
 def _run(
     function: Callable[..., Any],
     projection: Projection | None,
@@ -248,15 +227,18 @@ def _run(
     total = inputs[0].shape[0] + (0 if padding is None else sum(padding.pads))
     found: list[Tensor] = []
     for rows, place in _chunks(inputs[0], padding, chunk):
-        results = function(*(t[rows] for t in inputs))
-        parts = _as_tuple(results) if projection is None else projection(results)
-        if len(parts[0]) == total:
-            return tuple(part.contiguous() for part in parts)
+        results = _as_tuple(function(*(t[rows] for t in inputs)))
+        if projection is None and len(results[0]) == total:
+            return tuple(part.contiguous() for part in results)
         if not found:
-            found = [part.new_empty(total, *part.shape[1:]) for part in parts]
+            found = _room_like(results, total) if projection is None else projection.room(total)
             _zero_pads(found, padding)
-        for whole, part in zip(found, parts):
-            whole[place] = part
+        places = [whole[place] for whole in found]
+        if projection is None:
+            for there, part in zip(places, results):
+                there.copy_(part)
+        else:
+            projection.into(places, results[0])
     return tuple(found)
 
 
@@ -309,11 +291,13 @@ class _Work(State):
     ) -> list[Tensor | None]:
         """The gradient of ``rows``, the projection's input, from those of its parts; adds to those of its weights."""
         assert self.projection is not None
-        weight, bias, parts = self.projection
-        width = weight.shape[0] // parts
+        weight, bias, widths = self.projection
         dtype = next(grad.dtype for grad in grads if grad is not None)
-        pieces = [rows.new_zeros(len(rows), width, dtype=dtype) if grad is None else grad for grad in grads]
-        grad = pieces[0] if parts == 1 else torch.cat(pieces, -1)
+        pieces = [
+            rows.new_zeros(len(rows), width, dtype=dtype) if grad is None else grad
+            for grad, width in zip(grads, widths or weight.shape[:1])
+        ]
+        grad = pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
         with torch.no_grad():
             if totals[0] is not None:
                 totals[0] += grad.t() @ rows

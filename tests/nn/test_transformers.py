@@ -251,9 +251,9 @@ def test_projection_is_not_computed_again(monkeypatch):
     monkeypatch.setitem(rows_module._ROWS, "cpu", 3)
     norm, linear = tnn.LayerNorm(4), tnn.Linear(4, 6)
     x, calls = torch.randn(8, 4, requires_grad=True), []
-    original = rows_module.F.linear
-    monkeypatch.setattr(rows_module.F, "linear", lambda *args: calls.append(1) or original(*args))
-    first, _, last = by_rows(norm, x, projection=rows_module.Projection(linear.weight, linear.bias, 3))
+    original = rows_module.Projection.into
+    monkeypatch.setattr(rows_module.Projection, "into", lambda *args: calls.append(1) or original(*args))
+    first, _, last = by_rows(norm, x, projection=rows_module.Projection(linear.weight, linear.bias, (2, 2, 2)))
     (first.square().sum() + last.sin().sum()).backward()
     assert len(calls) == 3
     found = [t.grad.clone() for t in (x, *norm.parameters(), *linear.parameters())]

@@ -70,7 +70,7 @@ class Attention(torch.nn.Module):
             found = (x if plain else by_rows(enter or torch.nn.Identity(), x, padding=padding),) * parts
         else:
             entered = Widen(compute_dtype(weight)) if enter is None else enter
-            found = by_rows(entered, x, projection=Projection(weight, parts=parts), padding=padding)
+            found = by_rows(entered, x, projection=Projection(weight, widths=(self.att_dim,) * parts), padding=padding)
             found = (found,) if parts == 1 else found
         return tuple(t.unflatten(-1, (self.n_heads, self.head_dim)) for t in found)
 

@@ -12,7 +12,8 @@ from bigbag import ops
 from bigbag.bags import Segments
 from bigbag.nn.attention.base import SelfAttention
 from bigbag.nn.linear import readable
-from bigbag.nn.rows import Padding, by_rows, take_of_bags
+from bigbag.nn.rows import Padding, by_rows
+from bigbag.nn.take import take_of_bags
 from bigbag.ops.join import windows
 
 _REACH = 16

@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from bigbag.bags import Segments
 from bigbag.nn.attention.base import SelfAttention
-from bigbag.nn.rows import Widen, by_rows, chunk_rows, take_of_bags
+from bigbag.nn.rows import Widen, by_rows, chunk_rows
+from bigbag.nn.take import take_of_bags
 from bigbag.ops.registry import compute_dtype
 
 _KEPT = [torch.ops.bigbag.masked_attention_cpu.default, torch.ops.bigbag.masked_attention_triton.default]
