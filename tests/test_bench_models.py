@@ -64,3 +64,9 @@ def test_command_writes_a_row_per_contender(tmp_path, capsys, monkeypatch):
         (dtype, recompute) for dtype in ("float32", "bfloat16") for recompute in ("False", "True")
     ]
     assert "MeanMIL" in capsys.readouterr().out
+
+
+def test_unknown_model_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["--models", "MeanMIL,ABMLI"])
+    assert "unknown model 'ABMLI' (choose from ABMIL, " in capsys.readouterr().err

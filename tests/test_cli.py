@@ -245,6 +245,15 @@ def test_report_command_and_missing_run(packed, tmp_path, capsys):
     assert str(tmp_path) in text
 
 
+def test_evaluating_what_is_not_there(packed, tmp_path, capsys):
+    text = fails(capsys, ["evaluate", *arguments(packed[1], tmp_path)])
+    assert str(tmp_path) in text and "no such run; train it first" in text
+    for path in (tmp_path / "predictions.csv", tmp_path):
+        assert f"{path}: no such table; expected predictions.csv" in fails(
+            capsys, ["evaluate", "--predictions", str(path)]
+        )
+
+
 def test_ctrl_c_ends_in_one_line(monkeypatch, capsys):
     def interrupted(_):
         raise KeyboardInterrupt

@@ -231,6 +231,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--without-torchmil", action="store_true")
     parser.add_argument("--csv", help="write every row to this file")
     options = parser.parse_args(argv)
+    names = list(MODELS) if options.models == "all" else options.models.split(",")
+    for name in names:
+        if name not in MODELS:
+            parser.error(f"unknown model {name!r} (choose from {', '.join(MODELS)})")
     torch.set_num_threads(options.threads)
     # float32 for torchmil. Without instructions for bfloat16, a processor's rate in it takes minutes to measure.
     measured = dict.fromkeys(["float32", *options.dtypes.split(",")])
@@ -239,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     shown = ", ".join(f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in gemm.items())
     print(f"{options.threads} threads, GEMM {shown}, copy {copy / 1e9:.1f} GB/s, torch {torch.__version__}")
     rows: list[dict[str, Any]] = []
-    for name in list(MODELS) if options.models == "all" else options.models.split(","):
+    for name in names:
         for instances in map(int, options.sizes.split(",")):
             rows += bench_model(name, instances, options, gemm, copy)
     if options.csv:

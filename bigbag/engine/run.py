@@ -238,6 +238,8 @@ def run_identity(config: Config, store: BagStore, splits: Mapping[str, Sequence[
 def _splits_of_run(config: Config, store: BagStore) -> dict[str, tuple[int, ...]]:
     """The splits in the run's ``splits.csv``, whole."""
     path, identity = config.run_dir / SPLITS_NAME, config.run_dir / "identity.json"
+    if not config.run_dir.is_dir():
+        raise ConfigError(f"{config.run_dir}: no such run; train it first, or give the name and out of one (name=...)")
     splits = split_bags(store, table=str(path))
     there = read_json(identity, _UNKNOWN_RUN) if identity.is_file() else {}
     if there.get("data") == store.digest() and there.get("splits") != splits_digest(store, splits):

@@ -120,10 +120,12 @@ def read_predictions(path: str | Path) -> PredictionTable:
     Without a column key, bags are known by their row, and no other table can be compared with this one.
 
     Raises:
-        ValueError: a column is missing, a cell is no number, a score is missing or not finite, a bag has no key or is
-            there twice; file and line are named.
+        ValueError: no such file, a column is missing, a cell is no number, a score is missing or not finite, a bag has
+            no key or is there twice; file and line are named.
     """
     path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such table; expected predictions.csv of a run, or a CSV file like it")
     rows, columns = _rows(path)
     fields = {name: _numbered(name, columns, path) for name in _FIELDS}
     absent = [] if fields["label"] else ["label"]
