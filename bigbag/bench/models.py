@@ -116,7 +116,9 @@ def step_flops(name: str, num_instances: int, width: int) -> float:
 
     Those of the forward pass, counted in the operators' references on three small bags (a polynomial of degree 2 in the
     number of instances: exact attention has the square), times 3, less the gradient of the features by the first
-    matrix, but no less than 2 times: the forward pass and the gradients of the weights.
+    matrix, but no less than 2 times: the forward pass and the gradients of the weights. Too many for LongNetMIL, since
+    the reference of dilated attention forms all pairs, and for VAEABMIL, whose likelihood takes as many backward as
+    forward.
     """
     forward = []
     with ops.use_impl(dict.fromkeys(ops.chosen("cpu"), "reference")), torch.no_grad():

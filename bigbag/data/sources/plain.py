@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
-
 from bigbag.bags import Bag
 from bigbag.data.lattice import settled_stride
 from bigbag.data.sources.arrays import COORDS, FEATURES, FILE_TYPES, coords_of, read_file
 from bigbag.data.sources.clam import check_rows
 from bigbag.data.sources.folder import Files, FolderSource, by_name, files_in, need_files
+from bigbag.data.sources.torchmil import to_inst_labels
 from bigbag.data.sources.trident import level0_stride
 
 _LABELS = ("y_inst", "inst_labels", "patch_labels", "instance_labels")
@@ -79,7 +78,9 @@ class Plain(FolderSource):
             said |= part
         stride = None if coords is None else settled_stride(coords, level0_stride(said))
         label_name = contents.find(_LABELS)
-        y_inst = None if label_name is None else _integers(contents.arrays[label_name], files[0], label_name)
+        y_inst = (
+            None if label_name is None else to_inst_labels(contents.arrays[label_name], f"{files[0]}: {label_name}")
+        )
         return Bag(x=x, coords=coords, y_inst=y_inst, stride=stride)
 
     def details(self) -> dict[str, Any]:
@@ -88,13 +89,3 @@ class Plain(FolderSource):
 
 def _types_in(root: Path) -> Counter[str]:
     return Counter(path.suffix.lower() for path in files_in(root, FILE_TYPES, deep=True))
-
-
-def _integers(values: np.ndarray, path: Path, name: str) -> np.ndarray:
-    with np.errstate(invalid="ignore"):
-        whole = values.reshape(-1).astype(np.int64)
-    if values.size not in values.shape or not np.array_equal(whole, values.reshape(-1)):
-        raise ValueError(
-            f"{path}: {name} holds {values.shape} of {values.dtype}, expected one integer for each instance"
-        )
-    return whole

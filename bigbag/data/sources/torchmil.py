@@ -235,17 +235,17 @@ def to_label(values: np.ndarray, where: str) -> Label:
 
 
 def to_inst_labels(values: np.ndarray, where: str) -> np.ndarray:
-    """Instance labels ``(N,)`` int64 from an array ``(N,)`` or ``(N, 1)`` of whole numbers.
+    """Instance labels ``(N,)`` int64 from an array ``(N,)``, ``(N, 1)`` or ``(1, N)`` of whole numbers.
 
     Raises:
         ValueError: anything else.
     """
-    flat = values.reshape(len(values), -1)
+    flat = values.reshape(-1) if values.dtype.kind in "biuf" else np.full(1, np.nan)
     with np.errstate(invalid="ignore"):
         whole = flat.astype(np.int64)
-    if flat.shape[1] != 1 or not np.array_equal(flat, whole):
-        raise ValueError(f"{where}: {values.shape} of {values.dtype}, expected one integer label per instance")
-    return whole[:, 0]
+    if values.size not in values.shape or not np.array_equal(whole, flat):
+        raise ValueError(f"{where} holds {values.shape} of {values.dtype}, expected one integer for each instance")
+    return whole
 
 
 def _size_of(path: Path) -> int:

@@ -308,9 +308,10 @@ def test_dsmil_s_numbered_header(tmp_path: Path, write: SimpleNamespace) -> None
 
 
 @pytest.mark.parametrize(
-    "values", [np.full(6, 2**63 + 5, np.uint64), np.full(6, 1e30), np.full(6, np.nan), np.zeros((3, 2), np.int64)]
+    "values",
+    [np.full(6, 2**63 + 5, np.uint64), np.full(6, 1e30), np.full(6, np.nan), np.zeros((3, 2), np.int64), ["a"] * 6],
 )
-def test_instance_labels_that_are_none(tmp_path: Path, values: np.ndarray) -> None:
+def test_instance_labels_that_are_none(tmp_path: Path, values: np.ndarray | list[str]) -> None:
     np.savez(tmp_path / "a.npz", features=np.ones((6, 4), np.float32), y_inst=values)
     with pytest.raises(ValueError, match=r"a\.npz: y_inst holds .*, expected one integer for each instance"):
         Plain(str(tmp_path)).read([tmp_path / "a.npz"])
