@@ -1,6 +1,6 @@
 """A real SLURM cluster of two nodes on one machine: slurmctld and two slurmd, each in a network namespace of its own.
 
-The namespaces hang on one bridge, so that a node can be cut off. Each daemon also has its own host name, and its own
+The namespaces hang on one bridge, so that a node can be lost. Each daemon also has its own host name, and its own
 view of /etc/hosts; nothing outside the given folder and the namespaces is touched.
 """
 
@@ -64,9 +64,7 @@ class Cluster:
 
     def __exit__(self, *_: object) -> None:
         for space in self._spaces:
-            pids = self._call("ip", "netns", "pids", space, check=False).split()
-            if pids:
-                self._call("kill", "-9", *pids, check=False)
+            self._kill(space)
             self._call("ip", "netns", "del", space, check=False)
 
     def submit(self, *arguments: str | Path, cwd: Path, **environment: str) -> str:
@@ -97,9 +95,19 @@ class Cluster:
         self.wait(f"end of job {number}", lambda: self.job(number)["JobState"] in ended, seconds)
         return self.job(number)["JobState"]
 
-    def cut_off(self, node: int, cut: bool = True) -> None:
-        """Take a node's network away, or give it back."""
-        self._call("ip", "-n", f"{self.name}n{node}", "link", "set", "eth0", "down" if cut else "up")
+    def lose(self, node: int) -> None:
+        """A node loses its power: the network goes first, so that nobody hears its processes end."""
+        self._link(node, "down")
+        self._kill(f"{self.name}n{node}")
+
+    def bring_back(self, node: int) -> None:
+        """A lost node starts again, with nothing of its jobs.
+
+        Were its old step still running, slurmctld would have it ended when the node registers, and with it the new
+        step of the same number, should that be there already.
+        """
+        self._link(node, "up")
+        self._start_node(node)
 
     def logs(self) -> str:
         """The ends of the daemons' logs, for a failure's message."""
@@ -179,10 +187,21 @@ PartitionName=high Nodes=node[1-2] MaxTime=60 PriorityTier=10 PreemptMode=OFF
         self._inside(self._control, "munged", "--force", f"--socket={folder}/munge.sock", *files)
         self._start(self._control, "control", "slurmctld -i")
         for i in _NODES:
-            self._start(f"{self.name}n{i}", f"node{i}", f"slurmd -N node{i}")
+            self._start_node(i)
         self.wait(
             "both nodes idle", lambda: self.run("sinfo", "-h", "-p", "low", "-o", "%D %T").split() == ["2", "idle"], 60
         )
+
+    def _start_node(self, node: int) -> None:
+        self._start(f"{self.name}n{node}", f"node{node}", f"slurmd -N node{node}")
+
+    def _link(self, node: int, state: str) -> None:
+        self._call("ip", "-n", f"{self.name}n{node}", "link", "set", "eth0", state)
+
+    def _kill(self, space: str) -> None:
+        pids = self._call("ip", "netns", "pids", space, check=False).split()
+        if pids:
+            self._call("kill", "-9", *pids, check=False)
 
     def _start(self, space: str, host: str, daemon: str) -> None:
         script = f"hostname {host} && mount --bind {self.folder}/hosts /etc/hosts && exec {daemon}"

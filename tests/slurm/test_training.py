@@ -84,9 +84,9 @@ def test_a_job_whose_time_is_nearly_up_saves_and_comes_back(cluster, start, undi
 def test_a_lost_node_requeues_the_job(cluster, start, undisturbed):
     run = start("lost")
     run.wait_for_step(20)
-    cluster.cut_off(2)
+    cluster.lose(2)
     cluster.wait("node2 down", lambda: "down" in cluster.run("sinfo", "-h", "-n", "node2", "-o", "%T"))
-    cluster.cut_off(2, cut=False)
+    cluster.bring_back(2)
     assert run.finish() == undisturbed
     assert run.restarts() == 1
 
