@@ -52,8 +52,8 @@ def nystrom_attention(
     Accumulation and landmarks are float32 (float64 for float64) also for 16-bit inputs: the pseudo-inverse magnifies
     rounding by up to (13 / 4) ** num_iterations. Not twice differentiable, except ``impl="reference"``.
 
-    FLOPs: T H m (4 d + 4 dv) forward, T H m (12 d + 8 dv) backward, and 2 H m^3 (4 n) and 2 H m^3 (15 n) per bag for n
-    iterations. (The product from left to right, as torchmil has it, costs 2 T H m^2 more forward and 4 T H m^2
+    FLOPs: T H m (4 d + 4 dv) forward, T H m (12 d + 8 dv) backward, and per bag 8 H m^3 (n - 1) and 24 H m^3 (n - 1)
+    for n iterations. (The product from left to right, as torchmil has it, costs 2 T H m^2 more forward and 4 T H m^2
     backward.) Bytes: q, k, v read twice forward and once more backward. Kept for backward: q, k, v, 2 T H numbers and
     landmarks; working memory O(T H d) for one gradient, a constant number of chunks, and the m x m matrices of one
     bag. Where ranks share the bags, landmarks and what they gather are added up over the ranks, B H m (2 d + dv)
@@ -152,8 +152,9 @@ def nystrom_class_token_attention(
         for batch, size in pseudo_inverse.batches(ql.shape[1], ql.shape[2], landmarks.groups):
             index = torch.tensor(batch, device=q.device)
             a = pseudo_inverse.landmark_softmax(ql[index, :, :size], kl[index, :, :size], landmarks.counts[index])
-            z = pseudo_inverse.iterate(a, pseudo_inverse.initial_inverse(a)[0], num_iterations)[-1]
-            weights[index, :, :, :size] = first[index, :, :, :size] @ z
+            z = pseudo_inverse.initial_inverse(a)[0]
+            row = first[index, :, :, :size].mT
+            weights[index, :, :, :size] = pseudo_inverse.times(a.mT, z.mT, row, num_iterations).mT
         weigh = importlib.import_module(_MODULES[chosen]).weigh
         return weigh(ql, k, norms, weights[:, :, 0], segments.offsets, landmarks.counts)
 

@@ -87,6 +87,30 @@ def test_as_many_landmarks_as_rows_give_exact_attention() -> None:
     torch.testing.assert_close(found, exact.transpose(0, 1), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("iterations", [0, 1, 2])
+def test_few_iterations(iterations: int) -> None:
+    """None, the last alone, which forms no matrix of landmarks, and one before it; values and gradients in float64."""
+    tensors = [tensor.requires_grad_() for tensor in qkv(40)]
+    segments = Segments.from_sizes((30, 10))
+    found, expected = (
+        nystrom_attention(*tensors, segments, num_landmarks=8, num_iterations=iterations, impl=impl)
+        for impl in ("cpu", "reference")
+    )
+    torch.testing.assert_close(found, expected)
+    grads = [torch.autograd.grad(out.square().sum(), tensors) for out in (found, expected)]
+    torch.testing.assert_close(*grads)
+
+
+def test_the_iteration_corrects_its_own_rounding() -> None:
+    """Landmarks that attend to themselves: one that never looks at A Z again errs by 3e-4 of the largest value."""
+    a = (10 * torch.randn(1, 2, 64, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).softmax(3)
+    a, other = a.float().double(), torch.eye(64, dtype=torch.float64).expand(1, 2, 64, 64)
+    z = pseudo_inverse.initial_inverse(a)[0]
+    exact = a @ pseudo_inverse.times(a, z, other, 6)
+    found = a @ pseudo_inverse.times(a.float(), z.float(), other.float(), 6).double()
+    assert (found - exact).abs().max() <= 1e-5 * exact.abs().max()
+
+
 @pytest.mark.parametrize("token", [0, -1])
 def test_class_token_row_is_that_of_the_whole_matrix(impl: str, device: str, token: int) -> None:
     sizes = (9, 0, 30, 1)
