@@ -6,11 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bigbag.parts import Parts
+
+
+def on_device(values: Any, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
+    """A few numbers of the host as a tensor on the device, without waiting for the device.
+
+    ``torch.tensor(values, device=...)`` waits there for all that the device was asked before.
+    """
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -30,7 +39,7 @@ class Segments:
     @staticmethod
     def from_sizes(sizes: Sequence[int], device: torch.device | str = "cpu", parts: Parts | None = None) -> Segments:
         host = tuple(int(size) for size in sizes)
-        return Segments(torch.tensor([0, *accumulate(host)], dtype=torch.int64, device=device), host, parts)
+        return Segments(on_device([0, *accumulate(host)], device, torch.int64), host, parts)
 
     @property
     def totals(self) -> tuple[int, ...]:
@@ -43,7 +52,7 @@ class Segments:
         """``(B,)`` int64: :attr:`totals` on the device."""
         if self.parts is None:
             return self.offsets.diff()
-        return torch.tensor(self.totals, dtype=torch.int64, device=self.offsets.device)
+        return on_device(self.totals, self.offsets.device, torch.int64)
 
     def extended(self, front: Sequence[int], back: Sequence[int] | None = None) -> Segments:
         """The bags with ``front[b]`` more rows before those of bag b, and ``back[b]`` behind them.

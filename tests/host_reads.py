@@ -1,4 +1,5 @@
-"""Finds where a computation reads numbers back from the device, on a machine that has none."""
+"""Finds where a computation waits for the device, on a machine that has none: it reads numbers back, or copies some
+there without saying that it need not wait."""
 
 from __future__ import annotations
 
@@ -16,6 +17,8 @@ from torch.utils._pytree import tree_leaves
 # Not numpy(), which raises where there is a device: only CPU kernels call it.
 METHODS = {Tensor.item, Tensor.tolist, Tensor.cpu}
 METHODS |= {Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__}
+# They fill a tensor on the device with numbers of the host, waiting for all that was asked of the device before.
+MAKERS = {torch.tensor, torch.as_tensor, torch.asarray}
 SIZED_BY_VALUES = {"nonzero", "masked_select", "_unique2", "unique_consecutive", "bincount"}
 
 
@@ -73,15 +76,25 @@ class Calls(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in METHODS and self.device.holds(args[:1]):
             self.device.reads[func.__name__] += 1
+        if func in MAKERS and kwargs.get("device") is not None:
+            self.device.reads[func.__name__] += 1
+        if func is Tensor.to and not self.device.holds(args[:1]) and _moves(args, kwargs):
+            self.device.reads["to"] += 1
         found = func(*args, **kwargs)
         if any(isinstance(value, torch.device) for value in (*args, *kwargs.values())):
             self.device.take(found)
         return found
 
 
+def _moves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call of ``Tensor.to`` names a device, or a tensor on it, and waits for the copy."""
+    named = any(isinstance(value, torch.device | Tensor) for value in (*args[1:], *kwargs.values()))
+    return named and not kwargs.get("non_blocking", False)
+
+
 @contextmanager
 def watched(tensors: list[Tensor]) -> Iterator[Device]:
-    """Counts what is read from ``tensors`` and from what is computed from them: ``device.reads``."""
+    """Counts where the host waits for ``tensors`` and what is computed from them: ``device.reads``."""
     device = Device(tensors)
     with Operators(device), Calls(device):
         yield device

@@ -15,6 +15,7 @@ from bigbag.nn import AttentionPool, LazyLinear
 from bigbag.nn.encoded import Encoded, take_rows, weighted_sum
 from bigbag.nn.linear import readable
 from bigbag.ops import distributed
+from bigbag.segments import on_device
 
 _MODES = ("maxmin", "max", "afs")
 _HASH_ROWS = 512
@@ -170,7 +171,7 @@ class DTFDMIL(MILModel):
         for count in [None] if together else sorted(set(counts) - {0}):
             chosen = [bag for bag, other in enumerate(counts) if other and count in (None, other)]
             pairs = [(bag, slot) for bag in chosen for slot in range(counts[bag])]
-            bag, slot = torch.tensor(pairs, dtype=torch.int64, device=Y.device).view(-1, 2).unbind(1)
+            bag, slot = on_device(pairs, Y.device, torch.int64).view(-1, 2).unbind(1)
             of_groups = self.bag_loss(squeeze_single_output(pseudo[bag, slot]), Y[bag])
             loss = loss + of_groups * (1.0 if together else len(chosen) / bags.num_bags)
         return loss
@@ -198,13 +199,13 @@ class _Groups:
         orders = _random_orders(bags) if shuffle else _orders_by_content(bags)
         self.counts = [min(size, n_groups) for size in totals]
         self.most = max(1, *self.counts)
-        self.exists = torch.arange(self.most, device=device) < torch.tensor(self.counts, device=device)[:, None]
+        self.exists = torch.arange(self.most, device=device) < on_device(self.counts, device)[:, None]
         # Of each bag, those on other ranks included: the number of every row's pseudo-bag.
         slots = [_slots(order, max(1, count)) for order, count in zip(orders, self.counts)]
         cuts = [0] * len(totals) if bags.parts is None else bags.parts.before
         own = [slot[first : first + size] for slot, first, size in zip(slots, cuts, bags.sizes)]
         self.slot = torch.cat(own).to(device, non_blocking=True)
-        first_group = torch.tensor([0, *accumulate(self.counts)], device=device)
+        first_group = on_device([0, *accumulate(self.counts)], device)
         group = first_group[bags.segments.bag_of_instance] + self.slot
         self.order = group.argsort(stable=True)
         self.place = torch.empty_like(self.order)
@@ -216,7 +217,7 @@ class _Groups:
 def _slots(order: Tensor, count: int) -> Tensor:
     """(N,) number of each row's pseudo-bag: the order cut into ``count`` runs of equal size, the first ones longer."""
     slots = torch.empty_like(order)
-    runs = torch.tensor(_run_sizes(len(order), count), device=order.device)
+    runs = on_device(_run_sizes(len(order), count), order.device)
     slots[order] = torch.repeat_interleave(torch.arange(count, device=order.device), runs, output_size=len(order))
     return slots
 
@@ -255,7 +256,7 @@ def _orders_by_content(bags: PackedBags) -> list[Tensor]:
     """Instances of each bag ordered by a hash of their features as stored, so by chance but always the same."""
     x = bags.x.flatten(1)
     factors = torch.randint(2**31, (x.shape[1],), generator=torch.Generator().manual_seed(0), dtype=torch.int32) | 1
-    factors = factors.to(x.device)
+    factors = factors.to(x.device, non_blocking=True)
     keys = torch.empty(len(x), dtype=torch.int64, device=x.device)
     for start in range(0, len(x), _HASH_ROWS):
         bits = x[start : start + _HASH_ROWS].float().view(torch.int32)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bigbag.bags import Segments
+from bigbag.segments import on_device
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Window:
 
     def size(self, size: Tensor) -> Tensor:
         """``(B, 2)`` windows along each axis of lattices of ``size`` ``(B, 2)`` cells."""
-        reach = size + torch.tensor(self.shift, device=size.device)
+        reach = size + on_device(self.shift, size.device)
         return (torch.div(reach - 1, self._tensor(self.stride, size), rounding_mode="floor") + 1).clamp_min(0)
 
     def offsets(self, device: torch.device) -> Tensor:
@@ -44,7 +45,7 @@ class Window:
 
     @staticmethod
     def _tensor(pair: tuple[int, int], like: Tensor) -> Tensor:
-        return torch.tensor(pair, device=like.device)
+        return on_device(pair, like.device)
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Lattice:
             for h, w in sizes
         ]
         places = torch.cat([*parts, torch.zeros(0, 2, dtype=torch.int64, device=device)])
-        size = torch.tensor(list(sizes), dtype=torch.int64, device=device).view(-1, 2)
+        size = on_device(list(sizes), device, torch.int64).view(-1, 2)
         return Lattice(places, size, Segments.from_sizes([h * w for h, w in sizes], device))
 
     @cached_property
@@ -94,8 +95,8 @@ class Lattice:
         """
         if window.centred and not full:
             return self, torch.arange(len(self.places), device=self.places.device)
-        size, stride = window.size(self.size), torch.tensor(window.stride, device=self.size.device)
-        shifted = 2 * self.places + torch.tensor(window.shift, device=self.size.device)
+        size, stride = window.size(self.size), on_device(window.stride, self.size.device)
+        shifted = 2 * self.places + on_device(window.shift, self.size.device)
         places = torch.div(shifted, 2 * stride, rounding_mode="floor")
         bags = self.segments.bag_of_instance
         inside = ((places >= 0) & (places < size[bags])).all(1)
@@ -109,7 +110,7 @@ class Lattice:
 
     def neighbours(self, lattice: Lattice, window: Window) -> Tensor:
         """``(L, K)``: the rows in each window at the places of ``lattice``; -1 where there is none."""
-        corner = lattice.places * torch.tensor(window.stride, device=self.places.device)
+        corner = lattice.places * on_device(window.stride, self.places.device)
         cells = corner[:, None] + window.offsets(self.places.device)
         bags = lattice.segments.bag_of_instance[:, None].expand(cells.shape[:2])
         inside = ((cells >= 0) & (cells < self.size[bags])).all(2)

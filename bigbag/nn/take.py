@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from bigbag.bags import Segments
 from bigbag.ops.rows import combine_rows
+from bigbag.segments import on_device
 
 
 def take(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,10 +29,10 @@ def take_of_bags(x: Tensor, segments: Segments, numbers: Sequence[int] | None = 
     """
     if segments.parts is None:
         first = segments.offsets[:-1]
-        return take(x, first if numbers is None else first + torch.tensor(numbers, device=x.device))
+        return take(x, first if numbers is None else first + on_device(numbers, x.device))
     wanted = numbers or (0,) * segments.num_bags
     held = {bag: place for bag, row in enumerate(wanted) if (place := segments.place(bag, row)) >= 0}
-    bags, places = (torch.tensor(list(of), dtype=torch.int64, device=x.device) for of in (held, held.values()))
+    bags, places = (on_device(list(of), x.device, torch.int64) for of in (held, held.values()))
     x, rows = take(x, places)
     found = rows.new_zeros(segments.num_bags, *rows.shape[1:]).index_copy(0, bags, rows)
     return x, combine_rows(found, segments)

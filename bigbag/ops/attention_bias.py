@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bigbag.segments import on_device
+
 METHODS = ("product", "cross", "euclidean", "quant")
 MODES = ("bias", "contextual")
 
@@ -148,7 +150,7 @@ def buckets(bias: RelativePositionBias, rows: Any = slice(None), columns: Any = 
     nowhere = offset.isnan().any(-1)
     offset = offset.nan_to_num()
     if bias.method in ("product", "cross"):
-        index = (piecewise_index(offset, *cut) + steps) @ torch.tensor([side, 1], device=offset.device)
+        index = (piecewise_index(offset, *cut) + steps) @ on_device([side, 1], offset.device)
     else:
         square = offset.square().sum(-1)
         index = piecewise_index(square.sqrt().round() if bias.method == "euclidean" else square, *cut) + steps

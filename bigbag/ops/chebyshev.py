@@ -24,6 +24,7 @@ from bigbag.ops.spmm import (
     prepare,
     reference_spmm,
 )
+from bigbag.segments import on_device
 
 # torchmil's guard against a Laplacian without edges.
 _EPSILON = 1e-6
@@ -147,7 +148,7 @@ def lambda_max(
         if chosen != "triton":  # which has no float64
             degree = degree.double()
         weight = None if adj.weight is None else adj.weight.to(degree.dtype)[:, None]
-        before = 0 if cut.parts is None else torch.tensor(cut.parts.before, device=degree.device)
+        before = 0 if cut.parts is None else on_device(cut.parts.before, degree.device)
         bag = cut.bag_of_instance
         local = torch.arange(adj.num_nodes, device=degree.device) + (before - cut.offsets[:-1])[bag]
         # An irregular start, the same for a bag alone and in a pack. A's leading vector has one sign, D - A's has both.

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bigbag.bags import Segments
 from bigbag.ops.registry import FLOATING, HALF, Operator, choose, compute_dtype
+from bigbag.segments import on_device
 
 _DTYPES = {"triton": (*HALF, torch.float32), "cpu": FLOATING, "reference": FLOATING}
 
@@ -79,15 +80,17 @@ def _branch(segments: Segments, heads: int, length: int, dilation: int) -> Branc
     # Finer segments: for each segment one per group, every r-th row from the group's own first place on.
     place = np.arange(groups)
     counts = np.maximum(-(-(left[:, None] - place) // dilation), 0).ravel()
-    offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
+    total = int(counts.sum())
+    # What is as long as the pack is made where it is used.
+    offsets = on_device(np.concatenate([[0], np.cumsum(counts)]), device, torch.int64)
     if dilation == 1:
-        return Branch(length, dilation, 1, None, None, offsets.to(device))
-    total = int(offsets[-1])
+        return Branch(length, dilation, 1, None, None, offsets)
     cut = offsets.diff()
-    begin = torch.from_numpy((first[:, None] + place).ravel()) - dilation * offsets[:-1]
-    rows = torch.repeat_interleave(begin, cut, output_size=total) + dilation * torch.arange(total)
-    group = torch.repeat_interleave(torch.arange(groups).repeat(len(first)), cut, output_size=total)
-    return Branch(length, dilation, groups, rows.to(device), group.to(device), offsets.to(device))
+    begin = on_device((first[:, None] + place).ravel(), device, torch.int64) - dilation * offsets[:-1]
+    rows = torch.repeat_interleave(begin, cut, output_size=total) + dilation * torch.arange(total, device=device)
+    of_segment = torch.arange(groups, device=device).repeat(len(first))
+    group = torch.repeat_interleave(of_segment, cut, output_size=total)
+    return Branch(length, dilation, groups, rows, group, offsets)
 
 
 def dilated_attention(

@@ -17,7 +17,8 @@ def keep(seed: int, heads: int, rows: Tensor, columns: Tensor, dropout: float) -
 
     Each round is the integer hash "lowbias32" (C. Wellons, Prospecting for hash functions, 2018), in 32 bits.
     """
-    head = hash32(hash32(torch.tensor(seed, device=rows.device)) + torch.arange(heads, device=rows.device) * 0x9E3779B1)
+    key = hash32(torch.full((), seed, device=rows.device))
+    head = hash32(key + torch.arange(heads, device=rows.device) * 0x9E3779B1)
     row = hash32(head[:, None] + rows * 0x9E3779B1)
     return hash32(row[:, :, None] + columns * 0x85EBCA77) >= drop_below(dropout)
 

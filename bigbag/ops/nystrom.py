@@ -22,6 +22,7 @@ from bigbag.ops import pseudo_inverse
 from bigbag.ops.distributed import all_max, all_sum
 from bigbag.ops.registry import FLOATING, HALF, Operator, choose
 from bigbag.ops.rows import take_rows
+from bigbag.segments import on_device
 
 _DTYPES = {"triton": (*HALF, torch.float32), "cpu": FLOATING, "reference": FLOATING}
 _MODULES = {"cpu": "bigbag.kernels.cpu.nystrom", "triton": "bigbag.kernels.gpu.nystrom"}
@@ -143,14 +144,14 @@ def nystrom_class_token_attention(
         ql, kl = landmarks.means(q, chosen) * scale, landmarks.means(k, chosen)
         _, norms = landmarks.gather(ql, k, k.new_zeros(1, 1, 1).expand(*k.shape[:2], 1), chosen)
         places = [segments.place(bag, token) for bag in range(segments.num_bags)]
-        tokens = take_rows(q.flatten(1), torch.tensor(places, device=q.device), segments)
+        tokens = take_rows(q.flatten(1), on_device(places, q.device), segments)
         tokens = tokens.view(-1, *q.shape[1:]).to(ql.dtype).unsqueeze(2)
         valid = torch.arange(ql.shape[2], device=q.device) < landmarks.counts[:, None]
         scores = (tokens * scale @ kl.mT).masked_fill(~valid[:, None, None], torch.finfo(ql.dtype).min)
         first = scores.softmax(3) * valid[:, None, None]
         weights = torch.zeros_like(first)
         for batch, size in pseudo_inverse.batches(ql.shape[1], ql.shape[2], landmarks.groups):
-            index = torch.tensor(batch, device=q.device)
+            index = on_device(batch, q.device)
             a = pseudo_inverse.landmark_softmax(ql[index, :, :size], kl[index, :, :size], landmarks.counts[index])
             z = pseudo_inverse.initial_inverse(a)[0]
             row = first[index, :, :, :size].mT
@@ -213,7 +214,7 @@ class _Landmarks:
         bounds = group * sizes[:, None] // self.counts.clamp_min(1)[:, None]
         self.sizes = bounds.diff(dim=1)
         if segments.parts is not None:  # of the whole bag; here are the rows of this rank's part
-            before = torch.tensor(segments.parts.before, device=offsets.device)[:, None]
+            before = on_device(segments.parts.before, offsets.device)[:, None]
             bounds = torch.minimum((bounds - before).clamp_min(0), offsets.diff()[:, None])
         self.bounds = torch.cat([(offsets[:-1, None] + bounds[:, :-1]).flatten(), offsets[-1:]])
         if tracing:

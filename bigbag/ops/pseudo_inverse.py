@@ -25,6 +25,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bigbag.segments import on_device
+
 BATCH_ELEMENTS = 1 << 19
 _SMALLEST_BUCKET = 16
 _COEFFICIENTS = (7, 15, 13)
@@ -173,7 +175,7 @@ def _forward(
 ) -> Tensor:
     out = torch.zeros_like(other)
     for batch, size in batches(queries.shape[1], queries.shape[2], groups):
-        bags = torch.tensor(batch, device=out.device)
+        bags = on_device(batch, out.device)
         q, k, right = (tensor[bags, :, :size] for tensor in (queries, keys, other))
         a = landmark_softmax(q, k, counts[bags])
         out[bags, :, :size] = times(a, initial_inverse(a)[0], right, num_iterations)
@@ -185,7 +187,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = [torch.zeros_like(tensor) for tensor in (queries, keys, other)]
     for batch, size in batches(queries.shape[1], queries.shape[2], groups):
-        bags = torch.tensor(batch, device=grad.device)
+        bags = on_device(batch, grad.device)
         q, k, right, grad_out = (tensor[bags, :, :size] for tensor in (queries, keys, other, grad))
         a = landmark_softmax(q, k, counts[bags])
         z, norm, columns = initial_inverse(a)

@@ -24,6 +24,7 @@ from bigbag.bags import Segments
 from bigbag.ops import distributed
 from bigbag.ops.dropout import hash32
 from bigbag.ops.registry import FLOATING, HALF, Operator, choose
+from bigbag.segments import on_device
 
 CLIP = 20.0
 """Values are clipped to this, so that sums of their exponentials fit float32 without a shift."""
@@ -162,14 +163,14 @@ def _noise_keys(segments: Segments, rows: int, seed: int | Sequence[int] | Tenso
     bags = torch.arange(offsets.shape[0] - 1, device=offsets.device)
     first = offsets[:-1] - 1
     if segments.parts is not None:
-        first = first - torch.tensor(segments.parts.before, device=offsets.device)
+        first = first - on_device(segments.parts.before, offsets.device)
     base = first * -_signed(0x9E3779B97F4A7C15)
     if isinstance(seed, Tensor):
         base += seed
     elif isinstance(seed, int):
         base += _signed(seed)
     else:
-        base += torch.tensor(list(map(_signed, seed)), device=offsets.device)
+        base += on_device(list(map(_signed, seed)), offsets.device)
     keys = torch.arange(rows, device=offsets.device) * _signed(0x9E3779B97F4A7C15)
     keys += base[torch.repeat_interleave(bags, offsets.diff(), output_size=rows)]
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):

@@ -1,4 +1,4 @@
-"""A training step reads no number back from the device: on a GPU the host would wait for it."""
+"""A training step reads no number back from the device, and copies none there in a way that waits."""
 
 from collections import Counter
 from typing import Any
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bigbag.models import MODELS
+from bigbag.segments import on_device
 from tests.host_reads import watched
 
 from .test_models import SMALL, build, make_pack
@@ -46,6 +47,11 @@ def test_only_windows_with_strides_are_counted_on_the_device():
         (lambda t: torch.arange(3, device=t.device).max().item(), "item"),
         (lambda t: torch.arange(3).max().item(), None),
         (lambda t: t[torch.arange(2)], None),
+        (lambda t: torch.tensor([1, 2], device=t.device), "tensor"),
+        (lambda t: torch.arange(3).to(t.device), "to"),
+        (lambda t: torch.arange(3).to(t.device, non_blocking=True), None),
+        (lambda t: t.to(t.device), None),
+        (lambda t: on_device([1, 2], t.device), None),
     ],
 )
 def test_what_counts_as_reading(read, found):

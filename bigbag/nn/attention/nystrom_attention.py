@@ -15,6 +15,7 @@ from bigbag.nn.linear import readable
 from bigbag.nn.rows import Padding, by_rows
 from bigbag.nn.take import take_of_bags
 from bigbag.ops.join import windows
+from bigbag.segments import on_device
 
 _REACH = 16
 """Rows to either side of the convolution of values."""
@@ -158,7 +159,7 @@ class NystromAttention(SelfAttention):
         """The residual of the row behind the pad of each bag, ``(B, H, d)``."""
         # The kernel reaches from that row to both sides, of which one is zeros.
         places = [[rows.place(bag, pad + i) for i in range(_REACH + 1)] for bag, pad in enumerate(pads)]
-        reach = ops.take_rows(v.flatten(1), torch.tensor(places, device=v.device), rows)
+        reach = ops.take_rows(v.flatten(1), on_device(places, v.device), rows)
         return torch.stack([self._convolve_bag(bag.view(-1, *v.shape[1:]))[0] for bag in reach])
 
     def _convolve_bag(self, v: Tensor) -> Tensor:
