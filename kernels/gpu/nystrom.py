@@ -223,8 +223,12 @@ def _landmark_grads(
         _store_landmarks(g2, grad2, ids, base, DV, M, BLOCK_V)
 
 
-def _options(rows: Tensor, width: int, landmarks: int) -> dict[str, Any]:
-    """Compile-time arguments. The tiles are those without register spills on sm_80 and sm_90."""
+def _options(rows: Tensor, width: int, landmarks: int, owner: str, both_grads: bool = False) -> dict[str, Any]:
+    """Compile-time arguments. The tiles are those without register spills on sm_80 and sm_90.
+
+    A program owns a block of ``owner``, "rows" or "landmarks", and reads all of the others, from L2 but the first time:
+    the larger its block, the less of that.
+    """
     blocks = {
         "BLOCK_D": max(16, triton.next_power_of_2(rows.shape[2])),
         "BLOCK_V": max(16, triton.next_power_of_2(width)),
@@ -232,6 +236,10 @@ def _options(rows: Tensor, width: int, landmarks: int) -> dict[str, Any]:
     exact = rows.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     unaligned = (rows.shape[2] | width) % 16 != 0  # such rows are loaded element by element, which takes registers
     tiles = {"BLOCK_T": 32, "BLOCK_M": 32, "num_warps": 4, "num_stages": 2}
+    if not (exact or unaligned) and max(blocks.values()) <= 64:
+        tiles["BLOCK_T" if owner == "rows" else "BLOCK_M"] = 64
+        if both_grads:  # of keys and values stand in registers
+            tiles["BLOCK_T"] = 16
     if exact:  # without tensor cores, operands stand in registers
         tiles |= {"BLOCK_T": 16, "num_stages": 1}
         if max(blocks.values()) > 64:
@@ -269,7 +277,7 @@ def spread(q: Tensor, keys: Tensor, values: Tensor, offsets: Tensor, counts: Ten
     (num_rows, heads, dim), (landmarks, width) = q.shape, values.shape[2:]
     out, norms = q.new_empty(num_rows, heads, width), keys.new_empty(2, num_rows, heads)
     if num_rows:
-        options = _options(q, width, landmarks)
+        options = _options(q, width, landmarks, "rows")
         bags, starts = _blocks(offsets, num_rows, options["BLOCK_T"])
         _spread[len(bags), heads](
             q, keys, values, out, norms[0], norms[1], bags, starts, offsets, counts, heads, landmarks, dim, width,
@@ -285,7 +293,7 @@ def gather(queries: Tensor, k: Tensor, v: Tensor, offsets: Tensor, counts: Tenso
     (num_bags, heads, landmarks, dim), (num_rows, _, width) = queries.shape, v.shape
     if num_rows == 0:
         return queries.new_zeros(*queries.shape[:3], width), queries.new_zeros(2, *queries.shape[:3])
-    options = _options(k, width, landmarks)
+    options = _options(k, width, landmarks, "landmarks")
     block = options["BLOCK_M"]
     splits = _splits(offsets, num_rows, heads, landmarks, block)
     parts = queries.new_empty(splits, num_bags, heads, landmarks, width)
@@ -320,13 +328,14 @@ def _backward(
     g1, g2 = torch.empty_like(r1), None if spread_pass else torch.empty_like(r2)
     if num_rows == 0:
         return g1, g2, torch.zeros_like(l1), torch.zeros_like(l2) if spread_pass else None
-    options = _options(r1, width, landmarks)
+    options = _options(r1, width, landmarks, "rows")
     bags, starts = _blocks(offsets, num_rows, options["BLOCK_T"])
     common = (r1, r2, l1, l2, norms[0], norms[1], delta)
     sizes = (heads, landmarks, dim, width, spread_pass)
     _row_grads[len(bags), heads](
         *common, g1, g1 if g2 is None else g2, bags, starts, offsets, counts, *sizes, **options
     )
+    options = _options(r1, width, landmarks, "landmarks", both_grads=spread_pass)
     block = options["BLOCK_M"]
     splits = _splits(offsets, num_rows, heads, landmarks, block)
     h1 = l1.new_empty(splits, *l1.shape)
@@ -364,7 +373,7 @@ def weigh(queries: Tensor, k: Tensor, norms: Tensor, weights: Tensor, offsets: T
     (num_rows, heads, dim), landmarks = k.shape, queries.shape[2]
     out = weights.new_empty(num_rows, heads, 1)
     if num_rows:
-        options = _options(k, 1, landmarks)
+        options = _options(k, 1, landmarks, "rows")
         bags, starts = _blocks(offsets, num_rows, options["BLOCK_T"])
         marks = (queries.contiguous(), column, norms[0], norms[1], torch.zeros_like(norms[0]))
         _row_grads[len(bags), heads](

@@ -17,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 
 SPLIT_ROWS = 512
-COMBINE_SPLITS = 16
 PROGRAMS = 1024
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -108,30 +107,39 @@ def _rows_of_split(offsets, bag, split, splits):
 
 
 class Splits:
-    """First and last row of each split, and the first split of each bag, all on the device.
+    """First and last row of each split of at most ``size`` rows, and the first split of each bag, all on the device.
 
-    There are at most T // SPLIT_ROWS + B splits; those beyond the last one are empty.
+    There are at most T // size + B splits; those beyond the last one are empty.
     """
 
-    def __init__(self, offsets: Tensor, num_rows: int) -> None:
+    def __init__(self, offsets: Tensor, num_rows: int, size: int = SPLIT_ROWS) -> None:
         num_bags = offsets.shape[0] - 1
-        self.bound = num_rows // SPLIT_ROWS + num_bags
-        counts = (offsets.diff() + SPLIT_ROWS - 1) // SPLIT_ROWS
+        self.bound = num_rows // size + num_bags
+        counts = (offsets.diff() + size - 1) // size
         self.first = torch.cat([offsets.new_zeros(1), counts.cumsum(0)])
         split = torch.arange(self.bound, device=offsets.device)
         bag = torch.searchsorted(self.first[1:], split, right=True).clamp_max(max(num_bags - 1, 0))
         if num_bags == 0:
             bag = split
         self.ends = offsets[bag + 1]
-        self.starts = torch.minimum(offsets[bag] + (split - self.first[bag]) * SPLIT_ROWS, self.ends)
-        self.ends = torch.minimum(self.starts + SPLIT_ROWS, self.ends)
+        self.starts = torch.minimum(offsets[bag] + (split - self.first[bag]) * size, self.ends)
+        self.ends = torch.minimum(self.starts + size, self.ends)
 
 
 def _tiles(num_cols: int) -> dict[str, int]:
     if INTERPRETED:  # the interpreter's cost is per operation, not per element
         return {"BLOCK_T": 64, "BLOCK_C": triton.next_power_of_2(num_cols)}
     columns = min(128, triton.next_power_of_2(num_cols))
-    return {"BLOCK_T": min(64, 4096 // columns), "BLOCK_C": columns}
+    return {"BLOCK_T": min(SPLIT_ROWS, 4096 // columns), "BLOCK_C": columns}
+
+
+def _combine_tiles(num_cols: int) -> tuple[int, int]:
+    """Splits and columns of a tile. One long bag has thousands of splits: few columns, so that many programs share
+    them, and many splits, so that each has much to read at once."""
+    if INTERPRETED:
+        return 16, triton.next_power_of_2(num_cols)
+    columns = min(32, triton.next_power_of_2(num_cols))
+    return min(1024, 2048 // columns), columns
 
 
 def _reduce(x: Tensor, a: Tensor | None, offsets: Tensor) -> Tensor:
@@ -148,9 +156,9 @@ def _reduce(x: Tensor, a: Tensor | None, offsets: Tensor) -> Tensor:
     grid = (splits.bound, triton.cdiv(num_cols, tiles["BLOCK_C"]), heads)
     weights = x if a is None else a.contiguous()
     _sum_splits[grid](x, weights, splits.starts, splits.ends, parts, num_cols, heads, WEIGHTED=a is not None, **tiles)
-    columns = _tiles(heads * num_cols)["BLOCK_C"]
+    block, columns = _combine_tiles(heads * num_cols)
     blocks = triton.cdiv(heads * num_cols, columns)
-    _combine_sums[num_bags, blocks](parts, splits.first, out, heads * num_cols, BLOCK_S=COMBINE_SPLITS, BLOCK_C=columns)
+    _combine_sums[num_bags, blocks](parts, splits.first, out, heads * num_cols, BLOCK_S=block, BLOCK_C=columns)
     return out
 
 
@@ -176,14 +184,13 @@ def max_rows(x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     parts = x.new_empty(splits.bound, num_cols, dtype=torch.float32)
     rows = offsets.new_empty(splits.bound, num_cols)
     tiles = _tiles(num_cols)
-    columns = triton.cdiv(num_cols, tiles["BLOCK_C"])
-    _max_splits[splits.bound, columns](
-        x, offsets, splits.starts, splits.ends, parts, rows, num_cols, INDEXED=False, **tiles
-    )
-    tiles["BLOCK_T"] = COMBINE_SPLITS
-    _max_splits[num_bags, columns](
-        parts, rows, splits.first[:-1], splits.first[1:], out, index, num_cols, INDEXED=True, **tiles
-    )
+    grid = (splits.bound, triton.cdiv(num_cols, tiles["BLOCK_C"]))
+    _max_splits[grid](x, offsets, splits.starts, splits.ends, parts, rows, num_cols, INDEXED=False, **tiles)
+    block, columns = _combine_tiles(num_cols)
+    _max_splits[num_bags, triton.cdiv(num_cols, columns)](
+        parts, rows, splits.first[:-1], splits.first[1:], out, index, num_cols, INDEXED=True,
+        BLOCK_T=block, BLOCK_C=columns,
+    )  # fmt: skip
     # The kernels compare a NaN as +inf; the value itself comes from x. Empty bags stay 0.
     values = x.gather(0, index.clamp_min(0)).float()
     return torch.where(index < 0, 0.0, values), index

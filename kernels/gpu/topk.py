@@ -3,13 +3,14 @@ formulas.
 
 ``_threshold``: one program owns one bag and one column; it finds the k-th best key bit by bit, counting the rows at
 or above each candidate, so that nothing is sorted but the k rows taken. A key is an integer that orders like the
-score. ``_collect``, with the same owner, writes the rows above the threshold, and the first rows at it, in order; a
+score. ``_collect``, with the same owner, writes the rows above the threshold, and the first rows at it, in order. Of
+bags longer than SPLIT_ROWS these two choose twice: k of each split, so that many programs share a bag, then of those. A
 stable sort of B x C x k values ends. ``_pool``: one program owns a tile of z and one of S splits of a bag's rows; the
 splits are added afterwards. ``_pool_rows``: one program owns a block of rows of one bag and a block of columns of a
 gradient. No atomics.
 
-Bytes: topk reads the scores once from memory and as often as a score has bits, two more times, from cache where a bag
-fits; pool reads weights once per block of P, x once per block of S. FLOPs of pool: 2 T S P forward, 4 T S P backward.
+Bytes: topk reads keys of 8 bytes once from memory and as often as a score has bits, one more time, from cache; pool
+reads weights once per block of P, x once per block of S. FLOPs of pool: 2 T S P forward, 4 T S P backward.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from bigbag.kernels.gpu import segments
 from bigbag.kernels.gpu.segments import _rows_of_split
 
 INTERPRETED = triton.knobs.runtime.interpret
+SPLIT_ROWS = 8192
 
 
 @triton.jit
@@ -131,14 +133,34 @@ def topk(x: Tensor, offsets: Tensor, k: int, largest: bool) -> Tensor:
     found = offsets.new_full((num_bags, columns, k), -1)
     if x.numel() == 0:
         return found.mT.contiguous()
-    keys = _keys(x, largest)
-    thresholds = offsets.new_empty(num_bags, columns)
-    block = 2048
-    _threshold[num_bags, columns](keys, offsets, thresholds, num_rows, k, BLOCK_T=block, BITS=8 * x.element_size())
-    _collect[num_bags, columns](keys, offsets, thresholds, found, num_rows, k, BLOCK_T=block)
-    best = keys[torch.arange(columns, device=x.device)[:, None], found.clamp_min(0)].masked_fill(found < 0, -1)
+    keys, bits = _keys(x, largest), 8 * x.element_size()
+    if num_rows > SPLIT_ROWS >= 4 * k:
+        splits = segments.Splits(offsets, num_rows, SPLIT_ROWS)
+        bounds = torch.cat([splits.starts, splits.ends[-1:]])
+        rows = _choose(keys, bounds, offsets.new_full((splits.bound, columns, k), -1), bits)
+        rows = rows.transpose(0, 1).reshape(columns, -1)  # in their order, so that of equals the first are chosen again
+        places = _choose(_at(keys, rows), splits.first * k, found, bits)
+        found = _at(rows, places.transpose(0, 1).reshape(columns, -1)).view(columns, num_bags, k).transpose(0, 1)
+    else:
+        found = _choose(keys, offsets, found, bits)
+    best = _at(keys, found.transpose(0, 1).reshape(columns, -1)).view(columns, num_bags, k).transpose(0, 1)
     order = best.sort(dim=2, descending=True, stable=True).indices
     return found.gather(2, order).mT.contiguous()
+
+
+def _choose(keys: Tensor, offsets: Tensor, found: Tensor, bits: int) -> Tensor:
+    """keys (C, T) -> ``found`` (B, C, k): the columns of the k largest of each segment in their order, -1 before."""
+    num_bags, columns, k = found.shape
+    thresholds = offsets.new_empty(num_bags, columns)
+    block = 2048
+    _threshold[num_bags, columns](keys, offsets, thresholds, keys.shape[1], k, BLOCK_T=block, BITS=bits)
+    _collect[num_bags, columns](keys, offsets, thresholds, found, keys.shape[1], k, BLOCK_T=block)
+    return found
+
+
+def _at(values: Tensor, places: Tensor) -> Tensor:
+    """(C, T) at ``places`` (C, N) of each row, -1 where those are -1."""
+    return values.gather(1, places.clamp_min(0)).masked_fill_(places < 0, -1)
 
 
 def logsumexp(x: Tensor, offsets: Tensor) -> Tensor:

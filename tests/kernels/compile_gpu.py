@@ -69,10 +69,11 @@ def attention_pool_cases(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
 
     offsets = torch.tensor([0, 1000, 1040])
     # The width of common encoders, and one that is a multiple of nothing.
-    for width, dim in ((1024, 128), (1023, 100)):
+    for width, dim, large in ((1024, 128, False), (1024, 128, True), (1023, 100, False)):
         x = torch.randn(1040, width).to(dtype)
+        attention_pool.LARGE_ROWS = 0 if large else 1 << 30
         for act, gated, keep in (("tanh", True, False), ("gelu", True, True), ("relu", False, False)):
-            yield {"width": width, "act": act, "gated": gated, "keep": keep}
+            yield {"width": width, "act": act, "gated": gated, "keep": keep, "large": large}
             total = dim * (1 + gated)
             weight, bias, w2 = torch.randn(total, width).to(dtype), torch.zeros(total), torch.zeros(2, dim)
             scores, kept = attention_pool.forward(x, weight, bias, w2, act, gated, keep)

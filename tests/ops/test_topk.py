@@ -98,3 +98,18 @@ def test_errors_name_what_does_not_fit() -> None:
         segment_pool(x[:4], x, segments)
     with pytest.raises(ValueError, match="segment_logsumexp: expected floating"):
         segment_logsumexp(x.long(), segments)
+
+
+@pytest.mark.parametrize("largest", [True, False])
+def test_long_bags_are_chosen_from_twice(
+    largest: bool, impl: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From splits of 32 rows, then from what those gave: the same rows, of equal scores the first, or fewer than k."""
+    if impl == "triton":
+        monkeypatch.setattr("bigbag.kernels.gpu.topk.SPLIT_ROWS", 32)
+    sizes = (100, 0, 3, 32, 65)
+    scores = torch.randint(0, 12, (200, 2), generator=torch.Generator().manual_seed(0)).float().to(device)
+    segments = Segments.from_sizes(sizes, device)
+    found = segment_topk(scores, segments, 7, largest=largest, impl=impl)
+    for one, other in zip(found, segment_topk(scores, segments, 7, largest=largest, impl="reference")):
+        assert torch.equal(one, other)
