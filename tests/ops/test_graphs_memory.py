@@ -32,7 +32,7 @@ def normalised_lattice(*sizes: int) -> Adjacency:
     return replace(adj, weight=scale[adj.rows()] * scale[adj.col.long()])
 
 
-_LINEAR: dict[str, Callable[[Adjacency, Tensor, Tensor], Tensor]] = {
+LINEAR: dict[str, Callable[[Adjacency, Tensor, Tensor], Tensor]] = {
     "spmm": lambda adj, x, scalar: spmm(adj, x),
     "smooth": lambda adj, x, scalar: smooth(adj, x, 0.5, 10),
     "smooth, alpha": lambda adj, x, scalar: smooth(adj, x, scalar, 10),
@@ -41,7 +41,7 @@ _LINEAR: dict[str, Callable[[Adjacency, Tensor, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("name", _LINEAR)
+@pytest.mark.parametrize("name", LINEAR)
 def test_linear_operators_stay_within_three_times_inputs_and_outputs(name: str) -> None:
     """Forward and backward, the input and the gradient that enters counted."""
     adj, x = normalised_lattice(3000), randn(3000, 256).requires_grad_()
@@ -49,7 +49,7 @@ def test_linear_operators_stay_within_three_times_inputs_and_outputs(name: str) 
     grads: list[Tensor] = []
 
     def step() -> None:
-        out = _LINEAR[name](adj, x, scalar)
+        out = LINEAR[name](adj, x, scalar)
         grads[:] = torch.autograd.grad(out, [x, scalar] if "alpha" in name else [x], torch.ones_like(out))
 
     own = sum(t.nbytes for t in (x, adj.crow, adj.col, adj.weight))

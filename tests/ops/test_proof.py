@@ -155,14 +155,14 @@ def test_custom_operators_pass_opcheck(op: Operator, impl: str, device: str) -> 
     assert checked
 
 
-@pytest.mark.parametrize("op", EACH)
-def test_compiles_to_one_graph(op: Operator) -> None:
+def compiled_and_not(op: Operator, impl: str, device: str, backend: str) -> list[tuple[Tensor, Tensor]]:
+    """Outputs and gradients, each compiled to one graph and as they are."""
     sample = NAMED[f"{op.name}, several"]
-    tensors, structure = sample.tensors(torch.float32), sample.structure("cpu")
+    tensors, structure = sample.tensors(torch.float32, device), sample.structure(device)
     names = list(tensors)
 
     def step(*values: Tensor) -> Any:
-        return sample.apply(dict(zip(names, values)), structure, "cpu")
+        return sample.apply(dict(zip(names, values)), structure, impl)
 
     def results(step: Any) -> list[Tensor]:
         out = step(*tensors.values())
@@ -171,8 +171,13 @@ def test_compiles_to_one_graph(op: Operator) -> None:
         return [*out, *torch.autograd.grad(loss, list(tensors.values()))]
 
     torch._dynamo.reset()
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for found, expected in zip(results(compiled), results(step), strict=True):
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    return list(zip(results(compiled), results(step), strict=True))
+
+
+@pytest.mark.parametrize("op", EACH)
+def test_compiles_to_one_graph(op: Operator) -> None:
+    for found, expected in compiled_and_not(op, "cpu", "cpu", "aot_eager"):
         torch.testing.assert_close(found, expected)
 
 

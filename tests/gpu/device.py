@@ -1,0 +1,48 @@
+"""Where these tests run, with which implementation, and what the host must not do there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from bigbag.adjacency import Adjacency
+from bigbag.bags import PackedBags
+
+DEVICE = os.environ.get("BIGBAG_TEST_DEVICE", "cuda")
+IMPL = "triton" if DEVICE == "cuda" else "cpu"
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Within the block, the host waiting for the device is an error."""
+    if DEVICE != "cuda":
+        yield
+        return
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def moved(adj: Adjacency) -> Adjacency:
+    """On the device."""
+    weight = None if adj.weight is None else adj.weight.to(DEVICE)
+    return replace(adj, crow=adj.crow.to(DEVICE), col=adj.col.to(DEVICE), weight=weight)
+
+
+def pack_of(instances: int, width: int, dtype: torch.dtype) -> PackedBags:
+    """One bag of label 1 on a lattice, joined to its neighbours, on the device."""
+    from bigbag.bench.models import lattice
+    from bigbag.graphs import build_adjacency
+
+    coords = lattice(instances)
+    adj = build_adjacency(coords, radius=1.5, normalize="symmetric")
+    x = torch.randn(instances, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+    pack = PackedBags(x, torch.tensor([0, instances]), (instances,), y=torch.ones(1), coords=coords, adj=adj)
+    return pack.to(DEVICE)
