@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _bench(arguments: Sequence[str]) -> int:
-    """``bench ops``, ``models``, ``loader`` or ``ranks``, each with options of its own."""
+    """``bench ops``, ``models``, ``loader``, ``ranks`` or ``tune``, each with options of its own."""
     if arguments[:1] == ["models"]:
         from bigbag.bench.models import main as bench_models
 
@@ -72,6 +72,10 @@ def _bench(arguments: Sequence[str]) -> int:
         from bigbag.bench.ranks import main as bench_ranks
 
         return bench_ranks(arguments[1:])
+    if arguments[:1] == ["tune"]:
+        from bigbag.bench.tune import main as bench_tune
+
+        return bench_tune(arguments[1:])
     from bigbag.bench import main as bench_operators
 
     return bench_operators(arguments)
@@ -115,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     add_study_options(cap_curve)
     for command in (train, evaluate):
         command.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the DeepSpeed launcher appends it
-    commands.add_parser("bench", help="Benchmarks: `bench ops`, `bench models`, `bench loader`, `bench ranks`.")
+    commands.add_parser("bench", help="Benchmarks: `bench ops`, `models`, `loader`, `ranks`, `tune`.")
     return parser
 
 

@@ -13,6 +13,8 @@ JOB = {
     "instances": 4000,
     "width": 64,
     "threads": 1,
+    "device": "cpu",
+    "memory_gib": None,
     "steps": 1,
     "max_seconds": 1,
     "recompute": False,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bigbag.bench.cases import MEASURED, Case, make_case, too_large, usual_width
 from bigbag.bench.measure import copy_bandwidth, gemm_rate, machine, seconds
-from bigbag.memory import peak_bytes
+from bigbag.memory import is_out_of_memory, peak_bytes, return_freed
 from bigbag.ops import _OPERATORS
 from bigbag.ops.registry import why_not
 from bigbag.ops.spmm import DTYPES
@@ -163,15 +163,28 @@ class Bench:
         """Every contender of ``op`` at one size."""
         case = make_case(op, num_instances, width, self.device)
         found = contenders(op, case, self.impls, self.dtypes, self.device, self.backward)
+        found = [contender for contender in found if self._runs(op, num_instances, contender)]  # compiles and warms up
         times: list[list[float]] = [[] for _ in found]
-        for turn in range(self.rounds + 1):
+        for _ in range(self.rounds):
             for contender, measured in zip(found, times):
-                elapsed = seconds(contender.step, self.device)
-                if turn:  # the first round compiles and warms up
-                    measured.append(elapsed)
-        base = statistics.median(times[0]) if case.baseline_fits else None
+                measured.append(seconds(contender.step, self.device))
+        base = statistics.median(times[0]) if found and found[0].impl is None else None
         rows = len(next(iter(case.leaves.values()))) if op != "class_token_attention" else num_instances
         return [self._row(op, case, rows, width, c, measured, base) for c, measured in zip(found, times)]
+
+    def _runs(self, op: str, num_instances: int, contender: Contender) -> bool:
+        """Whether memory suffices for one step; says so where it does not."""
+        try:
+            contender.step()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            problem = str(error).splitlines()[0]
+        else:
+            return True
+        return_freed()
+        print(f"{op}, {num_instances} instances, {contender.name}, {contender.dtype}: {problem}", file=sys.stderr)
+        return False
 
     def _row(
         self, op: str, case: Case, rows: int, width: int, contender: Contender, times: list[float], base: float | None

@@ -44,8 +44,9 @@ class Case:
     stored: tuple[str, ...] = field(default=())
 
 
-def _randn(*shape: int, scale: float = 1.0, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
+def _randn(*shape: int, device: str, scale: float = 1.0, seed: int = 0) -> Tensor:
+    """Drawn where it is used: billions of numbers take a CPU minutes."""
+    return torch.randn(*shape, generator=torch.Generator(device).manual_seed(seed), device=device) * scale
 
 
 def _segments(rows: int, device: str) -> Segments:
@@ -65,10 +66,10 @@ def _lattice(rows: int, device: str, normalize: str = "symmetric") -> Adjacency:
 
 def _attention_pool(op: str, rows: int, width: int, device: str) -> Case:
     def parameter(seed: int, *shape: int) -> Tensor:
-        return _randn(*shape, scale=shape[-1] ** -0.5, seed=seed).to(device)
+        return _randn(*shape, scale=shape[-1] ** -0.5, seed=seed, device=device)
 
     dim, segments = ATTENTION_DIM, Segments.from_sizes((rows,), device)
-    leaves = {"x": _randn(rows, width).to(device), "w1": parameter(1, dim, width), "b1": parameter(2, dim)}
+    leaves = {"x": _randn(rows, width, device=device), "w1": parameter(1, dim, width), "b1": parameter(2, dim)}
     leaves |= {"w2": parameter(3, 1, dim), "wg": parameter(4, dim, width), "bg": parameter(5, dim)}
 
     def ours(keep: bool) -> Callable[[Mapping[str, Tensor], str], Tensor]:
@@ -85,8 +86,8 @@ def _attention_pool(op: str, rows: int, width: int, device: str) -> Case:
 
 
 def _attention_scores(op: str, rows: int, width: int, device: str) -> Case:
-    leaves = {"h": _randn(rows, width).to(device), "bias": _randn(width, seed=1).to(device)}
-    leaves |= {"w2": _randn(1, width, scale=width**-0.5, seed=2).to(device)}
+    leaves = {"h": _randn(rows, width, device=device), "bias": _randn(width, seed=1, device=device)}
+    leaves |= {"w2": _randn(1, width, scale=width**-0.5, seed=2, device=device)}
     ours = {"": lambda t, impl: ops.attention_scores(**t, impl=impl)}
     baseline = ("torch's operations", lambda t: baselines.attention_scores(**t))
     size = 4.0 * rows * width
@@ -94,7 +95,7 @@ def _attention_scores(op: str, rows: int, width: int, device: str) -> Case:
 
 
 def _segment(op: str, rows: int, width: int, device: str) -> Case:
-    segments, leaves = _segments(rows, device), {"x": _randn(rows, width).to(device)}
+    segments, leaves = _segments(rows, device), {"x": _randn(rows, width, device=device)}
     function = getattr(ops, op)
     known: dict[str, tuple[str, Callable[[Mapping[str, Tensor]], Tensor]]] = {
         "segment_topk": ("torch.topk per bag", lambda t: baselines.topk(t["x"], segments, TOPK)),
@@ -114,7 +115,7 @@ def _segment(op: str, rows: int, width: int, device: str) -> Case:
 
 def _segment_pool(op: str, rows: int, width: int, device: str) -> Case:
     segments = _segments(rows, device)
-    leaves = {"weights": _randn(rows, DRAWS, seed=1).to(device), "x": _randn(rows, width).to(device)}
+    leaves = {"weights": _randn(rows, DRAWS, seed=1, device=device), "x": _randn(rows, width, device=device)}
     flops, size = 2.0 * rows * width * DRAWS, 4.0 * rows * (width + DRAWS)
     baseline = ("matmul per bag", lambda t: baselines.segment_pool(t["weights"], t["x"], segments))
     run = lambda t, impl: ops.segment_pool(t["weights"], t["x"], segments, impl=impl)  # noqa: E731
@@ -123,7 +124,7 @@ def _segment_pool(op: str, rows: int, width: int, device: str) -> Case:
 
 def _segment_dots(op: str, rows: int, width: int, device: str) -> Case:
     segments = _segments(rows, device)
-    leaves = {"x": _randn(rows, width).to(device), "y": _randn(4, DRAWS, width, seed=1).to(device)}
+    leaves = {"x": _randn(rows, width, device=device), "y": _randn(4, DRAWS, width, seed=1, device=device)}
     flops, size = 2.0 * rows * width * DRAWS, 4.0 * rows * (width + DRAWS)
     baseline = ("matmul per bag", lambda t: baselines.segment_dots(t["x"], t["y"], segments))
     run = lambda t, impl: ops.segment_dots(t["x"], t["y"], segments, impl=impl)  # noqa: E731
@@ -132,7 +133,10 @@ def _segment_dots(op: str, rows: int, width: int, device: str) -> Case:
 
 def _dot_attention_pool(op: str, rows: int, width: int, device: str) -> Case:
     segments = _segments(rows, device)
-    leaves = {"x": _randn(rows, width).to(device), "y": (_randn(4, 1, width, seed=1) / width**0.5).to(device)}
+    leaves = {
+        "x": _randn(rows, width, device=device),
+        "y": _randn(4, 1, width, seed=1, scale=width**-0.5, device=device),
+    }
     flops, size = 4.0 * rows * width, 4.0 * rows * width
     baseline = ("matmul per bag", lambda t: baselines.dot_attention_pool(t["x"], t["y"], segments))
     run = lambda t, impl: ops.dot_attention_pool(t["x"], t["y"], segments, impl=impl)[0]  # noqa: E731
@@ -142,10 +146,10 @@ def _dot_attention_pool(op: str, rows: int, width: int, device: str) -> Case:
 def _graph(op: str, rows: int, width: int, device: str) -> Case:
     adj = _lattice(rows, device)
     coo, edges = adj.to_coo(), adj.num_edges
-    leaves = {"x": _randn(rows, width).to(device)}
+    leaves = {"x": _randn(rows, width, device=device)}
     if op in ("neighbor_attention", "neighbor_scores"):
-        leaves = {"q": leaves["x"], "k": _randn(rows, width, seed=1).to(device)}
-        leaves |= {"v": _randn(rows, width, seed=2).to(device)} if op == "neighbor_attention" else {}
+        leaves = {"q": leaves["x"], "k": _randn(rows, width, seed=1, device=device)}
+        leaves |= {"v": _randn(rows, width, seed=2, device=device)} if op == "neighbor_attention" else {}
     row, col, weight = adj.rows(), adj.col.long(), adj.weight
     assert weight is not None
     size, product = 4.0 * rows * width, 2.0 * edges * width
@@ -196,8 +200,8 @@ def _graph(op: str, rows: int, width: int, device: str) -> Case:
 def _chebyshev_conv(op: str, rows: int, width: int, device: str) -> Case:
     adj, dim = _lattice(rows, device), ATTENTION_DIM
     coo = adj.to_coo()
-    matrices = _randn(dim, TERMS * width, scale=width**-0.5, seed=1)
-    leaves = {"x": _randn(rows, width).to(device), "weight": matrices.to(device)}
+    matrices = _randn(dim, TERMS * width, scale=width**-0.5, seed=1, device=device)
+    leaves = {"x": _randn(rows, width, device=device), "weight": matrices}
     size, thin = 4.0 * rows * width, 4.0 * rows * dim
     flops = 2.0 * rows * width * TERMS * dim + 2.0 * adj.num_edges * dim * (TERMS - 1)
     run = lambda t, impl: ops.chebyshev_conv(adj, t["x"], t["weight"], 2.0, impl=impl)  # noqa: E731
@@ -208,7 +212,7 @@ def _chebyshev_conv(op: str, rows: int, width: int, device: str) -> Case:
 
 def _smooth_exact_directed(op: str, rows: int, width: int, device: str) -> Case:
     adj = _lattice(rows, device, "row")
-    coo, leaves, size = adj.to_coo(), {"x": _randn(rows, width).to(device)}, 4.0 * rows * width
+    coo, leaves, size = adj.to_coo(), {"x": _randn(rows, width, device=device)}, 4.0 * rows * width
     run = lambda t, impl: ops.smooth_exact_directed(adj, t["x"], 1.0, impl=impl)  # noqa: E731
     baseline = ("dense solve", lambda t: baselines.smooth_exact(coo, t["x"], 1.0))
     flops = 4.0 * adj.num_edges * width
@@ -218,8 +222,8 @@ def _smooth_exact_directed(op: str, rows: int, width: int, device: str) -> Case:
 def _sampled_attention(op: str, rows: int, width: int, device: str) -> Case:
     """``width`` draws, as many as ProbSmoothABMIL takes, of one bag's attention on eight values."""
     segments = Segments.from_sizes((rows,), device)
-    leaves = {"mu": _randn(rows), "log_var": _randn(rows, seed=1), "values": _randn(rows, HEADS, seed=2)}
-    leaves = {name: value.to(device) for name, value in leaves.items()}
+    leaves = {"mu": _randn(rows, device=device), "log_var": _randn(rows, seed=1, device=device)}
+    leaves |= {"values": _randn(rows, HEADS, seed=2, device=device)}
 
     def kept(t: Mapping[str, Tensor]) -> Tensor:
         # The same normals, drawn in every step as the operator does.
@@ -237,7 +241,7 @@ def _sampled_attention(op: str, rows: int, width: int, device: str) -> Case:
 def _attention_draws(op: str, rows: int, width: int, device: str) -> Case:
     """``width`` draws of one bag's attention."""
     segments = Segments.from_sizes((rows,), device)
-    leaves = {"mu": _randn(rows).to(device), "log_var": _randn(rows, seed=1).to(device)}
+    leaves = {"mu": _randn(rows, device=device), "log_var": _randn(rows, seed=1, device=device)}
     run = lambda t, impl: ops.attention_draws(t["mu"], t["log_var"], segments, width, seed=0, impl=impl)  # noqa: E731
     baseline = ("its definition in torch", lambda t: run(t, "reference"))
     size = 4.0 * rows * width
@@ -247,7 +251,7 @@ def _attention_draws(op: str, rows: int, width: int, device: str) -> Case:
 def _expected_attention(op: str, rows: int, width: int, device: str) -> Case:
     """The exact mean of one bag's attention; ``width`` has no part in it."""
     segments = Segments.from_sizes((rows,), device)
-    leaves = {"mu": _randn(rows).to(device), "log_var": _randn(rows, seed=1).to(device)}
+    leaves = {"mu": _randn(rows, device=device), "log_var": _randn(rows, seed=1, device=device)}
 
     def run(t: Mapping[str, Tensor], impl: str) -> Tensor:
         return ops.expected_attention(t["mu"], t["log_var"], segments, impl=impl)
@@ -259,7 +263,7 @@ def _expected_attention(op: str, rows: int, width: int, device: str) -> Case:
 
 def _attention(op: str, rows: int, width: int, device: str) -> Case:
     shape, segments = (rows, HEADS, max(1, width // HEADS)), Segments.from_sizes((rows,), device)
-    q, k, v = (_randn(*shape, seed=seed).to(device) for seed in range(3))
+    q, k, v = (_randn(*shape, seed=seed, device=device) for seed in range(3))
     size = 4.0 * rows * width
     if op == "class_token_attention":
         baseline = ("einsum and softmax", lambda t: baselines.class_token_attention(t["q_cls"], t["k"]))

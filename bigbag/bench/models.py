@@ -8,6 +8,10 @@ and backward on a lattice-shaped bag of one label. Beside the time stands its li
 pass three times (less the gradient of the features, which need none) at the machine's own GEMM rate, and three reads of
 the features at its copy rate. torchmil is taken where it is installed; a contender that fails or runs out of time is
 reported as such.
+
+    python launch/bench.py models --models ABMIL --sizes 100000,1000000 --device cuda --memory-gib 24
+
+On a GPU memory is what torch allocates there; ``--memory-gib`` lets no contender have more.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +34,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bigbag import ops
-from bigbag.bench.measure import copy_bandwidth, gemm_rate
+from bigbag.bench.measure import copy_bandwidth, gemm_rate, machine
 from bigbag.memory import resident_bytes
 
 _VAE = {"name": "VariationalAutoEncoderMIL", "layer_sizes": [256, 64], "activations": ["relu", "None"]}
@@ -52,7 +57,9 @@ def lattice(num_instances: int) -> Tensor:
     return torch.stack([index % side, index // side], 1)
 
 
-def make_loss(library: str, name: str, num_instances: int, width: int, dtype: torch.dtype, recompute: bool) -> Any:
+def make_loss(
+    library: str, name: str, num_instances: int, width: int, dtype: torch.dtype, recompute: bool, device: str = "cpu"
+) -> Any:
     """The model and a function that computes its loss on one bag."""
     from bigbag.graphs import build_adjacency
 
@@ -63,22 +70,24 @@ def make_loss(library: str, name: str, num_instances: int, width: int, dtype: to
         module = __import__(f"{library}.nn", fromlist=["nn"])
         arguments["feat_ext"] = getattr(module, settings.pop("name"))(input_shape=(width,), **settings)
     cls = getattr(__import__(f"{library}.models", fromlist=["models"]), name)
-    model = cls(in_shape=(width,), **arguments).train()
-    x, y = torch.randn(num_instances, width), torch.ones(1)
+    model = cls(in_shape=(width,), **arguments).train().to(device)
+    x, y = torch.randn(num_instances, width, device=device), torch.ones(1, device=device)
     coords = lattice(num_instances)
     adj = build_adjacency(coords, radius=1.5, normalize="symmetric")
     if library == "bigbag":
         from bigbag.bags import PackedBags, Segments
 
         model.activation_checkpointing = recompute
-        segments = Segments.from_sizes((num_instances,))
-        x = x.to(dtype)
-        bags = PackedBags(x, segments.offsets, segments.sizes, y=y, coords=coords, adj=adj)
+        segments = Segments.from_sizes((num_instances,), device)
+        weight = None if adj.weight is None else adj.weight.to(device)
+        adj = replace(adj, crow=adj.crow.to(device), col=adj.col.to(device), weight=weight)
+        bags = PackedBags(x.to(dtype), segments.offsets, segments.sizes, y=y, coords=coords.to(device), adj=adj)
 
         def loss_terms() -> Any:
             return model.compute_loss(y, bags)[1]
     else:
         named = {"X": x[None], "adj": adj.to_coo()[None], "coords": coords[None], "mask": torch.ones(1, num_instances)}
+        named = {key: value.to(device) for key, value in named.items()}
         taken = model.compute_loss.__code__.co_varnames[: model.compute_loss.__code__.co_argcount]
         # torchmil needs a mask in DTFDMIL only; elsewhere it costs time for nothing.
         batch = {key: named[key] for key in named if key in taken and (key != "mask" or name == "DTFDMIL")}
@@ -87,15 +96,17 @@ def make_loss(library: str, name: str, num_instances: int, width: int, dtype: to
             return model.compute_loss(y, **batch)[1]
 
     def loss() -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
             return torch.stack([value.float() for value in loss_terms().values()]).sum()
 
     return model, loss
 
 
-def make_step(library: str, name: str, num_instances: int, width: int, dtype: torch.dtype, recompute: bool) -> Any:
+def make_step(
+    library: str, name: str, num_instances: int, width: int, dtype: torch.dtype, recompute: bool, device: str = "cpu"
+) -> Any:
     """A function that does one training step (forward, loss, backward) on one bag and returns the loss."""
-    model, loss = make_loss(library, name, num_instances, width, dtype, recompute)
+    model, loss = make_loss(library, name, num_instances, width, dtype, recompute, device)
 
     def step() -> float:
         value = loss()
@@ -137,18 +148,25 @@ def step_flops(name: str, num_instances: int, width: int) -> float:
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """Run one job in this process: seconds of a step, and the most resident bytes beyond those before it."""
+    """Run one job in this process: seconds of a step, and the most bytes beyond those before it: resident ones, or
+    those that torch allocates on a GPU."""
     torch.set_num_threads(job["threads"])
-    dtype = getattr(torch, job["dtype"])
-    shape = (job["width"], dtype, job["recompute"])
+    dtype, on_gpu = getattr(torch, job["dtype"]), job["device"] == "cuda"
+    if on_gpu and job["memory_gib"]:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, job["memory_gib"] * 2**30 / total))
+    shape = (job["width"], dtype, job["recompute"], job["device"])
     make_step(job["library"], job["model"], _WARM_UP, *shape)()  # compiles, imports and starts threads
     step = make_step(job["library"], job["model"], job["instances"], *shape)
-    before = resident_bytes("VmRSS") or 0
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = torch.cuda.memory_allocated() if on_gpu else resident_bytes("VmRSS") or 0
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     started = time.perf_counter()
     loss = step()
     seconds = [time.perf_counter() - started]
-    peak = (resident_bytes("VmHWM") or 0) - before
+    peak = (torch.cuda.max_memory_allocated() if on_gpu else resident_bytes("VmHWM") or 0) - before
     while len(seconds) < job["steps"] and sum(seconds) < job["max_seconds"]:
         started = time.perf_counter()
         step()
@@ -179,6 +197,7 @@ def bench_model(name: str, instances: int, options: argparse.Namespace, gemm: An
 
     shared = {"model": name, "instances": instances, "width": options.width, "threads": options.threads}
     shared |= {"steps": options.steps, "max_seconds": options.seconds}
+    shared |= {"device": options.device, "memory_gib": options.memory_gib}
     contenders = [("bigbag", d, r) for d in options.dtypes.split(",") for r in (False, True)]
     theirs = importlib.util.find_spec("torchmil") is not None and name not in ("CLAM_MB", "MeanMIL", "MaxMIL")
     if theirs and not options.without_torchmil:
@@ -226,6 +245,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--width", type=int, default=1024, help="features per instance")
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--memory-gib", type=float, help="of a GPU's memory, as much as a contender may have")
     parser.add_argument("--steps", type=int, default=15, help="most steps timed")
     parser.add_argument("--rounds", type=int, default=1, help="turns of each contender, of which the best counts")
     parser.add_argument("--seconds", type=float, default=10, help="no further step after so many seconds")
@@ -240,10 +261,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     # float32 for torchmil. Without instructions for bfloat16, a processor's rate in it takes minutes to measure.
     measured = dict.fromkeys(["float32", *options.dtypes.split(",")])
-    gemm = {name: gemm_rate("cpu", getattr(torch, name)) * 1e9 for name in measured}
-    copy = copy_bandwidth("cpu") * 1e9
+    gemm = {name: gemm_rate(options.device, getattr(torch, name)) * 1e9 for name in measured}
+    copy = copy_bandwidth(options.device) * 1e9
     shown = ", ".join(f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in gemm.items())
-    print(f"{options.threads} threads, GEMM {shown}, copy {copy / 1e9:.1f} GB/s, torch {torch.__version__}")
+    print(f"{machine(options.device)}, GEMM {shown}, copy {copy / 1e9:.1f} GB/s, torch {torch.__version__}")
     rows: list[dict[str, Any]] = []
     for name in names:
         for instances in map(int, options.sizes.split(",")):

@@ -277,7 +277,7 @@ def spread(q: Tensor, keys: Tensor, values: Tensor, offsets: Tensor, counts: Ten
     (num_rows, heads, dim), (landmarks, width) = q.shape, values.shape[2:]
     out, norms = q.new_empty(num_rows, heads, width), keys.new_empty(2, num_rows, heads)
     if num_rows:
-        options = _options(q, width, landmarks, "rows")
+        options = _options(q, width, landmarks, owner="rows")
         bags, starts = _blocks(offsets, num_rows, options["BLOCK_T"])
         _spread[len(bags), heads](
             q, keys, values, out, norms[0], norms[1], bags, starts, offsets, counts, heads, landmarks, dim, width,
@@ -293,7 +293,7 @@ def gather(queries: Tensor, k: Tensor, v: Tensor, offsets: Tensor, counts: Tenso
     (num_bags, heads, landmarks, dim), (num_rows, _, width) = queries.shape, v.shape
     if num_rows == 0:
         return queries.new_zeros(*queries.shape[:3], width), queries.new_zeros(2, *queries.shape[:3])
-    options = _options(k, width, landmarks, "landmarks")
+    options = _options(k, width, landmarks, owner="landmarks")
     block = options["BLOCK_M"]
     splits = _splits(offsets, num_rows, heads, landmarks, block)
     parts = queries.new_empty(splits, num_bags, heads, landmarks, width)
@@ -328,14 +328,14 @@ def _backward(
     g1, g2 = torch.empty_like(r1), None if spread_pass else torch.empty_like(r2)
     if num_rows == 0:
         return g1, g2, torch.zeros_like(l1), torch.zeros_like(l2) if spread_pass else None
-    options = _options(r1, width, landmarks, "rows")
+    options = _options(r1, width, landmarks, owner="rows")
     bags, starts = _blocks(offsets, num_rows, options["BLOCK_T"])
     common = (r1, r2, l1, l2, norms[0], norms[1], delta)
     sizes = (heads, landmarks, dim, width, spread_pass)
     _row_grads[len(bags), heads](
         *common, g1, g1 if g2 is None else g2, bags, starts, offsets, counts, *sizes, **options
     )
-    options = _options(r1, width, landmarks, "landmarks", both_grads=spread_pass)
+    options = _options(r1, width, landmarks, owner="landmarks", both_grads=spread_pass)
     block = options["BLOCK_M"]
     splits = _splits(offsets, num_rows, heads, landmarks, block)
     h1 = l1.new_empty(splits, *l1.shape)
@@ -373,7 +373,7 @@ def weigh(queries: Tensor, k: Tensor, norms: Tensor, weights: Tensor, offsets: T
     (num_rows, heads, dim), landmarks = k.shape, queries.shape[2]
     out = weights.new_empty(num_rows, heads, 1)
     if num_rows:
-        options = _options(k, 1, landmarks, "rows")
+        options = _options(k, 1, landmarks, owner="rows")
         bags, starts = _blocks(offsets, num_rows, options["BLOCK_T"])
         marks = (queries.contiguous(), column, norms[0], norms[1], torch.zeros_like(norms[0]))
         _row_grads[len(bags), heads](

@@ -113,3 +113,22 @@ def test_baselines_compute_the_same_thing(op: str, monkeypatch: pytest.MonkeyPat
         grads = torch.autograd.grad(found, list(leaves.values()), incoming.view(found.shape))
         for grad, other in zip(grads, wanted, strict=True):
             torch.testing.assert_close(grad, other, rtol=1e-3, atol=1e-3 * max(1.0, float(other.abs().max())))
+
+
+def test_what_memory_does_not_suffice_for_is_left_out_aloud(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without its baseline there is no ratio."""
+
+    def refuse(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("no memory for this")
+
+    monkeypatch.setattr(bench.cases.baselines, "segment", refuse)
+    path = tmp_path / "out.csv"
+    arguments = ["ops", "--op", "segment_sum", "--sizes", "50", "--rounds", "1", "--device", "cpu", "--csv", str(path)]
+    assert bench.main(arguments) == 0
+    said = "segment_sum, 50 instances, index_add, scatter_reduce, torch.float32: no memory for this"
+    assert said in capsys.readouterr().err
+    with path.open() as file:
+        found = [(row["contender"], row["dtype"], row["ratio"]) for row in csv.DictReader(file)]
+    assert found == [("cpu", "float32", ""), ("cpu", "bfloat16", "")]
