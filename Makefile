@@ -21,7 +21,7 @@ test: .venv/dev.done lint
 # The proof of the operators on the device, by several processes, since most of its time is compilation; then the rest.
 gpu: $(if $(filter $(BIN)/%,$(GPU_PYTHON)),.venv/dev.done)
 	$(GPU_PYTHON) -m pytest -n $(GPU_WORKERS) -m "gpu and not large" tests/ops
-	$(GPU_PYTHON) -m pytest -n 0 tests/gpu
+	$(GPU_PYTHON) -m pytest -n 4 --dist=loadfile tests/gpu
 
 lint: .venv/dev.done
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

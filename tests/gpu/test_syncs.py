@@ -13,17 +13,21 @@ from tests.gpu.device import DEVICE, IMPL, no_waiting
 from tests.models.test_models import SMALL, build, make_pack
 from tests.ops.test_proof import NAMED
 
+WAITING = {"smooth_exact": "it goes on until the residual is small enough, which it reads every few steps"}
+
 
 def test_waiting_is_noticed() -> None:
     if DEVICE != "cuda":
         pytest.skip("there is nothing to wait for")
     for wait in (lambda t: t.sum().item(), lambda t: torch.tensor([1], device=DEVICE)):
-        with pytest.raises(RuntimeError, match="synchroniz"), no_waiting():
+        with pytest.raises(RuntimeError, match="synchroniz"), no_waiting([]):
             wait(torch.ones(3, device=DEVICE))
 
 
 @pytest.mark.parametrize("op", [pytest.param(op, id=op.name) for op in _OPERATORS])
 def test_operators_wait_for_nothing(op: Operator) -> None:
+    if op.name in WAITING and DEVICE == "cuda":
+        pytest.skip(WAITING[op.name])
     sample = NAMED[f"{op.name}, several"]
     tensors, structure = sample.tensors(torch.float32, DEVICE), sample.structure(DEVICE)
 
@@ -37,7 +41,8 @@ def test_operators_wait_for_nothing(op: Operator) -> None:
     outputs = step(None)
     incoming = [weight.to(out.dtype) for weight, out in zip(fixed_random(outputs), outputs)]
     step(incoming)  # compiles, and what is kept from then on
-    with no_waiting():
+    parts = [vars(value) if hasattr(value, "__dict__") else value for value in structure.values()]
+    with no_waiting([*tensors.values(), *parts]):
         step(incoming)
 
 
@@ -60,6 +65,6 @@ def test_a_training_step_waits_for_nothing(name: str, precision: str) -> None:
 
     step()
     before = [p.detach().clone() for p in model.parameters()]
-    with no_waiting():
+    with no_waiting([*model.parameters(), *model.buffers(), *vars(pack).values(), *vars(pack.adj).values()]):
         step()
     assert any((p != b).any() for p, b in zip(model.parameters(), before))
