@@ -81,7 +81,9 @@ CANDIDATES: dict[tuple[str, str], list[Candidate]] = {
             backward=False,
         ),
         *_candidates(
-            _ATTEND, _tiles("M N warps stages", (64, 64, 4, 2), (64, 64, 4, 1), (128, 64, 8, 2)), backward=True
+            _ATTEND,
+            _tiles("M N warps stages", (64, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 1), (128, 64, 8, 2)),
+            backward=True,
         ),
     ],
     ("nystrom_attention", "bfloat16"): [

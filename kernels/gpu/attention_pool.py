@@ -16,15 +16,16 @@ CHUNK_ROWS * (D' + P) elements, three (T, H) float32, and (D' + H D) floats per 
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
 from bigbag.kernels.gpu.attention_scores import add_scores, differentiate, load_rows
-from bigbag.kernels.gpu.target import is_hopper
 
 CHUNK_ROWS = 65536
 LARGE_ROWS = 32768
@@ -102,6 +103,12 @@ def _grad_projection(
     )  # fmt: skip
 
 
+@cache
+def _is_hopper() -> bool:
+    """Whether four warps multiply a tile of 64 rows in one instruction, which reads from shared memory (sm_90)."""
+    return bool(driver.active.get_current_target().arch == 90)
+
+
 def _options(weight: Tensor, num_rows: int, dim: int, act: str, gated: bool, keep: bool, back: bool) -> dict[str, Any]:
     """Compile-time arguments. The tiles are those without register spills on sm_80 and sm_90.
 
@@ -111,7 +118,7 @@ def _options(weight: Tensor, num_rows: int, dim: int, act: str, gated: bool, kee
     """
     exact = weight.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     tiles: dict[str, object] = {"BLOCK_T": 64, "BLOCK_D": 64, "BLOCK_P": 64, "num_warps": 8, "num_stages": 3}
-    if not INTERPRETED and is_hopper():
+    if not INTERPRETED and _is_hopper():
         if not back and num_rows >= LARGE_ROWS:
             tiles["BLOCK_T"] = 128
         if back and not keep and dim > 64:

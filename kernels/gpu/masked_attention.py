@@ -21,8 +21,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bigbag.kernels.gpu.target import is_hopper
-
 INTERPRETED = triton.knobs.runtime.interpret
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -373,9 +371,7 @@ class _Call:
         if extras:
             return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
         if backward:
-            # Hopper's instructions for whole groups of warps need 64 keys, of which other devices spill.
-            keys = 32 if wide and not is_hopper() else 64
-            return {"BLOCK_M": 64, "BLOCK_N": keys, "num_warps": 8, "num_stages": 2}
+            return {"BLOCK_M": 64, "BLOCK_N": 32 if wide else 64, "num_warps": 8, "num_stages": 2}
         narrow = width <= 128
         return {
             "BLOCK_M": 128 if narrow else 64,

@@ -22,7 +22,6 @@ KERNELS = {
     "masked_attention": {"_forward", "_grad_q", "_grad_kv"},
     "nystrom": {"_spread", "_gather", "_row_grads", "_landmark_grads"},
     "segments": {"_sum_splits", "_combine_sums", "_max_splits", "_row_dots"},
-    "target": set(),
     "spmm": {"_spmm", "_edge_dots", "_edge_softmax", "_edge_softmax_backward"},
     "topk": {"_threshold", "_collect", "_pool", "_pool_rows"},
 }
