@@ -4,10 +4,9 @@
 
 Each contender runs in a process of its own, so that its peak memory is its own; with several rounds the contenders take
 turns, and of each counts its best round, since other users of a machine only ever slow it down. A step is forward, loss
-and backward on a lattice-shaped bag of one label. Beside the time stands its limit: the matrix products of the forward
-pass three times (less the gradient of the features, which need none) at the machine's own GEMM rate, and three reads of
-the features at its copy rate. torchmil is taken where it is installed; a contender that fails or runs out of time is
-reported as such.
+and backward on a lattice-shaped bag of one label. Beside the time stands its limit: the matrix products of the step,
+once each, at the machine's own GEMM rate, and three reads of the features at its copy rate. torchmil is taken where it
+is installed; a contender that fails or runs out of time is reported as such.
 
     python launch/bench.py models --models ABMIL --sizes 100000,1000000 --device cuda --memory-gib 24
 
@@ -31,11 +30,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from bigbag import ops
 from bigbag.bench.measure import copy_bandwidth, gemm_rate, machine
 from bigbag.memory import resident_bytes
+from bigbag.ops import _OPERATORS
 
 _VAE = {"name": "VariationalAutoEncoderMIL", "layer_sizes": [256, 64], "activations": ["relu", "None"]}
 ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -117,34 +118,74 @@ def make_step(
     return step
 
 
-def _addmm_flops(_: Any, left: Sequence[int], right: Sequence[int], *__: Any, **___: Any) -> int:
+def _addmm_flops(left: Tensor, first: Tensor, second: Tensor, **_: Any) -> int:
     """Of the product in place, which torch's counter leaves out."""
-    return 2 * left[0] * left[1] * right[1]
+    return 2 * first.shape[0] * first.shape[1] * second.shape[1]
+
+
+def _convolution_backward_flops(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any, **_: Any) -> int:
+    """As many as forward for each gradient; torch's counter forgets the groups in that of the weight."""
+    transposed, wanted = rest[4], rest[-1]
+    return sum(wanted[:2]) * conv_flop_count(list(x.shape), list(weight.shape), list(grad.shape), transposed)
+
+
+class _Counter(TorchDispatchMode):
+    """Adds up the FLOP of matrix products, and of operators that count theirs.
+
+    In a backward pass, what is done with gradients enabled is done again, to save memory, and not counted.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = self.own_flops = 0
+        self.backward = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, packet = kwargs or {}, func.overloadpacket
+        out = func(*args, **kwargs)
+        if packet in _OWN:
+            self.own_flops += _OWN[packet](*args, **kwargs)
+        elif packet in _PRODUCTS and not (self.backward and torch.is_grad_enabled()):
+            self.flops += _PRODUCTS[packet](*args, **kwargs, out_val=out)
+        return out
+
+
+_PRODUCTS = {
+    **flop_registry,
+    torch.ops.aten.addmm_: _addmm_flops,
+    torch.ops.aten.convolution_backward: _convolution_backward_flops,
+}
+_OWN = {getattr(torch.ops.bigbag, name): flops for row in _OPERATORS for name, flops in row.flops.items()}
+
+
+def _count(name: str, num_instances: int, width: int) -> _Counter:
+    """Of a step on a bag, in the references of all operators that do not count themselves."""
+    references = {row.name: "reference" for row in _OPERATORS if not row.flops}
+    _, loss = make_loss("bigbag", name, num_instances, width, torch.float32, False)
+    with ops.use_impl(references), _Counter() as counter:
+        value = loss()
+        counter.backward = True
+        value.backward()
+    return counter
 
 
 def step_flops(name: str, num_instances: int, width: int) -> float:
-    """FLOP of the matrix products that a training step of a model cannot do without.
+    """FLOP of the matrix products that a training step of a model cannot do without, forward and backward.
 
-    Those of the forward pass, counted in the operators' references on three small bags (a polynomial of degree 2 in the
-    number of instances: exact attention has the square), times 3, less the gradient of the features by the first
-    matrix, but no less than 2 times: the forward pass and the gradients of the weights. Too many for LongNetMIL, since
-    the reference of dilated attention forms all pairs, and for VAEABMIL, whose likelihood takes as many backward as
-    forward.
+    Counted in the operators' references on three small bags: a polynomial of degree 2 in the number of instances, since
+    exact attention has the square. Dilated attention, whose pairs are no polynomial, counts them by itself; with it
+    the bag has its own size.
     """
-    forward = []
-    with ops.use_impl(dict.fromkeys(ops.chosen("cpu"), "reference")), torch.no_grad():
-        for size in _COUNTED:
-            model, loss = make_loss("bigbag", name, size, width, torch.float32, False)
-            with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm_flops}) as counter:
-                loss()
-            forward.append(counter.get_total_flops())
-    first = next((p.numel() for p in model.parameters() if p.dim() == 2), 0)
+    counters = [_count(name, size, width) for size in _COUNTED]
+    if counters[0].own_flops:
+        whole = _count(name, num_instances, width)
+        return whole.flops + whole.own_flops
     # Lagrange's form of the polynomial through the three counts.
     total = 0.0
-    for at, count in zip(_COUNTED, forward):
+    for at, counter in zip(_COUNTED, counters):
         others = [size for size in _COUNTED if size != at]
-        total += count * math.prod((num_instances - other) / (at - other) for other in others)
-    return max(3 * total - 2 * num_instances * first, 2 * total)
+        total += counter.flops * math.prod((num_instances - other) / (at - other) for other in others)
+    return total
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ the logsumexp of the whole, and nothing is kept for a branch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -290,4 +290,28 @@ def _differentiate(ctx: Any, grad: Any, _: Any) -> Any:
 
 _dilated.register_autograd(_differentiate, setup_context=_setup)
 
-OPERATORS = (Operator("dilated_attention", dilated_attention, _DTYPES),)
+
+def _pairs(heads: int, offsets: Sequence[Tensor], groups: Sequence[int]) -> int:
+    """Pairs of a query and a key, in all heads and branches together."""
+    return sum(heads // count * int(cut.diff().square().sum()) for cut, count in zip(offsets, groups))
+
+
+def _forward_flops(
+    q: Tensor, k: Tensor, v: Tensor, rows: Any, group: Any, offsets: Sequence[Tensor], groups: Sequence[int], *_: Any
+) -> int:
+    """Of a pair: its score, and its share of the output."""
+    return 2 * (q.shape[2] + v.shape[2]) * _pairs(q.shape[1], offsets, groups)
+
+
+def _backward_flops(grad: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *lists: Any) -> int:
+    """Of a pair: its score again, and the gradients to q and k; that to its weight, and the one to v."""
+    _, _, offsets, groups, *_ = lists
+    return 2 * (3 * q.shape[2] + 2 * v.shape[2]) * _pairs(q.shape[1], offsets, groups)
+
+
+_FLOPS: dict[str, Callable[..., int]] = {
+    "dilated_attention": _forward_flops,
+    "dilated_attention_backward": _backward_flops,
+}
+
+OPERATORS = (Operator("dilated_attention", dilated_attention, _DTYPES, flops=_FLOPS),)

@@ -36,6 +36,7 @@ class Operator:
         dtypes: implementation -> dtypes of the first argument that it takes, in order of preference.
         deterministic: two runs give the same bits.
         excludes: implementation -> the calls that it does not take, whatever their dtype; the next one gets them.
+        flops: custom operator -> FLOP of a call, from its arguments: where the reference's own would be too many.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Operator:
     dtypes: Mapping[str, tuple[torch.dtype, ...]]
     deterministic: bool = True
     excludes: Mapping[str, str] = field(default_factory=dict)
+    flops: Mapping[str, Callable[..., int]] = field(default_factory=dict)
 
 
 def _find(module: str) -> bool:

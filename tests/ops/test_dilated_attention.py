@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from bigbag import Segments, ops
+from bigbag.ops.dilated_attention import OPERATORS
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -46,6 +50,35 @@ def test_is_the_paper_s(heads: int, lengths: tuple[int, ...], dilations: tuple[i
     found = ops.dilated_attention(q, k, v, segments, branches, impl=impl)
     expected = torch.cat([paper(*(t[s:e] for t in (q, k, v)), lengths, dilations) for s, e in ((0, 41), (41, 50))])
     torch.testing.assert_close(found, expected)
+
+
+def test_flops_are_those_of_the_pairs_that_attend() -> None:
+    lengths, dilations = (8, 20, 64, 90), (1, 2, 4, 5)
+    segments = Segments.from_sizes((41,))
+    q, k, v = (randn(41, 4, dim).requires_grad_() for dim in (6, 6, 5))
+    with FlopCounterMode(display=False) as naive:
+        out = paper(q, k, v, lengths, dilations)
+        forward = naive.get_total_flops()
+        out.sum().backward()
+    (operator,) = OPERATORS
+    mapping = {getattr(torch.ops.bigbag, name): _get_raw(flops) for name, flops in operator.flops.items()}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as own:
+        branches = ops.dilated_branches(segments, 4, lengths, dilations)
+        out = ops.dilated_attention(q, k, v, segments, branches, impl="cpu")
+        assert own.get_total_flops() == forward
+        out.sum().backward()
+    # Scores are computed again in the backward pass: 6 of the 11 columns of both products.
+    assert own.get_total_flops() == naive.get_total_flops() + forward * 6 // 11
+
+
+def _get_raw(flops: Any) -> Any:
+    """A formula that gets tensors, where the counter would give it their shapes."""
+
+    def of_call(*args: Any, out_val: Any) -> int:
+        return flops(*args)
+
+    of_call._get_raw = True  # type: ignore[attr-defined]
+    return of_call
 
 
 def test_one_branch_over_everything_is_masked_attention() -> None:
