@@ -223,7 +223,7 @@ def _forward(
         before = of_branch.take(lse)
         total = torch.logaddexp(before, part_lse)
         old, new = ((sums - total).exp_().nan_to_num_(0.0)[..., None] for sums in (before, part_lse))
-        of_branch.put(out, old * of_branch.take(out) + new * part)
+        of_branch.put(out, of_branch.take(out).mul_(old).addcmul_(new, part))
         of_branch.put(lse, total)
     return out.to(q.dtype), lse
 
