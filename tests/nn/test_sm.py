@@ -115,6 +115,30 @@ def test_exact_solve_on_a_directed_graph():
         ops.smooth_exact_directed(replace(adj, weight=adj.weight.requires_grad_()), f, gamma)
 
 
+@pytest.mark.parametrize(("dtype", "gamma"), [(torch.float32, 1.0), (torch.float64, 1.0), (torch.float64, 10.0)])
+def test_exact_solve_where_the_steps_lead_takes_no_conjugate_gradients(monkeypatch, dtype, gamma):
+    monkeypatch.setattr("bigbag.ops.smooth_directed._conjugate_gradients", None)
+    adj = lattice(200, "row")
+    coef = torch.tensor(gamma, dtype=torch.float64, requires_grad=True)
+    f, weights = torch.randn(2, 200, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    f[:, 3] = 0
+    f.requires_grad_()
+    matrix = (1 + coef) * torch.eye(200, dtype=torch.float64) - coef * dense(adj).double()
+    expected, found = torch.linalg.solve(matrix, f.double()), ops.smooth_exact_directed(adj, f, coef)
+    error, rounding = (found - expected).double(), torch.finfo(dtype).eps
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+    # The residual is what is promised; rounding the result adds (1 + 2 gamma) roundings of it.
+    residual = (matrix @ error).norm(dim=0)
+    assert (residual <= tolerance * f.norm(dim=0) + (1 + 2 * gamma) * rounding * expected.norm(dim=0)).all()
+    grads = [torch.autograd.grad((out * weights).sum(), [f, coef]) for out in (expected, found)]
+    torch.testing.assert_close(grads[1], grads[0], rtol=20 * tolerance, atol=200 * tolerance)
+
+
+def test_exact_solve_says_where_it_does_not_get_there():
+    with pytest.raises(ValueError, match="after 5 steps"):
+        ops.smooth_exact_directed(lattice(30, "row"), torch.randn(30, 2), 50.0, max_steps=5)
+
+
 @pytest.mark.parametrize("spectral_norm", [False, True])
 @pytest.mark.parametrize("mode", ["approx", "exact"])
 @pytest.mark.parametrize("where", ["early", "mid", "late", "none"])
