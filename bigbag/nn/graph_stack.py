@@ -11,7 +11,8 @@ from torch.autograd.function import once_differentiable
 
 from bigbag import ops
 from bigbag.adjacency import Adjacency
-from bigbag.nn.rows import State, hooks_aside, row_chunks
+from bigbag.nn.recompute import State, hooks_aside
+from bigbag.nn.rows import row_chunks
 from bigbag.ops.registry import compute_dtype
 
 RowFunction = Callable[[Tensor], Tensor]

@@ -11,7 +11,8 @@ from torch.autograd.function import once_differentiable
 
 from bigbag.bags import Segments
 from bigbag.kernels.cpu.memory import huge_pages
-from bigbag.nn.rows import State, chunk_rows, gradients, trained_tensors
+from bigbag.nn.recompute import State, gradients, trained_tensors
+from bigbag.nn.rows import chunk_rows
 from bigbag.ops import distributed
 from bigbag.ops.segments import log_sums
 

@@ -2,34 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bigbag.kernels.cpu.memory import huge_pages
+from bigbag.nn.recompute import State, gradients, trained_tensors
 from bigbag.ops.registry import compute_dtype
 
 _ROWS = {"cpu": 2048, "cuda": 16_384}
 
 
 class Projection(NamedTuple):
-    """A linear map at the end of a row-wise function, its result cut into parts of these ``widths``; None: one."""
+    """A linear map at the end of a row-wise function, which the backward pass need not compute again.
+
+    Attributes:
+        weight, bias: of the map.
+        widths: the parts that its result is cut into; None: one.
+        added: the function has a second result, which is added to the map's only part: a residual connection.
+    """
 
     weight: Tensor
     bias: Tensor | None = None
     widths: tuple[int, ...] | None = None
+    added: bool = False
 
     def room(self, num_rows: int) -> list[Tensor]:
         """Memory for the parts ``(num_rows, width)`` of the result, in the dtype of the products."""
         widths, dtype = self.widths or self.weight.shape[:1], compute_dtype(self.weight)
         return [huge_pages(self.weight.new_empty(num_rows, width, dtype=dtype)) for width in widths]
 
-    def into(self, places: Sequence[Tensor], rows: Tensor) -> None:
+    def of(self, rows: Tensor, added: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The parts of the result for ``rows``, differentiable."""
+        dtype = compute_dtype(self.weight)
+        weights = self.weight.to(dtype).split(self.widths or self.weight.shape[:1])
+        biases = [None] * len(weights) if self.bias is None else self.bias.to(dtype).split([len(w) for w in weights])
+        found = [F.linear(rows.to(dtype), weight, bias) for weight, bias in zip(weights, biases)]
+        return tuple(found) if added is None else ((found[0] + added).to(dtype),)
+
+    def into(self, places: Sequence[Tensor], rows: Tensor, added: Tensor | None = None) -> None:
         """Write the parts of the result for ``rows`` to ``places``: one pass over the memory of the result."""
         widths, dtype = [place.shape[1] for place in places], places[0].dtype
         weights, rows = self.weight.to(dtype).split(widths), rows.to(dtype)
@@ -39,6 +55,8 @@ class Projection(NamedTuple):
                 torch.mm(rows, weight.t(), out=place)
             else:
                 torch.addmm(bias, rows, weight.t(), out=place)
+        if added is not None:
+            places[0].copy_(places[0] + added)  # in the wider of both dtypes
 
 
 @dataclass(frozen=True)
@@ -114,13 +132,15 @@ def by_rows(
     layer of an MLP) exist for one chunk at a time. Cost: the FLOP of ``function`` once more, but not those of
     ``projection``; kept: ``inputs``. Dropout and autocast are the same in both passes. Not twice differentiable.
 
+    Few rows, up to half of 2048 (GPU: 16,384) if that is less than ``chunk``, are not worth it: of them all is kept.
+
     Args:
         function: takes and returns tensors (one or several) whose first dimension is the rows of a chunk.
         inputs: tensors of T rows, or :class:`Windows`.
         modules: the modules whose parameters ``function`` uses, beside ``function`` if it is one; others get no
             gradient.
         shared: tensors beside ``inputs`` and parameters that ``function`` uses and that need gradients.
-        projection: applied to the single result ``(rows, width)`` of ``function``.
+        projection: applied to the result ``(rows, width)`` of ``function``, the only one unless it says otherwise.
         padding: rows of zeros to put between those of the result.
         chunk: rows to compute together; None: 2048 on a CPU, 16,384 on a GPU.
 
@@ -130,7 +150,11 @@ def by_rows(
     modules = (*modules, function) if isinstance(function, torch.nn.Module) else tuple(modules)
     parameters = trained_tensors(modules, shared)
     weights = [] if projection is None else [t for t in projection[:2] if t is not None]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *weights, *parameters)):
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *weights, *parameters))
+    if differentiable and padding is None and _are_few(inputs, chunk):
+        outputs = _as_tuple(function(*inputs))
+        outputs = outputs if projection is None else projection.of(*outputs)
+    elif differentiable:
         work = _Work(function, projection, padding, inputs, modules, chunk)
         tensors = [t.x if isinstance(t, Windows) else t for t in inputs]
         outputs = _ByRows.apply(work, *tensors, *weights, *parameters)
@@ -139,10 +163,12 @@ def by_rows(
     return outputs[0] if len(outputs) == 1 else outputs
 
 
-def trained_tensors(modules: Iterable[torch.nn.Module], shared: Iterable[Tensor]) -> list[Tensor]:
-    """The parameters of ``modules`` and the ``shared`` tensors that require grad, each once."""
-    every = (*shared, *(p for module in modules for p in module.parameters()))
-    return list({id(t): t for t in every if t.requires_grad}.values())
+def _are_few(inputs: tuple[Tensor | Windows, ...], chunk: int | None) -> bool:
+    """Whether all intermediate values may be kept. Less than a chunk: predictions of memory start at a whole one."""
+    if any(isinstance(t, Windows) for t in inputs):
+        return False
+    rows, most = inputs[0].shape[0], _ROWS.get(inputs[0].device.type, _ROWS["cuda"])
+    return 2 * rows <= most and (chunk is None or rows < chunk)
 
 
 def add_constant(x: Tensor, make: Callable[[slice], Tensor]) -> Tensor:
@@ -238,33 +264,8 @@ def _run(
             for there, part in zip(places, results):
                 there.copy_(part)
         else:
-            projection.into(places, results[0])
+            projection.into(places, *results)
     return tuple(found)
-
-
-class State:
-    """What the result of a row-wise computation depends on beside its inputs: autocast, and random numbers."""
-
-    def __init__(self, device: torch.device, modules: Iterable[torch.nn.Module]) -> None:
-        kind = device.type
-        # Without the cache of casted weights: one that is filled without gradient would be used with gradient.
-        self.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), False)
-        self.devices = [device] if kind == "cuda" else []
-        # Any module may draw numbers in training, those of users included.
-        self.random = any(part.training for module in modules for part in module.modules())
-        if self.random:
-            self.cpu = torch.get_rng_state()
-            self.cuda = [torch.cuda.get_rng_state(device) for device in self.devices]
-
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """Autocast and the random numbers as they were."""
-        with torch.random.fork_rng(self.devices, enabled=self.random), torch.autocast(*self.autocast):
-            if self.random:
-                torch.set_rng_state(self.cpu)
-                for device, state in zip(self.devices, self.cuda):
-                    torch.cuda.set_rng_state(state, device)
-            yield
 
 
 class _Work(State):
@@ -287,11 +288,12 @@ class _Work(State):
         return tuple(t if index is None else Windows(t, index) for t, index in zip(tensors, self.indices))
 
     def through_projection(
-        self, rows: Tensor, grads: list[Tensor | None], totals: list[Tensor | None]
+        self, outputs: tuple[Tensor, ...], grads: list[Tensor | None], totals: list[Tensor | None]
     ) -> list[Tensor | None]:
-        """The gradient of ``rows``, the projection's input, from those of its parts; adds to those of its weights."""
+        """The gradients of ``outputs``, the projection's input and what is added to its result, from those of the
+        parts of the result; adds to those of its weights."""
         assert self.projection is not None
-        weight, bias, widths = self.projection
+        rows, (weight, bias, widths, added) = outputs[0], self.projection
         dtype = next(grad.dtype for grad in grads if grad is not None)
         pieces = [
             rows.new_zeros(len(rows), width, dtype=dtype) if grad is None else grad
@@ -303,7 +305,8 @@ class _Work(State):
                 totals[0] += grad.t() @ rows
             if bias is not None and totals[1] is not None:
                 totals[1] += grad.sum(0)
-            return [(grad @ weight).to(rows.dtype) if rows.requires_grad else None]
+            found = [(grad @ weight).to(rows.dtype) if rows.requires_grad else None]
+            return [*found, grad.to(outputs[1].dtype)] if added else found
 
 
 class _ByRows(torch.autograd.Function):
@@ -342,7 +345,7 @@ class _ByRows(torch.autograd.Function):
                     outputs = _as_tuple(work.function(*rows))
                 upper = [None if grad is None else grad[place] for grad in grads]
                 if work.projection is not None:
-                    upper = work.through_projection(outputs[0], upper, totals)
+                    upper = work.through_projection(outputs, upper, totals)
                 results = gradients(outputs, upper, [row for row in rows if row.requires_grad] + trained)
                 if results is None:
                     continue
@@ -354,28 +357,3 @@ class _ByRows(torch.autograd.Function):
                 for total, part in zip((t for t in totals[num_weights:] if t is not None), results):
                     total += part
         return None, *found, *totals
-
-
-def gradients(
-    outputs: Sequence[Tensor], grads: Sequence[Tensor | None], wanted: Sequence[Tensor]
-) -> Iterator[Tensor] | None:
-    """The gradients of ``wanted`` from those of ``outputs``; None where nothing flows."""
-    reached = [(out, grad) for out, grad in zip(outputs, grads) if grad is not None and out.requires_grad]
-    if not (reached and wanted):
-        return None
-    tops, bottoms = [out for out, _ in reached], [grad for _, grad in reached]
-    with hooks_aside(wanted):
-        return iter(torch.autograd.grad(tops, wanted, bottoms, materialize_grads=True))
-
-
-@contextmanager
-def hooks_aside(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Without the hooks of ``tensors``: those are for the whole gradient, not for that of each chunk."""
-    aside = [(hooks, dict(hooks)) for tensor in tensors if (hooks := tensor._backward_hooks)]
-    for hooks, _ in aside:
-        hooks.clear()
-    try:
-        yield
-    finally:
-        for hooks, own in aside:
-            hooks.update(own)

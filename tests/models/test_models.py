@@ -9,6 +9,7 @@ from bigbag.config import ConfigError, ModelConfig, TaskConfig
 from bigbag.graphs import build_adjacency, permute
 from bigbag.models import MODELS, MILModel, MILModelWrapper, build_model, save_model
 from bigbag.nn import AttentionPool
+from bigbag.nn import rows as rows_module
 
 WIDTH = 6
 SIZES = (5, 1, 9)
@@ -94,6 +95,12 @@ def make_bag(size: int, label: int, seed: int) -> Bag:
     coords = np.stack(np.divmod(np.arange(size), 3), 1)
     adj = build_adjacency(coords, radius=1.5, normalize="symmetric")
     return Bag(x, label, f"bag{seed}", coords=coords, adj=adj)
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch) -> None:
+    """So that three rows are kept in one go, and what has more is computed again in chunks, a bag in two of them."""
+    monkeypatch.setitem(rows_module._ROWS, "cpu", 6)
 
 
 def make_pack(sizes=SIZES, labels=(1, 0, 1)) -> PackedBags:

@@ -265,6 +265,37 @@ def test_projection_is_not_computed_again(monkeypatch):
     torch.testing.assert_close(found, [t.grad for t in (x, *norm.parameters(), *linear.parameters())])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_rows_are_not_computed_again(monkeypatch, dtype):
+    """The same results and gradients as in chunks, dropout, a projection in parts and a residual included."""
+    mlp = tnn.Sequential(tnn.LayerNorm(4), tnn.Dropout(0.5))
+    linear = tnn.Linear(4, 6)
+    cases = [
+        (rows_module.Projection(linear.weight, linear.bias, (2, 4)), lambda rows: mlp(rows)),
+        (rows_module.Projection(linear.weight, None, added=True), lambda rows: (mlp(rows), rows.repeat(1, 2)[:, :6])),
+    ]
+    x = torch.randn(8, 4, requires_grad=True)
+    for projection, function in cases:
+        calls, results = [], []
+
+        def counted(rows, function=function, calls=calls):
+            calls.append(len(rows))
+            return function(rows)
+
+        for rows in (2048, 10):
+            monkeypatch.setitem(rows_module._ROWS, "cpu", rows)
+            torch.manual_seed(0)
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                found = by_rows(counted, x, modules=[mlp], projection=projection)
+            parts = [found] if torch.is_tensor(found) else list(found)
+            loss = torch.stack([part.float().sin().sum() for part in parts]).sum()
+            wanted = [t for t in (x, *mlp.parameters(), *projection[:2]) if t is not None]
+            results.append([*parts, *torch.autograd.grad(loss, wanted)])
+            assert all(part.dtype == dtype and part.is_contiguous() for part in parts)
+        assert calls == [8, 8, 8], "once, then forward and backward"
+        torch.testing.assert_close(*results, **({} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}))
+
+
 def test_windows_are_those_of_unfold(monkeypatch):
     """Through a transformer layer, outputs and gradients; -1 stands for the zeros around the grid."""
     monkeypatch.setitem(rows_module._ROWS, "cpu", 3)

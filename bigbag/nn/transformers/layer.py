@@ -1,7 +1,8 @@
 """The generic transformer layer on packs.
 
-Row-wise parts (normalisation, projections, MLP) run in chunks that are computed again in the backward pass; kept per
-layer and row are its input, queries, keys and values, and the output of attention. With ``recompute`` only its input
+Row-wise parts (normalisation, projections, MLP) run in chunks that are computed again in the backward pass, but for the
+last linear layer; kept per layer and row are its input, queries, keys and values, and the output of attention (and all
+the rest where rows are few, :func:`~bigbag.nn.rows.by_rows`). With ``recompute`` only its input
 and, of attention that compares all pairs, the output, which takes far longer to compute again than all the rest.
 """
 
@@ -16,7 +17,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from bigbag.bags import Segments
 from bigbag.nn.attention.base import SelfAttention
-from bigbag.nn.rows import Widen, by_rows, chunk_rows
+from bigbag.nn.rows import Projection, Widen, by_rows, chunk_rows
 from bigbag.nn.take import take_of_bags
 from bigbag.ops.registry import compute_dtype
 
@@ -63,7 +64,7 @@ class Layer(torch.nn.Module):
         self.att_proj = linear_or_identity(att_in_dim, att_out_dim)
         self.use_mlp = use_mlp
         if use_mlp:
-            self.mlp_module = mlp_module if mlp_module is not None else mlp_of(att_out_dim, torch.nn.GELU(), dropout)
+            self.mlp_module: Any = mlp_of(att_out_dim, torch.nn.GELU(), dropout) if mlp_module is None else mlp_module
         self.out_proj = linear_or_identity(att_out_dim, out_dim)
         self.norm1 = torch.nn.LayerNorm(att_in_dim)
         self.norm2 = torch.nn.LayerNorm(att_out_dim).requires_grad_(use_mlp)
@@ -126,7 +127,36 @@ class Layer(torch.nn.Module):
         if self.use_mlp:
             modules += [self.norm2, self.mlp_module]
             chunk = chunk_rows(attended, width=4 * self.norm2.normalized_shape[0])
-        return by_rows(self._after, x, attended, modules=modules, chunk=chunk)
+        last = self._last
+        if last is None:
+            return by_rows(self._after, x, attended, modules=modules, chunk=chunk)
+        projection = Projection(last.weight, last.bias, added=last is not self.out_proj)
+        return by_rows(self._before_last, x, attended, modules=modules, projection=projection, chunk=chunk)
+
+    @property
+    def _last(self) -> torch.nn.Linear | None:
+        """The linear layer that comes last, if its product is the result, or what is added to the rows before it."""
+        last = self.out_proj
+        if isinstance(last, torch.nn.Identity):
+            last = self._attention.out_proj
+            if self.use_mlp:
+                if not (_is_plain(self.mlp_module, torch.nn.Sequential) and len(self.mlp_module) > 1):
+                    return None
+                last, dropout = self.mlp_module[-2:]
+                if not _is_plain(dropout, torch.nn.Dropout) or (dropout.p > 0 and dropout.training):
+                    return None
+        return last if isinstance(last, torch.nn.Linear) and _is_plain(last, torch.nn.Linear) else None
+
+    def _before_last(self, x: Tensor, attended: Tensor) -> Any:
+        """What :attr:`_last` takes, and what is added to its product, if anything is."""
+        y, attended = self.att_proj(self._enter(x)), attended.to(compute_dtype(self.norm1.weight))
+        if isinstance(self.out_proj, torch.nn.Linear):
+            y = y + self._attention.out_proj(attended)
+            return y + self.mlp_module(self.norm2(y)) if self.use_mlp else y
+        if not self.use_mlp:
+            return attended, y
+        y = y + self._attention.out_proj(attended)
+        return self.mlp_module[:-2](self.norm2(y)), y
 
     def _enter(self, x: Tensor) -> Tensor:
         return self.in_proj(x.to(self.norm1.weight.dtype))
@@ -165,6 +195,12 @@ class Layer(torch.nn.Module):
         if not return_att:
             return Y
         return Y, self.att_module.padded_attention(bags.with_x(by_rows(self.entry, bags.x)), **extras)
+
+
+def _is_plain(module: torch.nn.Module, kind: type[torch.nn.Module]) -> bool:
+    """Whether it is of this very kind, and nothing is hooked on its call: then its work may be done without it."""
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return type(module) is kind and not any(hooks)
 
 
 def linear_or_identity(in_dim: int, out_dim: int) -> torch.nn.Module:
