@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +12,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -35,6 +39,24 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Replace ``path`` by ``value`` as indented JSON; NaN and infinity are refused, since JSON has neither."""
     write_atomically(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[bool]:
+    """Whether no other process on this machine is at what lies in ``folder``; keeps others out meanwhile."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:
+            logger.warning("%s: this file system has no locks; start one command at a time on this folder", folder)
+        yield True
+    finally:
+        os.close(descriptor)
 
 
 def read_text(path: Path, remedy: str) -> str:

@@ -8,7 +8,7 @@ import os
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -101,7 +101,7 @@ class ShardCache:
 
     def _make_room(self, num_bytes: int) -> int:
         """Remove the oldest copies that no process is fetching or opening; returns the bytes that stay in use."""
-        files = [(file.stat().st_mtime_ns, file.stat().st_size, file) for file in _claims(self.folder)]
+        files = _claims(self.folder)
         in_use = sum(size for _, size, _ in files)
         for _, size, file in sorted(files):
             if in_use + num_bytes <= self.max_bytes:
@@ -209,9 +209,18 @@ def default_cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bigbag" / "shards"
 
 
-def _claims(folder: Path) -> list[Path]:
-    found = [*folder.glob("*/*.tar"), *folder.glob("*/*.reserved")]
-    return [path for path in found if path.exists()]
+def _claims(folder: Path) -> list[tuple[int, int, Path]]:
+    """Age in ns since 1970, bytes and path of every copy, and of every claim to bytes for one on its way.
+
+    A claim is given up once its copy is there, at any time: claims are looked at first, so that one or both are seen.
+    """
+    found = []
+    for pattern in ("*/*.reserved", "*/*.tar"):
+        for path in folder.glob(pattern):
+            with suppress(FileNotFoundError):
+                status = path.stat()
+                found.append((status.st_mtime_ns, status.st_size, path))
+    return found
 
 
 @contextmanager

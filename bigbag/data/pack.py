@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from bigbag.data.encode import Encoded, encode_all
 from bigbag.data.manifest import MANIFEST_NAME, BagInfo, Manifest, ShardInfo, count_splits, make_keys
-from bigbag.data.progress import PROGRESS_NAME, Progress, entries_digest, exclusive, fingerprint, finished_set, resume
+from bigbag.data.progress import PROGRESS_NAME, Progress, entries_digest, fingerprint, finished_set, resume
 from bigbag.data.report import Finding, error_text, geometry_findings, patient_findings, write_report
 from bigbag.data.shards import ShardWriter
 from bigbag.data.sources.base import Source, SourceEntry
 from bigbag.data.validate import entry_errors, plain_label, set_findings, where_of
-from bigbag.files import write_json
+from bigbag.files import alone_in, write_json
 
 if TYPE_CHECKING:
     from bigbag.config import GraphConfig
@@ -89,11 +89,14 @@ def pack(
     _check_options(options, workers)
     entries, left_out, findings = _survey_entries(source, options)
     failed = any(finding.severity == "error" for finding in findings)
-    with exclusive(folder):
+    with alone_in(folder) as alone:
+        if not alone:
+            raise ValueError(f"{folder}: another packing is writing to this folder; wait for it")
         if not (overwrite or failed):
             done = finished_set(folder, source, options, entries)
             if done is not None:
-                (folder / PROGRESS_NAME).unlink(missing_ok=True)  # left where the very last step was interrupted
+                if (folder / PROGRESS_NAME).exists():  # the very last step was interrupted
+                    (folder / PROGRESS_NAME).unlink()
                 return done
         if failed:
             state = Progress("", left_out=left_out)

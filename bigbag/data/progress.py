@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,19 +123,3 @@ def _read_progress(folder: Path, wanted: str) -> Progress | None:
             logger.warning("pack: finished shard %s is gone or has changed; starting again", file)
             return None
     return state
-
-
-@contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Hold ``folder`` against another packing on this machine."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder}: another packing is writing to this folder; wait for it") from None
-        except OSError:
-            logger.warning("pack: %s: this file system has no locks; run one packing at a time", folder)
-        yield
-    finally:
-        os.close(descriptor)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from bigbag.engine.memory_plan import MemoryPlan, plan_memory, strictest
 from bigbag.engine.predictions import write_predictions
 from bigbag.engine.trainer import Trainer
 from bigbag.engine.world import World, import_deepspeed, start_world
-from bigbag.files import read_json, write_atomically, write_json
+from bigbag.files import alone_in, read_json, write_atomically, write_json
 from bigbag.memory import PeakMemory
 from bigbag.models import MODELS, MILModel, build_model, load_model
 from bigbag.models.criteria import fit_task
@@ -59,8 +60,21 @@ def train(config: Config, store: BagStore | None = None, world: World | None = N
     store, splits = _open(config, store)
     fitted, model, memory = _prepare(config, store, splits, world)
     compile_extractor(model, config)
-    _claim_run_dir(config, store, splits, world)  # not before: settings that no model takes claim no folder
-    config = fitted
+    # Not before: settings that no model takes claim no folder.
+    with _claimed_run_dir(config, store, splits, world):
+        return _train(fitted, store, splits, model, memory, backend_name, world)
+
+
+def _train(
+    config: Config,
+    store: BagStore,
+    splits: Mapping[str, Sequence[int]],
+    model: MILModel,
+    memory: MemoryPlan,
+    backend_name: str,
+    world: World,
+) -> dict[str, Any]:
+    """:func:`train`, once all is there and the run's folder is this run's."""
     memory = strictest(world.gather(memory))
     memory.recomputation.apply(model)
     environment = describe_environment(config, store, splits, memory, backend_name, world)
@@ -262,12 +276,15 @@ def delete_run(folder: Path) -> None:
             "(name=...), or delete it yourself"
         )
     # Checkpoints first, since a run would go on from what an interrupted deletion left of them.
-    for part in (folder / "checkpoints", folder):
-        if part.exists():
+    with _only_training(folder, World()):
+        for part in (folder / "checkpoints", folder):
             shutil.rmtree(part)
 
 
-def _claim_run_dir(config: Config, store: BagStore, splits: Mapping[str, Sequence[int]], world: World) -> None:
+@contextmanager
+def _claimed_run_dir(
+    config: Config, store: BagStore, splits: Mapping[str, Sequence[int]], world: World
+) -> Iterator[None]:
     """Make the run's folder, or make sure that the run in it has the same settings, data and splits."""
     folder = config.run_dir
     path = folder / "identity.json"
@@ -281,13 +298,26 @@ def _claim_run_dir(config: Config, store: BagStore, splits: Mapping[str, Sequenc
                     f"choose another name (name=...), or train with --restart to delete that run"
                 )
     world.barrier()
-    if world.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "config.yaml", config.to_yaml())
-        of_bag = {bag: name for name, bags in splits.items() if name != "unassigned" for bag in bags}
-        write_atomically(folder / SPLITS_NAME, splits_table(store.infos, [of_bag.get(i) for i in range(len(store))]))
-        write_json(path, identity)
-    world.barrier()
+    with _only_training(folder, world):
+        if world.is_main:
+            write_atomically(folder / "config.yaml", config.to_yaml())
+            of_bag = {bag: name for name, bags in splits.items() if name != "unassigned" for bag in bags}
+            table = splits_table(store.infos, [of_bag.get(i) for i in range(len(store))])
+            write_atomically(folder / SPLITS_NAME, table)
+            write_json(path, identity)
+        world.barrier()
+        yield
+
+
+@contextmanager
+def _only_training(folder: Path, world: World) -> Iterator[None]:
+    """Keep other trainings out of a run's folder; all ranks call it."""
+    with alone_in(folder / "checkpoints") if world.is_main else nullcontext(True) as alone:
+        if not all(world.gather(alone)):
+            raise ConfigError(
+                f"{folder}: another training is at this run: wait for it or stop it, or choose another name (name=...)"
+            )
+        yield
 
 
 def _differences(config: Config) -> str:

@@ -8,7 +8,6 @@ any machine that sees the folder; what is there is collected at any time.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import json
 import logging
 import math
@@ -19,7 +18,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +28,7 @@ from bigbag.config import Config, ConfigError, load_config
 from bigbag.data import BagStore, split_bags
 from bigbag.engine.preemption import EXIT_PREEMPTED, LEAVE_SIGNALS
 from bigbag.engine.run import open_configured_store, run_identity
-from bigbag.files import write_json
+from bigbag.files import alone_in, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +121,7 @@ class Study:
             return settings
         config = load_config(self.path, settings)
         self._identity(config)  # what is wrong with bags or splits is wrong for all runs: say it once
-        with _alone(config.run_dir) as alone:
+        with alone_in(config.run_dir) as alone:
             if not alone:
                 return Outcome(planned, error=f"another process is at it, in {config.run_dir}", waiting=True)
             if not self._results(config):
@@ -215,24 +213,6 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[bool]:
-    """Whether no other process on this machine is at the run in ``folder``; keeps others out meanwhile."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        except OSError:
-            logger.warning("%s: this file system has no locks; start one study at a time", folder)
-        yield True
-    finally:
-        os.close(descriptor)
 
 
 def _train(path: str | Path, settings: Sequence[str], output: Path, attempts: _Attempts) -> int:

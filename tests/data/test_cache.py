@@ -6,6 +6,7 @@ import functools
 import http.server
 import json
 import multiprocessing
+import os
 import shlex
 import socketserver
 import tarfile
@@ -257,6 +258,27 @@ def test_several_processes_share_one_small_cache(packed: Path, tmp_path: Path) -
         process.join(60)
     assert found == pytest.approx([expected] * 3)
     assert cached_bytes(tmp_path / "cache") <= bound
+
+
+@pytest.mark.parametrize("when", ["before it is looked at", "after"])
+def test_a_copy_that_arrives_while_room_is_made_is_counted(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """Another process gives up its claim to bytes, its copy being there, while this one adds up what is in use."""
+    cache = open_store(packed.as_uri(), cache_dir=tmp_path / "cache")._cache
+    cache.set_folder.mkdir(parents=True)
+    claim, copy = (cache.set_folder / f"train-000000.{kind}" for kind in ("reserved", "tar"))
+    claim.write_bytes(bytes(1000))
+    look = Path.stat
+
+    def look_and_arrive(path: Path, **options: bool) -> os.stat_result:
+        status = look(path, **options) if when == "after" else None
+        if path == claim and not os.path.exists(copy):
+            os.rename(claim, copy)
+        return status or look(path, **options)
+
+    monkeypatch.setattr(Path, "stat", look_and_arrive)
+    assert cache._make_room(0) == (1000 if when == "before it is looked at" else 2000)
 
 
 def test_leftovers_of_a_killed_process_are_cleared(packed: Path, tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ import pytest
 
 from bigbag import load_model
 from bigbag.config import build_config
-from bigbag.engine.run import evaluate, train
+from bigbag.engine.run import delete_run, evaluate, train
+from bigbag.files import alone_in
 
 
 def test_damaged_files_of_a_run_are_named(run_settings):
@@ -25,3 +26,15 @@ def test_damaged_files_of_a_run_are_named(run_settings):
         (run_dir / "checkpoints/best/model.json").write_text(about)
         with pytest.raises(ValueError, match=r"model\.json: not what a saved model says of itself \(.*Config"):
             load_model(run_dir)
+
+
+def test_two_trainings_keep_out_of_each_others_way(run_settings):
+    config = build_config(run_settings)
+    with alone_in(config.run_dir / "checkpoints"):
+        for command in (lambda: train(config), lambda: delete_run(config.run_dir)):
+            with pytest.raises(ValueError, match=r"runs/run: another training is at this run: wait for it or stop it"):
+                command()
+        assert [path.name for path in config.run_dir.iterdir()] == ["checkpoints"]
+    assert train(config)["best_epoch"] >= 1
+    delete_run(config.run_dir)
+    assert not config.run_dir.exists()
