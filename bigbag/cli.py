@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     use_one_heap()
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = [_with_home(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     if arguments[:1] == ["bench"]:
         return _bench(arguments[1:])
     parser = _parser()
@@ -45,6 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _quiet_known_noise()
     try:
         return options.command(options) or 0
+    except BrokenPipeError:
+        if options.traceback:
+            raise
+        return _end_without_output()
     except (ValueError, OSError, MemoryError) as error:
         if options.traceback:
             raise
@@ -56,6 +60,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print("interrupted: the same command again goes on where it can", file=sys.stderr, flush=True)
         return 128 + signal.SIGINT
+
+
+def _with_home(word: str) -> str:
+    """``--out=~/runs`` as ``--out ~/runs`` arrives here: shells expand only words that begin with ``~``."""
+    option, equals, value = word.partition("=")
+    return f"{option}={os.path.expanduser(value)}" if equals and option.startswith("--") else word
+
+
+def _end_without_output() -> int:
+    """Who read the output is gone, as ``head`` is after its lines: the end of it, and no error to be told there."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still in the buffer has a place to go
+    print("the reader of the output is gone: the same command again goes on where it can", file=sys.stderr, flush=True)
+    return 128 + signal.SIGPIPE
 
 
 def _bench(arguments: Sequence[str]) -> int:

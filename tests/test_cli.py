@@ -1,17 +1,20 @@
 """The commands as a user types them, on CAMELYON16's published layout in small; and every way to get them wrong."""
 
 import csv
+import errno
 import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from bigbag.cli import main
+from bigbag.files import write_json
 from bigbag.testing import free_port
 
 ROOT = Path(__file__).parents[1]
@@ -261,3 +264,35 @@ def test_ctrl_c_ends_in_one_line(monkeypatch, capsys):
     monkeypatch.setattr("bigbag.visualize.write_report", interrupted)
     assert main(["report", "--config", CONFIG]) == 130
     assert capsys.readouterr().err == "interrupted: the same command again goes on where it can\n"
+
+
+def test_home_is_expanded_after_an_option_too(tmp_path, monkeypatch, capsys):
+    """``--out=~/x``, which shells leave as it is, would make a folder called ``~``."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert str(tmp_path / "none.yaml") in fails(capsys, ["train", "--config=~/none.yaml"])
+    assert f"{tmp_path}/features: no such file" in fails(capsys, ["pack", "--from=~/features", "--out=~/set"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_reader_that_leaves_ends_the_command_quietly():
+    """As in ``bigbag ... | head -1``: status 141, as of other commands, and a line about going on."""
+    command = [sys.executable, "-m", "bigbag", "compare", "--config", CONFIG, "--folds", "3", "--list"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 141
+    assert said == "the reader of the output is gone: the same command again goes on where it can\n"
+
+
+def test_what_does_not_fit_on_the_disk_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    write_json(path, {"old": 1})
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left .* as it was; make room, and run the same .*results\.json"):
+        write_json(path, {"new": 2})
+    assert json.loads(path.read_text()) == {"old": 1} and list(tmp_path.iterdir()) == [path]

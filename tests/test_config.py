@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bigbag.config import Config, ConfigError, load_config
+from bigbag.config import Config, ConfigError, load_config, read_yaml
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 MINIMAL = "name: run\ndata:\n  shards: data/x\nmodel: {name: ABMIL}\n"
@@ -43,7 +43,7 @@ def test_all_problems_are_listed(tmp_path):
     assert "'data' is missing" in text and "expected at least 1, got 0" in text
 
 
-@pytest.mark.parametrize("override", ["epochs", "=3", "name.x=3", "optim.lr=[1"])
+@pytest.mark.parametrize("override", ["epochs", "=3", "name.x=3", "optim.lr=[1", "optim..lr=1", "optim.lr.=1", ".lr=1"])
 def test_bad_override(tmp_path, override):
     assert repr(override) in message(tmp_path, MINIMAL, override)
 
@@ -63,11 +63,60 @@ def test_a_setting_twice_and_other_bytes(tmp_path):
     text = message(tmp_path, MINIMAL + "optim: {lr: 1.0}\ntrain:\n  epochs: 3\n  epochs: 4\n")
     assert text.endswith(f"run.yaml:8: setting 'train.epochs' is there twice, first at {tmp_path}/run.yaml:7: keep one "
                          "of them")  # fmt: skip
-    for content in (b"name: \xff\xfe", b"name: 2001-99-99", b"name: " + 3000 * b"["):
+    for content in (b"name: \xff\xfe", b"name: &a [*a]", b"name: " + 3000 * b"["):
         (tmp_path / "run.yaml").write_bytes(content)
         with pytest.raises(ConfigError, match=r"run\.yaml: not "):
             load_config(tmp_path / "run.yaml")
     assert "override 'optim.lr=2001-99-99'" in message(tmp_path, MINIMAL, "optim.lr=2001-99-99")
+
+
+def test_a_message_names_what_set_the_value_and_no_more(tmp_path):
+    text = message(tmp_path, MINIMAL + "task: {type: binary}\n", "task.num_outputs=2")
+    assert text == "override 'task.num_outputs=2': setting 'task': task type 'binary' does not go with num_outputs 2"
+    text = message(tmp_path, MINIMAL, "name=no")
+    assert text.endswith(
+        "name is False (in YAML also yes, no, on, off, unless in quotes), expected another kind of value"
+    )
+    assert 'as text it is "12" in a file, \'"12"\' on a command line' in message(tmp_path, MINIMAL, "name=12")
+    assert message(tmp_path, MINIMAL + "optim.lr: 1.0\n").endswith("; a file has it as lr below optim")
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [("012", 12), ("1_000", 1000), ("0x1f", 31), ("-3", -3), ("1:30", "1:30"), ("2024-05-01", "2024-05-01")]
+    + [
+        (".5", 0.5),
+        ("-1.", -1.0),
+        ("1e-4", 1e-4),
+        ("1.5E+3", 1500.0),
+        (".inf", float("inf")),
+        ("1e", "1e"),
+        ("1.2.3", "1.2.3"),
+    ],
+)
+def test_numbers_are_what_they_look_like(text, value):
+    """YAML 1.1, which PyYAML reads, has octal and sexagesimal numbers, and dates."""
+    found, _ = read_yaml(text)
+    assert found == value and type(found) is type(value)
+
+
+def test_paths_are_expanded_as_a_shell_would(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    config = load_config(
+        write(tmp_path, MINIMAL),
+        ["out=~/runs", "data.shards=${SCRATCH}/set", "data.splits.table=$SCRATCH/f{fold}.csv", "data.cache_dir=~"]
+        + ["data.source={name: plain, root: ~/features, labels: $SCRATCH/l.csv, columns: {label: $x}}"],
+    )
+    assert config.run_dir == Path("/home/me/runs/run") and config.data.shards == "/scratch/me/set"
+    assert config.data.splits.table == "/scratch/me/f{fold}.csv" and config.data.source is not None
+    assert config.data.source.arguments == {
+        "root": "/home/me/features", "labels": "/scratch/me/l.csv", "columns": {"label": "$x"}
+    }  # fmt: skip
+    assert load_config(write(tmp_path, MINIMAL), ["data.shards=pipe:cat $x"]).data.shards == "pipe:cat $x"
+    text = message(tmp_path, MINIMAL, "out=$SCRATHC/runs")
+    assert "'out': the environment has no variable $SCRATHC: set it, or write the path out" in text
+    assert "there is no home folder ~nobody.here" in message(tmp_path, MINIMAL, "data.shards=~nobody.here/x")
 
 
 def test_a_number_with_an_exponent_is_a_number_everywhere(tmp_path):
@@ -90,6 +139,11 @@ OUT_OF_RANGE = [
     "data.num_workers=-1",
     "data.cache_bytes=0",
     "engine.threads=0",
+    "engine.threads=100000",
+    "task={type: multiclass, num_outputs: -1}",
+    "task={type: regression, num_outputs: 0}",
+    "data.splits.sites=tcga",
+    "data.augment.feature_noise=1e300",
     "task.pos_weight=.inf",
     "report.num_slides=-1",
     "train.loss_coefficients={a: {schedule: cyclical, cycle_len: 2, cycle_prop: 3}}",

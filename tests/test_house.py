@@ -39,6 +39,7 @@ ALLOWED = {
     "testing": OPS | {"samples"},
     "bench": ENGINE | {"samples", "testing"},
     "cli": ENGINE | {"evaluation", "visualize", "bench"},
+    "__main__": {"cli"},
 }
 
 

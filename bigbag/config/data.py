@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
-from bigbag.config.base import Named, Section, Seed
+from bigbag.config.base import Named, Place, Section, Seed, expanded
 
 
 class SourceConfig(Named):
     """Where bags come from when they are packed: a reader or generator of ``bigbag.datasets`` and its arguments."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_paths(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {k: expanded(v) if isinstance(v, str) and v.startswith(("~", "$")) else v for k, v in values.items()}
 
 
 class GraphConfig(Section):
@@ -53,7 +60,7 @@ class SplitsConfig(Section):
     cross-validation. See :mod:`bigbag.data.splits`.
     """
 
-    table: str | None = None
+    table: Place | None = None
     """CSV or TSV with the split of each bag; ``{fold}`` in its name stands for ``fold``. None: no table."""
     folds: int | None = None
     """Part all bags into so many folds, of which ``fold`` tests and the others train. None: no folds."""
@@ -68,7 +75,7 @@ class SplitsConfig(Section):
     val_fraction: float | None = None
     """Share of the training bags (of the patients, where they are known) that validates where there is no validation
     split."""
-    sites: str | None = None
+    sites: Place | None = None
     """Keep the bags of a site (hospital) in one split, too. "tcga": the tissue source site in TCGA's barcodes; else a
     CSV with a column of bags or patients and a column ``site``. None: sites are not looked at."""
     stratify: bool = True
@@ -88,6 +95,11 @@ class SplitsConfig(Section):
         for one, other in (("table", "folds"), ("table", "test_fraction"), ("folds", "test_fraction")):
             if getattr(self, one) is not None and getattr(self, other) is not None:
                 raise ValueError(f"{one} and {other} both say which bags test: expected one of them")
+        if self.sites is not None and not self.is_rule:
+            raise ValueError(
+                "sites says what a rule keeps together, but there is none: set folds, test_fraction, val_folds or "
+                "val_fraction, or leave sites out"
+            )
         if self.val_folds is not None and self.val_fraction is not None:
             raise ValueError("val_folds and val_fraction both say which bags validate: expected one of them")
         for name in ("fold", "val_fold"):
@@ -110,7 +122,7 @@ class SplitsConfig(Section):
 class SamplingConfig(Section):
     """Training bags drawn with replacement; ``metrics.jsonl`` says how many different ones each epoch saw."""
 
-    weights: Literal["class_balanced"] | dict[int, float] | str = "class_balanced"
+    weights: Literal["class_balanced"] | dict[int, float] | Place = "class_balanced"
     """class_balanced: every label as often as any other; ``{0: 1, 1: 3}``: weight of a bag by its label; otherwise a
     CSV with the columns ``bag`` and ``weight``."""
     num_bags: int | None = None
@@ -138,7 +150,7 @@ class AugmentConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> AugmentConfig:
         for name in ("mixup", "instance_dropout", "feature_noise"):
-            limit = 1 if name == "instance_dropout" else float("inf")
+            limit = 1 if name == "instance_dropout" else 1e30  # fp32 ends at 3e38
             if not 0 <= getattr(self, name) < limit:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more, and below {limit}")
         return self
@@ -147,7 +159,7 @@ class AugmentConfig(Section):
 class DataConfig(Section):
     """Which bags, how they are packed, and how they are fed."""
 
-    shards: str = Field(min_length=1)
+    shards: Place = Field(min_length=1)
     """Folder or URL of a packed set (the place of its ``manifest.json``)."""
     source: SourceConfig | None = None
     """What ``bigbag pack`` reads to make ``shards``; not used in training."""
@@ -192,7 +204,7 @@ class DataConfig(Section):
     """Compare each bag with its SHA-256 when a process first reads it."""
     allow_pipe: bool = False
     """Allow ``pipe:`` shard addresses, which run a shell command."""
-    cache_dir: str | None = None
+    cache_dir: Place | None = None
     """Folder for copies of remote shards; None: a folder of the user's cache."""
     cache_bytes: PositiveInt = 50 * 2**30
     """Most bytes that copies of remote shards may take on disk."""

@@ -47,8 +47,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         places[key] = f"{path}:{line}"
     for override in overrides:
         key = _apply_override(settings, override)
-        places[key] = f"override {override!r}"
-        places.setdefault(key.partition(".")[0], places[key])
+        parts = key.split(".")
+        places |= {".".join(parts[:i]): f"override {override!r}" for i in range(1, len(parts) + 1)}
     try:
         return Config.model_validate(settings)
     except ValidationError as error:
@@ -105,7 +105,7 @@ def _lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]
 
 def _apply_override(settings: dict[str, Any], override: str) -> str:
     key, equals, value = override.partition("=")
-    if not equals or not key:
+    if not equals or not all(key.split(".")):
         raise ConfigError(f"override {override!r}: expected key.sub=value")
     *parents, last = key.split(".")
     section = settings
@@ -134,13 +134,30 @@ def _explain(error: ValidationError, settings: Mapping[str, Any], places: Mappin
             (places[k] for i in range(len(location), 0, -1) if (k := ".".join(location[:i])) in places), default
         )
         if problem["type"] == "extra_forbidden":
-            messages.append(f"{place}: unknown setting {key!r}{suggest(location[-1], known)}")
+            messages.append(
+                f"{place}: unknown setting {key!r}{_below(location[-1], known) or suggest(location[-1], known)}"
+            )
         elif problem["type"] == "missing":
             messages.append(f"{place}: setting {key!r} is missing")
         else:
-            text = problem["msg"].removeprefix("Value error, ")
-            messages.append(f"{place}: setting {key!r}: {text} (got {problem['input']!r})")
+            of = f"setting {key!r}: " if key else ""
+            messages.append(f"{place}: {of}{_problem_text(problem)}")
     return "\n".join(messages)
+
+
+def _problem_text(problem: Mapping[str, Any]) -> str:
+    text, got = problem["msg"].removeprefix("Value error, "), problem["input"]
+    if problem["type"] == "value_error" and isinstance(got, Mapping):  # ours, about several settings, which it names
+        return text
+    if problem["type"] == "string_type" and isinstance(got, int | float):
+        return f'{text} (got {got!r}, a number; as text it is "{got!r}" in a file, \'"{got!r}"\' on a command line)'
+    return f"{text} (got {got!r})"
+
+
+def _below(key: str, known: Sequence[str]) -> str:
+    """What to write in place of a key with dots in a file."""
+    section, _, name = key.partition(".")
+    return f"; a file has it as {name} below {section}" if section in known and name else ""
 
 
 def _field_names(location: Sequence[str]) -> list[str]:

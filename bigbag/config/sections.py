@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from bigbag.config.base import Named, Section, Seed, Share
+from bigbag.config.base import Named, Place, Section, Seed, Share
 from bigbag.config.data import DataConfig
 
 _DATA_KEYS_WITHOUT_EFFECT = (
@@ -52,7 +52,7 @@ class TaskConfig(Section):
     """binary: 0 or 1; multiclass: 0 .. num_outputs - 1; multilabel: num_outputs times 0 or 1; regression: numbers;
     survival: (time, event), Cox's partial likelihood over the bags of a step; survival_discrete: (time, event), the
     likelihood over num_outputs time bins. event: 1 = observed, 0 = censored."""
-    num_outputs: int = 1
+    num_outputs: PositiveInt = 1
     """Logits per bag: 1 for binary and survival, the number of classes, labels, targets or time bins otherwise."""
     class_weights: list[float] | Literal["balanced"] | None = None
     """multiclass: weight of each class in the loss; balanced: n / (K n_k) of the n training bags and K classes."""
@@ -219,7 +219,7 @@ class EngineConfig(Section):
     activations that all of them hold, as under tensor parallelism. Here each rank has other bags, or with
     ``parallel.bag`` other instances, and would get back pieces of the others' activations.
     ``train.activation_checkpointing`` recomputes, and keeps the inputs of layers alone."""
-    threads: PositiveInt | None = None
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads of each rank; None: cores divided by the ranks of this node when there is no GPU."""
     timeout_s: PositiveInt = 1800
     """Seconds for which a rank waits for the others before it gives up, saying where: one of them is stuck or gone."""
@@ -284,7 +284,7 @@ class Config(Section):
 
     name: str
     """Name of the run: its folder is ``out/name``."""
-    out: str = Field("runs", min_length=1)
+    out: Place = Field("runs", min_length=1)
     """Folder of all runs."""
     seed: Seed = 0
     """Seed of initial weights, order of bags and dropout."""

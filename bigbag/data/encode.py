@@ -100,6 +100,7 @@ def _encode(bag: Bag, entry: SourceEntry, encoded: Encoded, options: dict[str, A
         source_features=features,
         findings=tuple(Finding(check, "warning", entry.name, message) for check, message in found),
         fact={
+            "coords": bag.coords is not None,
             "step": step,
             "attributes": alike(bag.attributes),
             "level0_magnification": _number(bag.attributes.get("level0_magnification")),

@@ -26,6 +26,7 @@ CHECKS = {
     "finite": "no NaN, no infinity, no overflow",
     "features": "features have the same width and type in all bags",
     "empty": "bags have instances",
+    "coords": "all bags have coords, or none has",
     "duplicate_coords": "no two instances are at one place",
     "stride": "the stride is the distance of adjacent patches",
     "off_lattice": "coords are on one lattice",
@@ -65,11 +66,15 @@ def alike(attributes: Mapping[str, Any]) -> dict[str, str]:
 
 
 def geometry_findings(bags: Sequence[BagInfo], facts: Sequence[Mapping[str, Any]]) -> Iterable[Finding]:
-    """Stride and attributes that are not the same in all bags.
+    """Coordinates that some bags lack, and stride and attributes that are not the same in all bags.
 
     Strides at level 0 are compared per level-0 magnification where that is known: slides scanned at 20x and 40x have
     different ones when they are patched at one magnification.
     """
+    without = [bag.name for bag, fact in zip(bags, facts) if not fact["coords"]]
+    if 0 < len(without) < len(bags):
+        text = f"{len(without)} of {len(bags)} bags have no coords ({_some(without)}), so that models on graphs, and "
+        yield Finding("coords", "warning", "", text + "others that need them, refuse the set")
     values: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for bag, fact in zip(bags, facts):
         for name, value in fact["attributes"].items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 
 from torch import Tensor
 from torch.utils.data import get_worker_info
@@ -40,6 +40,11 @@ class BagCache:
         self.num_bytes += size
         return True
 
+    def remove(self, name: str) -> None:
+        """Let go of a bag, if it is kept."""
+        if name in self.bags:
+            self.num_bytes -= bag_bytes(self.bags.pop(name))
+
     def _limit(self) -> int:
         """Most bytes in this process."""
         worker = get_worker_info()
@@ -48,6 +53,40 @@ class BagCache:
         if self._inherited_bytes is None:
             self._inherited_bytes = self.num_bytes
         return self._inherited_bytes + (self.max_bytes - self._inherited_bytes) // worker.num_workers
+
+
+class LoadedBags(MutableMapping[str, dict[str, Tensor]]):
+    """The kept bags of a data set by name, as a dict: to take one out, or all of them by ``clear``, frees its memory.
+
+    Args:
+        cache: where they are, perhaps with others.
+        names: of the data set's bags.
+    """
+
+    def __init__(self, cache: BagCache, names: Sequence[str]) -> None:
+        self._cache, self._names = cache, names
+
+    def __getitem__(self, name: str) -> dict[str, Tensor]:
+        return self._cache.bags[name]
+
+    def __setitem__(self, name: str, bag: dict[str, Tensor]) -> None:
+        self._cache.remove(name)
+        if not self._cache.add(name, bag):
+            raise ValueError(f"bag {name!r} of {bag_bytes(bag)} bytes does not fit into cache_bytes beside the others")
+
+    def __delitem__(self, name: str) -> None:
+        if name not in self:
+            raise KeyError(name)
+        self._cache.remove(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([name for name in self._names if name in self._cache.bags])
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({list(self)})"
 
 
 def bag_bytes(bag: Mapping[str, Tensor]) -> int:

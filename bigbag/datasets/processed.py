@@ -19,7 +19,7 @@ from bigbag.data.sources.base import SourceEntry
 from bigbag.data.sources.h5 import need_dataset, open_h5, read_dataset
 from bigbag.data.sources.torchmil import read_npy, to_label
 from bigbag.datasets.base import MILDataset, digest_of, to_bag
-from bigbag.datasets.cache import DEFAULT_CACHE_BYTES, BagCache
+from bigbag.datasets.cache import DEFAULT_CACHE_BYTES, BagCache, LoadedBags
 from bigbag.graphs import build_adjacency, normalize_adjacency
 
 logger = logging.getLogger(__name__)
@@ -131,10 +131,15 @@ class ProcessedMILDataset(MILDataset):
             self._fill_cache()
 
     @property
-    def loaded_bags(self) -> dict[str, dict[str, Tensor]]:
-        """Those of the bags that are in memory, by name."""
-        cached = self._cache.bags
-        return {name: cached[name] for name in self.bag_names if name in cached}
+    def loaded_bags(self) -> LoadedBags:
+        """Those of the bags that are in memory, by name; ``loaded_bags.clear()`` frees them, to be read again."""
+        return LoadedBags(self._cache, self.bag_names)
+
+    @loaded_bags.setter
+    def loaded_bags(self, bags: Mapping[str, dict[str, Tensor]]) -> None:
+        kept = dict(bags)
+        self.loaded_bags.clear()
+        self.loaded_bags.update(kept)
 
     def get_bag_labels(self) -> list[np.ndarray]:
         """The labels of the bags as they are in the files."""

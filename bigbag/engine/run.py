@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bigbag import ops
-from bigbag.config import Config, ConfigError
+from bigbag.config import Config, ConfigError, check_arguments
 from bigbag.data import BagStore, PatientStore, capped_sizes, count_capped, open_store, split_bags
 from bigbag.data.split_tables import splits_table
 from bigbag.data.splits import splits_digest
@@ -23,6 +23,7 @@ from bigbag.engine.evaluate import Predictions, predict_bags, score
 from bigbag.engine.feed import configured_augmentation
 from bigbag.engine.labels import check_labels
 from bigbag.engine.memory_plan import MemoryPlan, plan_memory, strictest
+from bigbag.engine.monitor import check_monitor
 from bigbag.engine.predictions import write_predictions
 from bigbag.engine.trainer import Trainer
 from bigbag.engine.world import World, import_deepspeed, start_world
@@ -56,7 +57,7 @@ def train(config: Config, store: BagStore | None = None, world: World | None = N
     world = (world or start_world(backend_name, config.engine.threads, config.engine.timeout_s)).sharing_bags(
         config.parallel.bag
     )
-    ops.use_impl(config.engine.impl)
+    _use_impl(config)
     store, splits = _open(config, store)
     fitted, model, memory = _prepare(config, store, splits, world)
     compile_extractor(model, config)
@@ -110,9 +111,14 @@ def plan(config: Config, num_ranks: int = 1) -> MemoryPlan:
     if choose_backend(config.engine.backend) == "deepspeed" or (num_ranks > 1 and config.engine.backend == "auto"):
         import_deepspeed(device)  # a part of what each process takes
     world = World(size=num_ranks, local_size=num_ranks, bag_ranks=config.parallel.bag, device=device)
-    ops.use_impl(config.engine.impl)
+    _use_impl(config)
     store, splits = _open(config)
     return _prepare(config, store, splits, world)[-1]
+
+
+def _use_impl(config: Config) -> None:
+    check_arguments("engine.impl", config.engine.impl, list(ops.chosen("cpu")))
+    ops.use_impl(config.engine.impl)
 
 
 def _open(config: Config, store: BagStore | None = None) -> tuple[BagStore, dict[str, tuple[int, ...]]]:
@@ -201,16 +207,7 @@ def open_configured_store(config: Config) -> BagStore:
 def _check_run(config: Config, store: BagStore, splits: Mapping[str, Sequence[int]]) -> None:
     check_labels(store, splits, config.task)
     _check_fields(config, store)
-    val = [store.infos[bag].label for bag in splits.get("val", ())]
-    defined, lacking = True, ""
-    if config.monitor == "auroc" and config.task.type == "binary":
-        defined, lacking = len(set(map(str, val))) > 1, "all validation bags have the same label"
-    elif config.monitor == "c_index":
-        defined, lacking = any(label[1] for label in val), "no validation bag has an observed event"  # type: ignore
-    if val and not defined:
-        raise ConfigError(
-            f"train.monitor is {config.monitor}, but {lacking}; set train.monitor=loss or use a larger validation split"
-        )
+    check_monitor(config, store, splits)
 
 
 _PACKING_REMEDIES = {

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from bigbag.config import Config, ConfigError, load_config
+from bigbag.config import Config, ConfigError, check_arguments, load_config
 from bigbag.engine.metrics import check_bags, metric_range, probabilities, weighted_metrics
 from bigbag.evaluation.bootstrap import Bootstrap, groups_of, intervals
 from bigbag.evaluation.predictions import PredictionTable, read_predictions
@@ -107,13 +107,16 @@ def plan_comparison(
         grid: setting -> values to choose from.
 
     Raises:
-        ConfigError: a model that there is not.
+        ConfigError: a model that there is not, or an argument in ``compare.common`` that no model takes.
     """
     config = load_config(path, overrides)
     named = (*models, *config.compare.models, *config.compare.overrides)
     unknown = [name for name in named if name not in MODELS]
     if unknown:
         raise ConfigError(f"compare: unknown model {unknown[0]!r}; known models: {', '.join(MODELS)}")
+    check_arguments(
+        "compare.common", config.compare.common, sorted({key for name in MODELS for key in arguments_of(name)})
+    )
     if grid and inner is None:
         raise ConfigError(
             "compare: --grid gives values to choose from, and --inner the folds that choose: expected both"

@@ -82,4 +82,7 @@ def positive(text: str) -> int:
 
 def numbers(text: str) -> list[int]:
     """``"256,512"`` as ``[256, 512]``."""
-    return [int(part) for part in text.split(",")]
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers with commas between them, got {text!r}") from None

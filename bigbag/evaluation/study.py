@@ -322,12 +322,14 @@ def parse_grid(texts: Sequence[str]) -> dict[str, list[str]]:
     """``["optim.lr=1e-3,1e-4"]`` as ``{"optim.lr": ["1e-3", "1e-4"]}``.
 
     Raises:
-        ConfigError: no values.
+        ConfigError: no values, or a setting that is there twice.
     """
-    grid = {}
+    grid: dict[str, list[str]] = {}
     for text in texts:
         key, _, values = text.partition("=")
-        grid[key] = [value for value in values.split(",") if value]
+        if key in grid:
+            raise ConfigError(f"--grid {text}: {key} is there twice, expected all of its values after one --grid")
+        grid[key] = list(dict.fromkeys(value for value in values.split(",") if value))
         if not grid[key]:
             raise ConfigError(f"--grid {text}: expected key.sub=value,value,...")
     return grid

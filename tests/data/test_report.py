@@ -198,6 +198,15 @@ def test_a_slide_scanned_at_another_magnification_is_not_odd(tmp_path: Path) -> 
     assert warning.startswith("stride / level-0 magnification is 12.8 in 1 bags (20x); 25.6 in 1 bags (40x)")
 
 
+def test_bags_without_coordinates_among_others_are_named(tmp_path: Path) -> None:
+    bare = [replace(slide(name), coords=None, stride=None) for name in "cd"]
+    pack(MemorySource([slide("a"), slide("b"), *bare], ["train"] * 4), tmp_path / "mixed", progress=False)
+    (warning,) = (item["message"] for item in report_of(tmp_path / "mixed")["warnings"])
+    assert warning.startswith("2 of 4 bags have no coords (c, d), so that models on graphs")
+    pack(MemorySource(bare, ["train"] * 2), tmp_path / "none", progress=False)
+    assert not report_of(tmp_path / "none")["warnings"]
+
+
 def test_sizes_and_measured_labels(tmp_path: Path) -> None:
     bags = [slide(f"s{i}", n=1 + i, y=i / 7) for i in range(25)]
     pack(MemorySource(bags), tmp_path, progress=False)

@@ -1,5 +1,8 @@
 """Bags kept in memory: bounded over all processes, shared with subsets."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -68,6 +71,31 @@ def test_subset_shares_the_bags(many):
     assert list(part.loaded_bags) == ["05", "02"]
     assert part[0]["X"].data_ptr() == dataset[5]["X"].data_ptr()
     assert part._cache is dataset._cache
+
+
+@pytest.mark.parametrize("free", ["clear", "assign"])
+def test_bags_in_memory_are_let_go_of_as_in_torchmil(many, free):
+    dataset = ProcessedMILDataset(**many, load_at_init=True)
+    size, read = bag_bytes(dataset.loaded_bags["07"]), []
+    build = dataset._build_bag
+    dataset._build_bag = lambda name: read.append(name) or build(name)
+    watched = weakref.ref(dataset.loaded_bags["07"]["X"])
+    del dataset.loaded_bags["03"]
+    assert dataset.loaded_bags.pop("04")["X"][0, 0] == 4 and "04" not in dataset.loaded_bags
+    dataset.subset([5, 6]).loaded_bags.clear()
+    assert len(dataset.loaded_bags) == 20 and dataset._cache.num_bytes == 20 * size and watched() is not None
+    if free == "clear":
+        dataset.loaded_bags.clear()
+    else:
+        dataset.loaded_bags = {}
+    gc.collect()
+    assert not dataset.loaded_bags and dataset._cache.num_bytes == 0 and watched() is None
+    assert dataset[7]["X"][0, 0] == 7 and read == ["07"] and list(dataset.loaded_bags) == ["07"]
+    with pytest.raises(KeyError):
+        del dataset.loaded_bags["08"]
+    dataset._cache.max_bytes = size
+    with pytest.raises(ValueError, match=rf"bag '09' of {size} bytes does not fit into cache_bytes"):
+        dataset.loaded_bags["09"] = build("09")
 
 
 def test_spawned_workers(many):

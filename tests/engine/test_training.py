@@ -337,8 +337,20 @@ def test_patience_stops_and_best_epoch_is_kept(run_settings):
 
 
 def test_monitored_metric_must_exist(run_settings):
-    with pytest.raises(ValueError, match=r"monitor 'aurok' is not among"):
-        train_alone(with_changes(run_settings, train={"monitor": "aurok"}))
+    """Known before the first step: what hours of training depend on is not looked up after them."""
+    for monitor in ("aurok", "instance_auroc", "c_index"):
+        with pytest.raises(
+            ValueError, match=rf"monitor is '{monitor}', which is no metric of .*binary.*: auroc, .*, loss"
+        ):
+            train_alone(with_changes(run_settings, train={"monitor": monitor}))
+    assert not Path(run_settings["out"]).exists()
+
+
+def test_an_operator_to_force_must_exist(run_settings):
+    with pytest.raises(
+        ValueError, match=r"engine\.impl: unknown setting 'atention_pool'; did you mean 'attention_pool'"
+    ):
+        train_alone(with_changes(run_settings, engine={"impl": {"atention_pool": "reference"}}))
 
 
 def test_cap_is_counted(run_settings):

@@ -35,7 +35,7 @@ from bigbag.evaluation.compare import (
 )
 from bigbag.evaluation.predictions import read_predictions
 from bigbag.evaluation.slurm import array_ranges
-from bigbag.evaluation.study import Outcome, Study
+from bigbag.evaluation.study import Outcome, Study, parse_grid
 
 CONFIG = """
 name: small
@@ -310,6 +310,8 @@ def test_signals_reach_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (["--inner", "7"], "val_folds asks for 7 parts"),
         (["--models", "MeanMIL,"], "compare: unknown model ''; known models: ABMIL"),
         (["--index", "1"], "--index 1: expected 0 to 0"),
+        (["compare.common={att_dmi: 3}"], "compare.common: unknown setting 'att_dmi'; did you mean 'att_dim'?"),
+        (["--inner", "2", "--grid", "seed=1", "--grid", "seed=2"], "--grid seed=2: seed is there twice"),
         (["data.shards=nowhere"], "nowhere: no such folder; pack the set first"),
     ],
 )
@@ -325,6 +327,10 @@ def test_what_cannot_be_done_is_refused_before_anything_is_trained(
 
 def test_a_model_named_twice_is_one(config: Path) -> None:
     assert [run.name for run in plan_comparison(config, [], ["ABMIL", "ABMIL"], [0]).runs] == ["ABMIL-seed0"]
+
+
+def test_a_value_named_twice_is_tried_once() -> None:
+    assert parse_grid(["optim.lr=1e-3,1e-4,1e-3"]) == {"optim.lr": ["1e-3", "1e-4"]}
 
 
 def test_ranges() -> None:

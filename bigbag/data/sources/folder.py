@@ -212,7 +212,7 @@ class FolderSource(ABC):
             entries.append(self._entry(slide, patient, said, files))
         if table is not None:
             if not entries:
-                raise ValueError(_nothing_matches(table, self._files))
+                raise ValueError(_nothing_matches(table, self._files, self.slides))
             lines: Iterable[tuple[str, Annotation]] = (table.patients or table.slides).items()
             left_out += [
                 {"name": name, "reason": f"{table.path}, line {said.line}: there is no file for it below {self.root}"}
@@ -289,11 +289,13 @@ def _one_patient(patient: str, slides: Sequence[SourceEntry]) -> SourceEntry:
     return SourceEntry(patient, first.split, first.label, patient, parts[0], parts[1:])
 
 
-def _nothing_matches(table: Annotations, files: Files) -> str:
+def _nothing_matches(table: Annotations, files: Files, slides: str | None) -> str:
     named = next(iter(table.patients or table.slides), "nothing")
     what = "patient" if table.patients else "slide"
     text = f"{table.path}: describes none of the {len(files)} slides: it has {what} {named!r}, a file is "
     text += f"{next(iter(files), 'nothing')!r}"
+    if table.patients and slides is not None:
+        return f"{text}; {slides} has to join the two, by names of files and of patients as they are there"
     if table.patients:
         return f"{text}; name the table of slides and patients (slides=, --slides)"
     return f"{text}; name the column of slides: columns={{slide: ...}} (--column slide=...)"

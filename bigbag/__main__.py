@@ -1,0 +1,7 @@
+"""``python -m bigbag``: the command ``bigbag``."""
+
+import sys
+
+from bigbag.cli import main
+
+sys.exit(main())
