@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import signal
@@ -53,7 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.traceback:
             raise
         rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-        print(f"{rank}error: {error}", file=sys.stderr, flush=True)
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None
+        remedy = ": make room where the command writes; the same command again goes on where it can" if full else ""
+        print(f"{rank}error: {error}{remedy}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         if options.traceback:

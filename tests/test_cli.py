@@ -285,6 +285,17 @@ def test_a_reader_that_leaves_ends_the_command_quietly():
     assert said == "the reader of the output is gone: the same command again goes on where it can\n"
 
 
+def test_a_full_disk_has_a_remedy_whoever_writes(monkeypatch, capsys):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("bigbag.visualize.write_report", full)
+    said = fails(capsys, ["report", "--config", CONFIG])
+    assert said.endswith(
+        "left on device: make room where the command writes; the same command again goes on where it can\n"
+    )
+
+
 def test_what_does_not_fit_on_the_disk_is_named(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
     write_json(path, {"old": 1})

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numba
 import numpy as np
+from numba.core.errors import NumbaIRAssumptionWarning
 from numba.extending import overload
+
+# Inlining the choices in from_half makes Numba ask users to report names that it made up itself, once for each kernel.
+warnings.filterwarnings("ignore", "variable '_widen_overload", NumbaIRAssumptionWarning)
 
 
 def _widen(value):
