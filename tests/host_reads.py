@@ -76,7 +76,7 @@ class Calls(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in METHODS and self.device.holds(args[:1]):
             self.device.reads[func.__name__] += 1
-        if func in MAKERS and kwargs.get("device") is not None:
+        if func in MAKERS and isinstance(kwargs.get("device"), torch.device):  # "cpu" by name is the host
             self.device.reads[func.__name__] += 1
         if func is Tensor.to and not self.device.holds(args[:1]) and _moves(args, kwargs):
             self.device.reads["to"] += 1
