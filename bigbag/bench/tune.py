@@ -64,12 +64,20 @@ CANDIDATES: dict[tuple[str, str], list[Candidate]] = {
     ("attention_pool", "bfloat16"): [
         *_candidates(
             _POOL,
-            _tiles(
-                "T D P warps stages", (64, 64, 64, 8, 3), (128, 64, 64, 8, 4), (64, 128, 64, 8, 3), (128, 128, 64, 8, 3)
-            ),
+            [
+                *_tiles("T D P C warps stages", (128, 128, 32, 128, 8, 6), (128, 128, 64, 256, 8, 3)),
+                *_tiles("T D P C warps stages", (128, 64, 64, 256, 8, 3), (64, 128, 64, 256, 8, 3)),
+                # Two programs on a multiprocessor: one multiplies while the other adds up its rows.
+                {**_tiles("T D P C warps stages", (128, 64, 32, 128, 8, 4))[0], "maxnreg": 128},
+                *_tiles("T D P C warps stages", (64, 64, 64, 256, 8, 3)),
+            ],
             back=False,
         ),
-        *_candidates(_POOL, _tiles("T D P warps stages", (64, 64, 64, 8, 3), (128, 64, 64, 8, 3)), back=True),
+        *_candidates(
+            _POOL,
+            _tiles("T D P C warps stages", (64, 64, 64, 256, 8, 3), (128, 64, 64, 256, 8, 3), (64, 128, 32, 256, 8, 5)),
+            back=True,
+        ),
     ],
     ("attention_pool", "float32"): _candidates(
         _POOL, _tiles("T D P warps stages precision", (64, 64, 32, 8, 2, "tf32x3"), (128, 64, 32, 8, 2, "tf32x3"))

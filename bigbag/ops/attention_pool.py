@@ -56,10 +56,10 @@ def attention_pool(
     differentiable, except ``impl="reference"``. A bag without instances gives z = 0.
 
     Cost, with D' = D, or 2D if gated, in the dtype of the computation: 2 T P D' FLOP forward; backward 4 T P D'
-    (2 T P D' with ``keep_preactivations``), and 2 T P D' more for the gradient of x. Bytes: x is read twice forward
-    and two (cpu) or three times backward. Beyond inputs, outputs and gradients it holds O(T H) floats and a constant
-    number of chunks (cpu: below 64 MiB at P = 1024, D' = 256), and T D' elements with ``keep_preactivations``.
-    A non-contiguous x is copied.
+    (2 T P D' with ``keep_preactivations``), and 2 T P D' more for the gradient of x. Bytes: x is read once
+    (triton) or twice (cpu) forward, and twice backward. Beyond inputs, outputs and gradients it holds O(T H) floats and
+    a constant number of chunks (cpu: below 64 MiB at P = 1024, D' = 256), T D' elements with ``keep_preactivations``,
+    and with triton H P floats per 64 instances and bag. A non-contiguous x is copied.
 
     Args:
         x: (T, P) instances, float16, bfloat16, float32 or float64; may be stored narrower than the weights.
@@ -143,11 +143,6 @@ def _check(
             raise ValueError(f"attention_pool: {name} must be floating on {x.device}, got {found}")
 
 
-def _scaled(a: Tensor, factors: Tensor | None) -> Tensor:
-    """Attention weights, or gradients to them, as dropout leaves them."""
-    return a if factors is None else a * factors
-
-
 def _drop_factors(x: Tensor, w2: Tensor, acc: torch.dtype, dropout: float, seed: int) -> Tensor:
     """(T, H): 0 for the weights that dropout drops, 1 / (1 - dropout) for the others."""
     rows = torch.arange(x.shape[0], device=x.device)
@@ -167,7 +162,7 @@ def _reference(
     scores = hidden @ w2.t()
     starts = offsets.tolist()
     a = reference_softmax(scores, offsets)
-    a = _scaled(a, factors)
+    a = a if factors is None else a * factors
     bags = [a[s:e].t() @ x[s:e].to(a.dtype) for s, e in zip(starts, starts[1:])]
     z = torch.stack(bags) if bags else x.new_zeros(0, w2.shape[0], x.shape[1], dtype=a.dtype)
     return z, scores
@@ -178,39 +173,19 @@ _SCHEMA_FORWARD = (
     " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _SCHEMA_BACKWARD = (
-    "(Tensor? grad_z, Tensor? grad_scores, Tensor x, Tensor offsets, Tensor weight, Tensor bias, Tensor w2, Tensor a,"
-    " Tensor kept, Tensor? factors, str act, bool gated, bool need_x) -> (Tensor, Tensor, Tensor, Tensor)"
+    "(Tensor? grad_z, Tensor? grad_scores, Tensor x, Tensor offsets, Tensor weight, Tensor bias, Tensor w2, Tensor z,"
+    " Tensor a, Tensor kept, Tensor? factors, str act, bool gated, bool need_x) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
 def _register(impl: str, kernels: str) -> Any:
-    """Custom operators ``bigbag::attention_pool_{impl}`` and ``..._backward`` around the launchers below ``kernels``.
+    """Custom operators ``bigbag::attention_pool_{impl}`` and ``..._backward`` around the launchers in ``kernels``."""
 
-    Those of ``attention_pool`` know no bags, and no dropout; softmax, sums and dots are those of ``segments``.
-    """
+    def run_forward(*args: Any) -> Any:
+        return importlib.import_module(f"{kernels}.attention_pool").forward(*args)
 
-    def launchers() -> tuple[Any, Any]:
-        return importlib.import_module(f"{kernels}.attention_pool"), importlib.import_module(f"{kernels}.segments")
-
-    def run_forward(
-        x: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor, w2: Tensor, factors: Any, *options: Any
-    ) -> Any:
-        own, segments = launchers()
-        scores, kept = own.forward(x, weight, bias, w2, *options)
-        a = segments.softmax(scores, offsets)
-        return segments.weighted_sum(x, _scaled(a, factors), offsets), scores, a, kept
-
-    def run_backward(
-        grad_z: Any, grad_scores: Any, x: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor, w2: Tensor, *rest: Any
-    ) -> Any:
-        a, kept, factors, *options = rest
-        own, segments = launchers()
-        ds = torch.zeros_like(a)
-        if grad_z is not None:
-            ds = segments.softmax_backward(a, _scaled(segments.row_dots(x, grad_z, offsets), factors), offsets)
-        if grad_scores is not None:
-            ds = ds + grad_scores
-        return own.backward(ds, grad_z, _scaled(a, factors), x, offsets, weight, bias, w2, kept, *options)
+    def run_backward(*args: Any) -> Any:
+        return importlib.import_module(f"{kernels}.attention_pool").backward(*args)
 
     name = f"bigbag::attention_pool_{impl}"
     forward = torch.library.custom_op(name, run_forward, mutates_args=(), schema=_SCHEMA_FORWARD)
@@ -231,10 +206,10 @@ def _register(impl: str, kernels: str) -> Any:
 
     def setup(ctx: Any, inputs: Any, output: Any) -> None:
         x, offsets, weight, bias, w2, factors, act, gated, _ = inputs
-        _, _, a, kept = output
+        z, _, a, kept = output
         ctx.mark_non_differentiable(a, kept)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, offsets, weight, bias, w2, a, kept, factors)
+        ctx.save_for_backward(x, offsets, weight, bias, w2, z, a, kept, factors)
         ctx.act, ctx.gated = act, gated
 
     def differentiate(ctx: Any, grad_z: Any, grad_scores: Any, *_: Any) -> Any:

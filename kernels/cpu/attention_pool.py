@@ -5,9 +5,9 @@
 
 The scores do not know bags: they are computed in chunks of instances, one GEMM per chunk with the concatenated weight
 [W1; Wg] into a reused buffer, and one pass over its rows for all that follows it (Numba). What knows bags (softmax,
-a^T x, and x dz in backward) is bound by memory; the operator runs it over the whole pack with the kernels of
-``segments``, dropout's factors included. Backward walks over the chunks again; it recomputes the pre-activations
-unless they were kept; one pass over a chunk makes their gradients.
+a^T x, and x dz in backward) is bound by memory; it runs over the whole pack with the kernels of ``segments``, dropout's
+factors included. Backward walks over the chunks again; it recomputes the pre-activations unless they were kept; one
+pass over a chunk makes their gradients.
 
 Each worker thread walks over its own share of the rows, with its own buffers and its own gradients of the weights,
 which are added in the order of the shares. So threads meet once per pass, not at the end of every operation of every
@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bigbag.kernels.cpu import segments
 from bigbag.kernels.cpu.attention_scores import _ACTIVATIONS, _differentiate_rows, _score_rows
 from bigbag.kernels.cpu.half import _narrow, _wide
 from bigbag.kernels.cpu.memory import huge_pages
@@ -127,11 +128,30 @@ def _add_weighted(grad, weights, bags, grad_z, out):
             out[i, p] = _narrow(total[p], out[i, p])
 
 
+def _scaled(a: Tensor, factors: Tensor | None) -> Tensor:
+    """Attention weights, or gradients to them, as dropout leaves them."""
+    return a if factors is None else a * factors
+
+
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor, w2: Tensor, act: str, gated: bool, keep: bool
-) -> tuple[Tensor, Tensor]:
-    """x (T, P), weight (D', P) in the compute dtype, bias (D',) and w2 (H, D) in the accumulation dtype
-    -> scores (T, H), kept (T, D') or (0,)."""
+    x: Tensor,
+    offsets: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    w2: Tensor,
+    factors: Tensor | None,
+    act: str,
+    gated: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x (T, P), weight (D', P) in the compute dtype, bias (D',) and w2 (H, D) in the accumulation dtype, factors (T, H)
+    of dropout -> z (B, H, P), scores (T, H), a (T, H), kept (T, D') or (0,)."""
+    scores, kept = _scores(x, weight, bias, w2, act, keep)
+    a = segments.softmax(scores, offsets)
+    return segments.weighted_sum(x, _scaled(a, factors), offsets), scores, a, kept
+
+
+def _scores(x: Tensor, weight: Tensor, bias: Tensor, w2: Tensor, act: str, keep: bool) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
     num_rows = x.shape[0]
     chunk_rows = _chunk_rows(num_rows, x.shape[1], weight.shape[0])
@@ -151,21 +171,29 @@ def forward(
 
 
 def backward(
-    ds: Tensor,
     grad_z: Tensor | None,
-    weights: Tensor,
+    grad_scores: Tensor | None,
     x: Tensor,
     offsets: Tensor,
     weight: Tensor,
     bias: Tensor,
     w2: Tensor,
+    z: Tensor,
+    a: Tensor,
     kept: Tensor,
+    factors: Tensor | None,
     act: str,
     gated: bool,
     need_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """From the gradients of the scores (T, H) and of z, and the weights (T, H) of its rows: those of x (T, P) or (0,),
+    """From the gradients of z and of the scores, and what ``forward`` took and gave: those of x (T, P) or (0,),
     weight (D', P), bias (D',), w2 (H, D)."""
+    ds = torch.zeros_like(a)
+    if grad_z is not None:
+        ds = segments.softmax_backward(a, _scaled(segments.row_dots(x, grad_z, offsets), factors), offsets)
+    if grad_scores is not None:
+        ds = ds + grad_scores
+    weights = _scaled(a, factors)
     x = x.contiguous()
     num_rows = x.shape[0]
     acc = accumulation_dtype(weight.dtype)

@@ -68,11 +68,19 @@ def load_rows(h, rows, units, T, D, GATED: tl.constexpr):
 
 
 @triton.jit
-def add_scores(acc, left, right, bias, w2, units, heads, D, H, ACT: tl.constexpr, GATED: tl.constexpr):
-    """acc, rows by heads, and the share of some units in their scores."""
-    hidden = _activate(left + tl.load(bias + units, mask=units < D, other=0.0)[None, :], ACT)
+def _add_biases(left, right, bias, units, D, GATED: tl.constexpr):
+    left += tl.load(bias + units, mask=units < D, other=0.0)[None, :]
     if GATED:
-        hidden *= tl.sigmoid(right + tl.load(bias + D + units, mask=units < D, other=0.0)[None, :])
+        right += tl.load(bias + D + units, mask=units < D, other=0.0)[None, :]
+    return left, right
+
+
+@triton.jit
+def add_scores(acc, left, right, w2, units, heads, D, H, ACT: tl.constexpr, GATED: tl.constexpr):
+    """acc, rows by heads, and the share of some units, biases included, in their scores."""
+    hidden = _activate(left, ACT)
+    if GATED:
+        hidden *= tl.sigmoid(right)
     for head in range(H):
         row = tl.load(w2 + head * D + units, mask=units < D, other=0.0)
         score = tl.sum(hidden * row[None, :], 1)
@@ -82,25 +90,24 @@ def add_scores(acc, left, right, bias, w2, units, heads, D, H, ACT: tl.constexpr
 
 @triton.jit
 def differentiate(
-    left, right, bias, w2, ds, grad_h, bias_parts, w2_parts, block, rows, units, T, D, H,
+    left, right, w2, ds, grad_h, bias_parts, w2_parts, block, rows, units, heads, T, D, H,
     ACT: tl.constexpr, GATED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Writes the gradients of both halves, and the block's sums for bias and w2."""
+    """Writes the gradients of both halves, and the block's sums for bias and w2. ds is rows by heads."""
     width = D * 2 if GATED else D
     inside = (rows < T)[:, None] & (units < D)[None, :]
     place = grad_h + rows[:, None] * width + units[None, :]
-    left += tl.load(bias + units, mask=units < D, other=0.0)[None, :]
     value = _activate(left, ACT)
     hidden = value
     gate = value
     if GATED:
-        gate = tl.sigmoid(right + tl.load(bias + D + units, mask=units < D, other=0.0)[None, :])
+        gate = tl.sigmoid(right)
         hidden = value * gate
     grad = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     for head in range(H):
-        grad_score = tl.load(ds + rows * H + head, mask=rows < T, other=0.0)
+        grad_score = tl.sum(tl.where(heads[None, :] == head, ds, 0.0), 1)
         grad += grad_score[:, None] * tl.load(w2 + head * D + units, mask=units < D, other=0.0)[None, :]
-        # Rows beyond T have grad_score = 0, so they add nothing here, nor to grad.
+        # Rows beyond T have ds = 0, so they add nothing here, nor to grad.
         tl.store(w2_parts + (block * H + head) * D + units, tl.sum(grad_score[:, None] * hidden, 0), mask=units < D)
     if GATED:
         grad_gate = grad * hidden * (1.0 - gate)
@@ -123,7 +130,8 @@ def _score_rows(
     for first in range(0, D, BLOCK_D):
         units = first + tl.arange(0, BLOCK_D)
         left, right = load_rows(h, rows, units, T, D, GATED)
-        acc = add_scores(acc, left, right, bias, w2, units, heads, D, H, ACT, GATED)
+        left, right = _add_biases(left, right, bias, units, D, GATED)
+        acc = add_scores(acc, left, right, w2, units, heads, D, H, ACT, GATED)
     inside = (rows < T)[:, None] & (heads < H)[None, :]
     tl.store(scores + rows[:, None] * H + heads[None, :], acc, mask=inside)
 
@@ -131,14 +139,18 @@ def _score_rows(
 @triton.jit
 def _differentiate_rows(
     h, bias, w2, ds, grad_h, bias_parts, w2_parts, T, D, H,
-    ACT: tl.constexpr, GATED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    ACT: tl.constexpr, GATED: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64)
     rows = block * BLOCK_T + tl.arange(0, BLOCK_T)
     units = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    heads = tl.arange(0, BLOCK_H)
+    inside = (rows < T)[:, None] & (heads < H)[None, :]
+    grad_scores = tl.load(ds + rows[:, None] * H + heads[None, :], mask=inside, other=0.0)
     left, right = load_rows(h, rows, units, T, D, GATED)
+    left, right = _add_biases(left, right, bias, units, D, GATED)
     differentiate(
-        left, right, bias, w2, ds, grad_h, bias_parts, w2_parts, block, rows, units, T, D, H,
+        left, right, w2, grad_scores, grad_h, bias_parts, w2_parts, block, rows, units, heads, T, D, H,
         ACT, GATED, BLOCK_T, BLOCK_D,
     )  # fmt: skip
 
@@ -174,6 +186,17 @@ def backward(ds: Tensor, h: Tensor, bias: Tensor, w2: Tensor, act: str, gated: b
     bias_parts, w2_parts = bias.new_empty(blocks, *bias.shape), w2.new_empty(blocks, heads, dim)
     if num_rows:
         _differentiate_rows[blocks, triton.cdiv(dim, options["BLOCK_D"])](
-            h, bias, w2, ds, grad_h, bias_parts, w2_parts, num_rows, dim, heads, **options
+            h,
+            bias,
+            w2,
+            ds,
+            grad_h,
+            bias_parts,
+            w2_parts,
+            num_rows,
+            dim,
+            heads,
+            BLOCK_H=triton.next_power_of_2(heads),
+            **options,
         )
     return grad_h, bias_parts.sum(0), w2_parts.sum(0)

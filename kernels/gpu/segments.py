@@ -1,12 +1,11 @@
 """Reductions of (T, C) rows over segments, on the GPU, with Triton.
 
-    sum, max, softmax  as in kernels/cpu/segments;   weighted_sum  z[b, h] = sum_t a[t, h] x[t];
-    row_dots  d[t, h] = x[t] . y[b(t), h]
+    sum, max, softmax  as in kernels/cpu/segments
 
 Segments are cut into splits of at most ``SPLIT_ROWS`` rows; one program owns one split and one block of columns, and
 writes one partial row. A second kernel, one program per bag and block of columns, combines the partial rows of a bag in
-order. No atomics, so two runs give the same bits. x is read once (once per head in weighted_sum and row_dots);
-partials are 1 / SPLIT_ROWS of it. The splits are planned on the device from ``offsets`` alone: nothing waits for it.
+order. No atomics, so two runs give the same bits. x is read once; partials
+are 1 / SPLIT_ROWS of it. The splits are planned on the device from ``offsets`` alone: nothing waits for it.
 """
 
 from __future__ import annotations
@@ -22,20 +21,16 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 
 @triton.jit
-def _sum_splits(x, a, starts, ends, out, C, H, WEIGHTED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
+def _sum_splits(x, starts, ends, out, C, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
     split = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(2)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     start, end = tl.load(starts + split), tl.load(ends + split)
     acc = tl.zeros([BLOCK_C], tl.float32)
     for first in range(start, end, BLOCK_T):
         rows = first + tl.arange(0, BLOCK_T).to(tl.int64)
         inside = (rows < end)[:, None] & (cols < C)[None, :]
-        tile = tl.load(x + rows[:, None] * C + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-        if WEIGHTED:
-            tile *= tl.load(a + rows * H + head, mask=rows < end, other=0.0)[:, None]
-        acc += tl.sum(tile, 0)
-    tl.store(out + (split * H + head) * C + cols, acc, mask=cols < C)
+        acc += tl.sum(tl.load(x + rows[:, None] * C + cols[None, :], mask=inside, other=0.0).to(tl.float32), 0)
+    tl.store(out + split * C + cols, acc, mask=cols < C)
 
 
 @triton.jit
@@ -83,21 +78,6 @@ def _max_splits(
 
 
 @triton.jit
-def _row_dots(x, y, bags, out, T, P, H, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr):
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    head = tl.program_id(1)
-    bag = tl.load(bags + rows, mask=rows < T, other=0)
-    acc = tl.zeros([BLOCK_T], tl.float32)
-    for first in range(0, P, BLOCK_P):
-        cols = first + tl.arange(0, BLOCK_P)
-        inside = (rows < T)[:, None] & (cols < P)[None, :]
-        left = tl.load(x + rows[:, None] * P + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-        right = tl.load(y + (bag * H + head)[:, None] * P + cols[None, :], mask=inside, other=0.0)
-        acc += tl.sum(left * right, 1)
-    tl.store(out + rows * H + head, acc, mask=rows < T)
-
-
-@triton.jit
 def _rows_of_split(offsets, bag, split, splits):
     """First and last row of one of ``splits`` equal parts of a bag's rows."""
     start, stop = tl.load(offsets + bag), tl.load(offsets + bag + 1)
@@ -107,7 +87,7 @@ def _rows_of_split(offsets, bag, split, splits):
 
 
 class Splits:
-    """First and last row of each split of at most ``size`` rows, and the first split of each bag, all on the device.
+    """Bag, first and last row of each split of at most ``size`` rows, and the first split of each bag, on the device.
 
     There are at most T // size + B splits; those beyond the last one are empty.
     """
@@ -119,10 +99,9 @@ class Splits:
         self.first = torch.cat([offsets.new_zeros(1), counts.cumsum(0)])
         split = torch.arange(self.bound, device=offsets.device)
         bag = torch.searchsorted(self.first[1:], split, right=True).clamp_max(max(num_bags - 1, 0))
-        if num_bags == 0:
-            bag = split
-        self.ends = offsets[bag + 1]
-        self.starts = torch.minimum(offsets[bag] + (split - self.first[bag]) * size, self.ends)
+        self.bags = split if num_bags == 0 else bag
+        self.ends = offsets[self.bags + 1]
+        self.starts = torch.minimum(offsets[self.bags] + (split - self.first[self.bags]) * size, self.ends)
         self.ends = torch.minimum(self.starts + size, self.ends)
 
 
@@ -142,34 +121,22 @@ def _combine_tiles(num_cols: int) -> tuple[int, int]:
     return min(1024, 2048 // columns), columns
 
 
-def _reduce(x: Tensor, a: Tensor | None, offsets: Tensor) -> Tensor:
-    """(T, C) -> (B, H, C) float32, weighted by a (T, H) if given."""
-    x = x.contiguous()
-    num_cols, heads = x.shape[1], 1 if a is None else a.shape[1]
-    num_bags = offsets.shape[0] - 1
-    out = x.new_empty(num_bags, heads, num_cols, dtype=torch.float32)
-    if out.numel() == 0 or heads * num_cols == 0:
-        return out
-    splits = Splits(offsets, x.shape[0])
-    parts = x.new_empty(splits.bound, heads, num_cols, dtype=torch.float32)
-    tiles = _tiles(num_cols)
-    grid = (splits.bound, triton.cdiv(num_cols, tiles["BLOCK_C"]), heads)
-    weights = x if a is None else a.contiguous()
-    _sum_splits[grid](x, weights, splits.starts, splits.ends, parts, num_cols, heads, WEIGHTED=a is not None, **tiles)
-    block, columns = _combine_tiles(heads * num_cols)
-    blocks = triton.cdiv(heads * num_cols, columns)
-    _combine_sums[num_bags, blocks](parts, splits.first, out, heads * num_cols, BLOCK_S=block, BLOCK_C=columns)
-    return out
-
-
 def sum_rows(x: Tensor, offsets: Tensor) -> Tensor:
     """(T, C) -> (B, C) float32."""
-    return _reduce(x, None, offsets)[:, 0].clone()
-
-
-def weighted_sum(x: Tensor, a: Tensor, offsets: Tensor) -> Tensor:
-    """x (T, P), a (T, H) float32 -> (B, H, P) float32."""
-    return _reduce(x, a, offsets)
+    x = x.contiguous()
+    num_cols, num_bags = x.shape[1], offsets.shape[0] - 1
+    out = x.new_empty(num_bags, num_cols, dtype=torch.float32)
+    if out.numel() == 0:
+        return out
+    splits = Splits(offsets, x.shape[0])
+    parts = x.new_empty(splits.bound, num_cols, dtype=torch.float32)
+    tiles = _tiles(num_cols)
+    grid = (splits.bound, triton.cdiv(num_cols, tiles["BLOCK_C"]))
+    _sum_splits[grid](x, splits.starts, splits.ends, parts, num_cols, **tiles)
+    block, columns = _combine_tiles(num_cols)
+    blocks = triton.cdiv(num_cols, columns)
+    _combine_sums[num_bags, blocks](parts, splits.first, out, num_cols, BLOCK_S=block, BLOCK_C=columns)
+    return out
 
 
 def max_rows(x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
@@ -227,19 +194,3 @@ def softmax(x: Tensor, offsets: Tensor) -> Tensor:
 def softmax_backward(a: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
     """a * (grad - sum over the bag of a * grad), all (T, C) float32."""
     return (grad - _spread(sum_rows(a * grad, offsets), offsets, a.shape[0])).mul_(a)
-
-
-def row_dots(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
-    """x (T, P), y (B, H, P) float32 -> (T, H) float32."""
-    x, y = x.contiguous(), y.contiguous()
-    num_rows, width = x.shape
-    heads = y.shape[1]
-    out = x.new_empty(num_rows, heads, dtype=torch.float32)
-    if out.numel() == 0:
-        return out
-    bags = _spread(torch.arange(y.shape[0], device=x.device), offsets, num_rows)
-    tiles = {"BLOCK_T": 32, "BLOCK_P": 128}
-    if INTERPRETED:
-        tiles = {"BLOCK_T": 1024, "BLOCK_P": triton.next_power_of_2(width)}
-    _row_dots[triton.cdiv(num_rows, tiles["BLOCK_T"]), heads](x, y, bags, out, num_rows, width, heads, **tiles)
-    return out

@@ -67,17 +67,19 @@ def usage(cubin: bytes) -> dict[str, int]:
 def attention_pool_cases(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     from bigbag.kernels.gpu import attention_pool
 
-    offsets = torch.tensor([0, 1000, 1040])
+    offsets = torch.tensor([0, 40000])
     # The width of common encoders, and one that is a multiple of nothing.
     for width, dim, large in ((1024, 128, False), (1024, 128, True), (1023, 100, False)):
-        x = torch.randn(1040, width).to(dtype)
+        x = torch.empty(40000, width, dtype=dtype)
         attention_pool.LARGE_ROWS = 0 if large else 1 << 30
-        for act, gated, keep in (("tanh", True, False), ("gelu", True, True), ("relu", False, False)):
-            yield {"width": width, "act": act, "gated": gated, "keep": keep, "large": large}
+        for act, gated, keep, heads in (("tanh", True, False, 1), ("gelu", True, True, 2), ("relu", False, False, 2)):
+            yield {"width": width, "act": act, "gated": gated, "keep": keep, "heads": heads, "large": large}
             total = dim * (1 + gated)
-            weight, bias, w2 = torch.randn(total, width).to(dtype), torch.zeros(total), torch.zeros(2, dim)
-            scores, kept = attention_pool.forward(x, weight, bias, w2, act, gated, keep)
-            attention_pool.backward(scores, None, scores, x, offsets, weight, bias, w2, kept, act, gated, False)
+            weight, bias, w2 = torch.empty(total, width, dtype=dtype), torch.zeros(total), torch.zeros(heads, dim)
+            factors = torch.ones(40000, heads) if act == "gelu" else None
+            z, scores, *saved = attention_pool.forward(x, offsets, weight, bias, w2, factors, act, gated, keep)
+            args = (x, offsets, weight, bias, w2, z, *saved, factors, act, gated, True)
+            attention_pool.backward(z, scores, *args)
 
 
 def attention_scores_cases(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
@@ -100,8 +102,7 @@ def segments_cases(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
         x = torch.randn(1040, width).to(dtype)
         segments.sum_rows(x, offsets)
         segments.max_rows(x, offsets)
-        weights = segments.softmax(torch.zeros(1040, 2), offsets)
-        segments.row_dots(x, segments.weighted_sum(x, weights, offsets), offsets)
+        segments.softmax(torch.zeros(1040, 2), offsets)
 
 
 def topk_cases(dtype: torch.dtype) -> Iterator[dict[str, Any]]:

@@ -15,18 +15,18 @@ import pytest
 SHARED_LIMIT_BYTES = {80: 166912, 90: 232448}
 SCRIPT = Path(__file__).with_name("compile_gpu.py")
 KERNELS = {
-    "attention_pool": {"_scores", "_grad_projection"},
+    "attention_pool": {"_attend", "_combine", "_weigh", "_grad_projection", "_grad_rows"},
     "attention_scores": {"_score_rows", "_differentiate_rows"},
     "gaussian": {"_draw", "_pool_draws", "_pool_draws_backward"},
     "gaussian_mean": {"_log_products", "_means", "_sums", "_gradients"},
     "masked_attention": {"_forward", "_grad_q", "_grad_kv"},
     "nystrom": {"_spread", "_gather", "_row_grads", "_landmark_grads"},
-    "segments": {"_sum_splits", "_combine_sums", "_max_splits", "_row_dots"},
+    "segments": {"_sum_splits", "_combine_sums", "_max_splits"},
     "spmm": {"_spmm", "_edge_dots", "_edge_softmax", "_edge_softmax_backward"},
     "topk": {"_threshold", "_collect", "_pool", "_pool_rows"},
 }
 # Products of matrices, which must not fall back to plain multiplications in 16 bits.
-PRODUCTS = {"_scores", "_forward", "_grad_q", "_grad_kv", "_spread", "_gather", "_pool"}
+PRODUCTS = {"_attend", "_grad_rows", "_forward", "_grad_q", "_grad_kv", "_spread", "_gather", "_pool"}
 
 
 def test_every_kernel_that_is_launched_is_compiled() -> None:

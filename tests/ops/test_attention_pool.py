@@ -34,6 +34,17 @@ def test_scores_that_saturate_give_an_exact_choice(impl: str, device: str) -> No
     assert torch.equal(w2.grad, torch.zeros_like(w2))
 
 
+@pytest.mark.parametrize("name", ["dropout", "several", "kept"])
+def test_chunks_cut_through_bags(name: str, impl: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if impl == "triton":
+        monkeypatch.setattr("bigbag.kernels.gpu.attention_pool.CHUNK_ROWS", 70)
+    else:
+        monkeypatch.setattr("bigbag.kernels.cpu.attention_pool.CHUNK_BYTES", 1)
+    sample = NAMED[f"attention_pool, {name}"]
+    assert max(sample.sizes) > 140 and len(sample.sizes) > 1
+    check(sample, impl, torch.float32, device)
+
+
 @pytest.mark.parametrize("keep", [False, True])
 def test_passes_opcheck_with_features_that_need_no_gradient(impl: str, device: str, keep: bool) -> None:
     generator = torch.Generator().manual_seed(0)
