@@ -16,7 +16,7 @@ block. ``_grad_rows`` makes the gradient of x. No atomics anywhere.
 Reads of x from memory: one forward (two while the sums were a pass of their own), two backward (three while x dz was
 one); grad_x is written, and nothing read back. Each further pass of a program over its rows, D / BLOCK_D and one more,
 is to find them in L2. FLOPs as in kernels/cpu/attention_pool. Working memory: (T, H) floats; forward (P + 2) H floats
-per block; backward CHUNK_ROWS * D' elements, and (D' + H D) floats per block of a chunk.
+per block; backward CHUNK_BYTES, and (D' + H D) floats per block of a chunk.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from triton.runtime import driver
 from bigbag.kernels.gpu.attention_scores import add_scores, differentiate, load_rows
 from bigbag.kernels.gpu.segments import Splits
 
-CHUNK_ROWS = 65536
+CHUNK_BYTES = 128 << 20
 LARGE_ROWS = 32768
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -368,6 +368,12 @@ def _matmul(left: Tensor, right: Tensor) -> Tensor:
     return left.float() @ right.float()
 
 
+def _chunk_rows(x: Tensor, weight: Tensor) -> int:
+    """Rows whose pre-activations' gradients, and the rows themselves where they are converted, take CHUNK_BYTES."""
+    converted = 0 if x.dtype == weight.dtype else x.shape[1]
+    return 64 * max(1, CHUNK_BYTES // (64 * weight.element_size() * (weight.shape[0] + converted)))
+
+
 def backward(
     grad_z: Tensor | None,
     grad_scores: Tensor | None,
@@ -394,8 +400,9 @@ def backward(
     grad_x = x.new_empty(x.shape if need_x else (0,))
     grad_weight = torch.zeros_like(weight, dtype=torch.float32)
     grad_bias, grad_w2 = torch.zeros_like(bias), torch.zeros_like(w2)
-    for start in range(0, num_rows, CHUNK_ROWS):
-        end = min(start + CHUNK_ROWS, num_rows)
+    chunk_rows = _chunk_rows(x, weight)
+    for start in range(0, num_rows, chunk_rows):
+        end = min(start + chunk_rows, num_rows)
         chunk = x[start:end]
         blocks = Splits(offsets.clamp(start, end) - start, end - start, options["BLOCK_T"])
         where = (blocks.bags, blocks.starts, blocks.ends)

@@ -36,10 +36,8 @@ def test_scores_that_saturate_give_an_exact_choice(impl: str, device: str) -> No
 
 @pytest.mark.parametrize("name", ["dropout", "several", "kept"])
 def test_chunks_cut_through_bags(name: str, impl: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if impl == "triton":
-        monkeypatch.setattr("bigbag.kernels.gpu.attention_pool.CHUNK_ROWS", 70)
-    else:
-        monkeypatch.setattr("bigbag.kernels.cpu.attention_pool.CHUNK_BYTES", 1)
+    """Chunks of 64 rows, the fewest."""
+    monkeypatch.setattr(f"bigbag.kernels.{'gpu' if impl == 'triton' else impl}.attention_pool.CHUNK_BYTES", 1)
     sample = NAMED[f"attention_pool, {name}"]
     assert max(sample.sizes) > 140 and len(sample.sizes) > 1
     check(sample, impl, torch.float32, device)
