@@ -186,17 +186,7 @@ def backward(ds: Tensor, h: Tensor, bias: Tensor, w2: Tensor, act: str, gated: b
     bias_parts, w2_parts = bias.new_empty(blocks, *bias.shape), w2.new_empty(blocks, heads, dim)
     if num_rows:
         _differentiate_rows[blocks, triton.cdiv(dim, options["BLOCK_D"])](
-            h,
-            bias,
-            w2,
-            ds,
-            grad_h,
-            bias_parts,
-            w2_parts,
-            num_rows,
-            dim,
-            heads,
-            BLOCK_H=triton.next_power_of_2(heads),
-            **options,
-        )
+            h, bias, w2, ds, grad_h, bias_parts, w2_parts, num_rows, dim, heads,
+            BLOCK_H=triton.next_power_of_2(heads), **options,
+        )  # fmt: skip
     return grad_h, bias_parts.sum(0), w2_parts.sum(0)

@@ -131,6 +131,11 @@ class Layer(torch.nn.Module):
         if last is None:
             return by_rows(self._after, x, attended, modules=modules, chunk=chunk)
         projection = Projection(last.weight, last.bias, added=last is not self.out_proj)
+        # The projection has gradients of its own: those of the function leave its weights out.
+        parts = [
+            part for module in modules for part in (module if isinstance(module, torch.nn.Sequential) else [module])
+        ]
+        modules = [part for part in parts if part is not last]
         return by_rows(self._before_last, x, attended, modules=modules, projection=projection, chunk=chunk)
 
     @property
@@ -150,25 +155,21 @@ class Layer(torch.nn.Module):
     def _before_last(self, x: Tensor, attended: Tensor) -> Any:
         """What :attr:`_last` takes, and what is added to its product, if anything is."""
         y, attended = self.att_proj(self._enter(x)), attended.to(compute_dtype(self.norm1.weight))
-        if isinstance(self.out_proj, torch.nn.Linear):
-            y = y + self._attention.out_proj(attended)
-            return y + self.mlp_module(self.norm2(y)) if self.use_mlp else y
-        if not self.use_mlp:
+        no_projection = isinstance(self.out_proj, torch.nn.Identity)
+        if no_projection and not self.use_mlp:
             return attended, y
         y = y + self._attention.out_proj(attended)
-        return self.mlp_module[:-2](self.norm2(y)), y
+        return (self.mlp_module[:-2](self.norm2(y)), y) if no_projection else self._with_mlp(y)
 
     def _enter(self, x: Tensor) -> Tensor:
         return self.in_proj(x.to(self.norm1.weight.dtype))
 
     def _after(self, x: Tensor, attended: Tensor) -> Tensor:
         y = self.att_proj(self._enter(x)) + self._attention.out_proj(attended.to(compute_dtype(self.norm1.weight)))
-        return self._finish(y).to(compute_dtype(self.norm1.weight))
+        return self.out_proj(self._with_mlp(y)).to(compute_dtype(self.norm1.weight))
 
-    def _finish(self, y: Tensor) -> Tensor:
-        if self.use_mlp:
-            y = y + self.mlp_module(self.norm2(y))
-        return self.out_proj(y)
+    def _with_mlp(self, y: Tensor) -> Tensor:
+        return y + self.mlp_module(self.norm2(y)) if self.use_mlp else y
 
     def forward(self, X: Tensor, return_att: bool = False, mask: Tensor | None = None, **kwargs: Any) -> Any:
         """Padded form.
@@ -188,7 +189,7 @@ class Layer(torch.nn.Module):
         if not isinstance(self.att_module, SelfAttention):
             found = self.att_module(self.norm1(self.in_proj(X)), return_att=return_att, **kwargs)
             y, *att = found if return_att else (found,)
-            Y = self._finish(self.att_proj(self.in_proj(X)) + y)
+            Y = self.out_proj(self._with_mlp(self.att_proj(self.in_proj(X)) + y))
             return (Y, *att) if return_att else Y
         bags, extras = self.att_module.pack(X, **kwargs)
         Y = bags.to_padded(self.forward_packed(bags.x, bags.segments, **extras))
