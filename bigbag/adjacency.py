@@ -58,6 +58,11 @@ class Adjacency:
         weight = None if self.weight is None else self.weight[first:last]
         return Adjacency(self.crow[start : end + 1] - first, self.col[first:last] - start, weight, self.symmetric)
 
+    def to(self, device: torch.device | str) -> Adjacency:
+        """The graph on ``device``."""
+        weight = None if self.weight is None else self.weight.to(device)
+        return replace(self, crow=self.crow.to(device), col=self.col.to(device), weight=weight)
+
     def rows(self) -> Tensor:
         """``(E,)`` int64: the row of every edge."""
         nodes = torch.arange(self.num_nodes, device=self.crow.device)

@@ -59,9 +59,7 @@ def _lattice(rows: int, device: str, normalize: str = "symmetric") -> Adjacency:
     side = max(1, round(rows**0.5))
     index = torch.arange(rows)
     coords = torch.stack([index // side, index % side], 1)
-    adj = build_adjacency(coords.float(), radius=1.5, normalize=normalize)
-    weight = None if adj.weight is None else adj.weight.to(device)
-    return Adjacency(adj.crow.to(device), adj.col.to(device), weight, adj.symmetric)
+    return build_adjacency(coords.float(), radius=1.5, normalize=normalize).to(device)
 
 
 def _attention_pool(op: str, rows: int, width: int, device: str) -> Case:

@@ -24,7 +24,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +79,8 @@ def make_loss(
 
         model.activation_checkpointing = recompute
         segments = Segments.from_sizes((num_instances,), device)
-        weight = None if adj.weight is None else adj.weight.to(device)
-        adj = replace(adj, crow=adj.crow.to(device), col=adj.col.to(device), weight=weight)
-        bags = PackedBags(x.to(dtype), segments.offsets, segments.sizes, y=y, coords=coords.to(device), adj=adj)
+        coords, adj = coords.to(device), adj.to(device)
+        bags = PackedBags(x.to(dtype), segments.offsets, segments.sizes, y=y, coords=coords, adj=adj)
 
         def loss_terms() -> Any:
             return model.compute_loss(y, bags)[1]

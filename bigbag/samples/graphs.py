@@ -64,9 +64,7 @@ class GraphSample(Sample):
     constant_weights: bool = False
 
     def structure(self, device: str) -> dict[str, Any]:
-        adj = self.adjacency()
-        weight = None if adj.weight is None else adj.weight.to(device)
-        found: dict[str, Any] = {"adj": Adjacency(adj.crow.to(device), adj.col.to(device), weight, adj.symmetric)}
+        found: dict[str, Any] = {"adj": self.adjacency().to(device)}
         return found | ({"segments": Segments.from_sizes(self.sizes, device)} if self.per_bag else {})
 
     def adjacency(self) -> Adjacency:

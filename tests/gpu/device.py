@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
 
-from bigbag.adjacency import Adjacency
 from bigbag.bags import PackedBags
 from tests.host_reads import watched
 
@@ -34,12 +32,6 @@ def no_waiting(given: Iterable[Any]) -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-def moved(adj: Adjacency) -> Adjacency:
-    """On the device."""
-    weight = None if adj.weight is None else adj.weight.to(DEVICE)
-    return replace(adj, crow=adj.crow.to(DEVICE), col=adj.col.to(DEVICE), weight=weight)
 
 
 def pack_of(instances: int, width: int, dtype: torch.dtype) -> PackedBags:

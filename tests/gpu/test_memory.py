@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bigbag import Segments, ops
 from bigbag.memory import peak_bytes
-from tests.gpu.device import DEVICE, IMPL, moved
+from tests.gpu.device import DEVICE, IMPL
 from tests.ops.test_graphs_memory import LINEAR, normalised_lattice
 
 BIG = DEVICE == "cuda"
@@ -50,7 +50,7 @@ def test_attention_pool(keep: bool) -> None:
 @pytest.mark.parametrize("name", LINEAR)
 def test_graph_operators_stay_within_three_times_inputs_and_outputs(name: str) -> None:
     nodes = 40_000 if BIG else 3000
-    adj, x, scalar = moved(normalised_lattice(nodes)), leaf(nodes, 256), torch.tensor(0.5, device=DEVICE)
+    adj, x, scalar = normalised_lattice(nodes).to(DEVICE), leaf(nodes, 256), torch.tensor(0.5, device=DEVICE)
     scalar.requires_grad_()
     with ops.use_impl(dict.fromkeys(("spmm", "smooth", "smooth_exact", "chebyshev"), IMPL)):
         found = peak(lambda: LINEAR[name](adj, x, scalar), [x, scalar] if "alpha" in name else [x])

@@ -33,11 +33,6 @@ def dense(adj: Adjacency) -> Tensor:
     return out
 
 
-def on(adj: Adjacency, device: str) -> Adjacency:
-    weight = None if adj.weight is None else adj.weight.to(device)
-    return Adjacency(adj.crow.to(device), adj.col.to(device), weight, adj.symmetric)
-
-
 def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -54,7 +49,7 @@ def test_linear_operators_agree_with_dense_matrices(kind: str, any_impl: str, de
     adj = pattern(kind, (23, 9))
     adj = replace(adj, weight=torch.rand(adj.num_edges)) if kind != "lattice" else adj
     matrix, x, device = dense(adj), randn(32, 6), device
-    there, features = on(adj, device), x.to(device)
+    there, features = adj.to(device), x.to(device)
 
     def close(found: Tensor, expected: Tensor) -> None:
         torch.testing.assert_close(found.cpu().double(), expected.double(), rtol=1e-5, atol=2e-5)
@@ -83,7 +78,7 @@ def test_attention_agrees_with_masked_dense_attention(any_impl: str, device: str
     mask = dense(adj) > 0
     scores = (q @ k.T / 8**0.5).masked_fill(~mask, -float("inf"))
     expected = scores.softmax(1).nan_to_num(0) @ v
-    found = neighbor_attention(*(t.to(device) for t in (q, k, v)), on(adj, device), impl=any_impl)
+    found = neighbor_attention(*(t.to(device) for t in (q, k, v)), adj.to(device), impl=any_impl)
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-5)
     assert found[32].abs().sum() == 0
 
