@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,6 +46,14 @@ class Contender:
         return f"{self.backend}, {self.ranks} rank{'s' if self.ranks > 1 else ''}"
 
 
+class Epoch(NamedTuple):
+    """What an epoch took its slowest rank: seconds on the clock and of CPU; and the most instances of a rank."""
+
+    clock: float
+    cpu: float
+    instances: int
+
+
 def make_set(folder: Path, num_bags: int, smallest: int, largest: int, width: int) -> ShardStore:
     """A packed set of random float16 bags, whose sizes are uniform from ``smallest`` to ``largest``."""
     rng = np.random.default_rng(0)
@@ -65,7 +73,7 @@ def best_gain(plan: EpochPlan) -> float:
 
 
 def _train(rank: int, contender: Contender, settings: dict[str, Any], port: int, orders: Connection) -> None:
-    """One process: answers each order with an epoch's seconds, on the clock and of CPU; ends at the order False."""
+    """One process: answers each order with its :class:`Epoch`; ends at the order False."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(contender.ranks)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(contender.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     from bigbag.bench.training import make_trainer
@@ -78,12 +86,16 @@ def _train(rank: int, contender: Contender, settings: dict[str, Any], port: int,
     use_one_heap()
     preemption.watch()  # as the commands do: ranks tell each other about signals
     trainer = make_trainer(config, contender.backend, world)
+    carrier: Any = getattr(trainer.backend, "engine", trainer.backend)
+    sizes: list[int] = []
+    carrier.module.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].num_instances))
     orders.send(None)
     while orders.recv():
         world.barrier()
-        started = time.perf_counter(), time.process_time()
+        sizes.clear()
+        clock, cpu = time.perf_counter(), time.process_time()
         trainer.train_epoch(Progress())
-        orders.send((time.perf_counter() - started[0], time.process_time() - started[1]))
+        orders.send(Epoch(time.perf_counter() - clock, time.process_time() - cpu, sum(sizes)))
     trainer.log.close()
 
 
@@ -112,18 +124,18 @@ def _running(contenders: Sequence[Contender], settings: dict[str, Any]) -> Itera
             process.kill()
 
 
-def measure(contenders: Sequence[Contender], settings: dict[str, Any], rounds: int) -> list[list[tuple[float, float]]]:
-    """Seconds of an epoch of each contender, its slowest rank's, in each round, on the clock and of CPU."""
-    times: list[list[tuple[float, float]]] = [[] for _ in contenders]
+def measure(contenders: Sequence[Contender], settings: dict[str, Any], rounds: int) -> list[list[Epoch]]:
+    """An epoch of each contender in each round."""
+    epochs: list[list[Epoch]] = [[] for _ in contenders]
     with _running(contenders, settings) as groups:
         for turn in range(rounds + 1):
-            for group, measured in zip(groups, times):
+            for group, measured in zip(groups, epochs):
                 for connection in group:
                     connection.send(True)
                 answers = [connection.recv() for connection in group]
                 if turn:
-                    measured.append((max(clock for clock, _ in answers), max(cpu for _, cpu in answers)))
-    return times
+                    measured.append(Epoch(*(max(of_ranks) for of_ranks in zip(*answers))))
+    return epochs
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -147,23 +159,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     contenders = [Contender("torch", 1), *(Contender(backend, args.ranks) for backend in args.backends.split(","))]
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         store = make_set(Path(folder) / "shards", args.bags, args.smallest, args.largest, args.width)
-        settings = {"name": "", "out": folder, "data": {"shards": str(Path(folder) / "shards")}}
+        settings = {"name": "ranks", "out": folder, "data": {"shards": str(Path(folder) / "shards")}}
         settings |= {"model": {"name": args.model}, "train": {"batch_bags": args.batch}}
         config = build_config(settings)
-        times = measure(contenders, settings, args.rounds)
+        epochs = measure(contenders, settings, args.rounds)
     plan = plan_epoch(
         store.sizes, range(len(store)), seed=config.seed, epoch=0, world_size=args.ranks, batch_bags=args.batch,
         budget_instances=config.data.budget_instances,
     )  # fmt: skip
-    alone, cpu_alone = (statistics.median(of) for of in zip(*times[0]))
+    alone, cpu_alone, instances = (statistics.median(of) for of in zip(*epochs[0]))
     print(f"{machine('cpu').split(' x ')[0]}, a thread a rank, torch {torch.__version__}")
     bags = f"{args.bags} bags of {args.smallest} to {args.largest} x {args.width}, {args.batch} a step"
     print(f"{args.model}, {bags}; the plan allows {best_gain(plan):.2f} times one rank")
-    for contender, of in zip(contenders, times):
-        middle, cpu = (statistics.median(each) for each in zip(*of))
-        slowest, fastest = max(of)[0], min(of)[0]
+    for contender, of in zip(contenders, epochs):
+        middle, cpu, most = (statistics.median(each) for each in zip(*of))
+        slowest, fastest = max(of).clock, min(of).clock
         print(
             f"{contender!s:20} {args.bags / middle:6.1f} bags/s, {alone / middle:.2f} ({alone / slowest:.2f} to "
-            f"{alone / fastest:.2f}) times one rank; CPU of a rank {cpu / cpu_alone:.2f} of one rank's"
+            f"{alone / fastest:.2f}) times one rank; a rank has at most {most / instances:.2f} of the instances and "
+            f"{cpu / cpu_alone:.2f} of the CPU time of one rank"
         )
     return 0
