@@ -25,7 +25,18 @@ from torch import Tensor
 
 from bigbag.kernels.cpu.half import _widen
 from bigbag.kernels.cpu.memory import huge_pages
-from bigbag.kernels.cpu.vectors import NARROW, WIDE, broadcast, fits, lanes, load, multiply_add, store, tail
+from bigbag.kernels.cpu.vectors import (
+    NARROW,
+    WIDE,
+    broadcast,
+    fits,
+    lane_sum,
+    lanes,
+    load,
+    multiply_add,
+    store,
+    tail,
+)
 
 PIECE_ROWS = 2048
 # Below this many elements, handing work to a thread costs more than the work.
@@ -78,37 +89,60 @@ def _product_sum(begin, end, x, y, starts, ends, out):
             out[i] += part
 
 
+@_block
+def _add_dots(zero, c, x, start, stop, y, b, h, out):
+    """out[t, h] += x[t] . y[b, h] for rows start to stop, over as many blocks of columns as fit from c on; returns
+    where they end."""
+    if not fits(zero, c, x.shape[2]):
+        return c
+    first = c
+    for t in range(start, stop):
+        c, total = first, zero
+        while fits(zero, c, x.shape[2]):
+            total = multiply_add(total, load(zero, y, b, h, c), load(zero, x, t, 0, c))
+            c += lanes(zero)
+        out[t, h] += lane_sum(total)
+    return c
+
+
+@_block
+def _add_rows(zero, c, x, start, stop, weights, out, i, h):
+    """out[i, h] += sum of weights[t - start, h] x[t] over rows start to stop, in as many blocks of columns as fit from
+    c on; returns where they end."""
+    while fits(zero, c, x.shape[2]):
+        total = zero
+        for t in range(start, stop):
+            total = multiply_add(total, weights[t - start, h], load(zero, x, t, 0, c))
+        store(multiply_add(total, weights.dtype.type(1), load(zero, out, i, h, c)), out, i, h, c)
+        c += lanes(zero)
+    return c
+
+
 @_jit
 def _weighted_sum(begin, end, x, a, starts, ends, out):
+    zero = out.dtype.type(0)
+    wide, narrow, rest = broadcast(zero, WIDE), broadcast(zero, NARROW), tail(zero, NARROW)
     for i in range(begin, end):
-        part = np.empty(x.shape[1], out.dtype)
         out[i] = 0
         for block in range(starts[i], ends[i], _BLOCK_ROWS):
+            stop = min(block + _BLOCK_ROWS, ends[i])
             for h in range(a.shape[1]):
-                part[:] = 0
-                end_block = min(block + _BLOCK_ROWS, ends[i])
-                quads = block + (end_block - block) // 4 * 4
-                for t in range(block, quads, 4):
-                    a0, a1, a2, a3 = a[t, h], a[t + 1, h], a[t + 2, h], a[t + 3, h]
-                    for p in range(x.shape[1]):
-                        pair = a0 * _widen(x[t, p]) + a1 * _widen(x[t + 1, p])
-                        part[p] += pair + (a2 * _widen(x[t + 2, p]) + a3 * _widen(x[t + 3, p]))
-                for t in range(quads, end_block):
-                    weight = a[t, h]
-                    for p in range(x.shape[1]):
-                        part[p] += weight * _widen(x[t, p])
-                out[i, h] += part
+                c = _add_rows(wide, 0, x, block, stop, a[block:], out, i, h)
+                c = _add_rows(narrow, c, x, block, stop, a[block:], out, i, h)
+                _add_rows(rest, c, x, block, stop, a[block:], out, i, h)
 
 
 @_jit
 def _row_dots(begin, end, x, y, bags, starts, ends, out):
+    zero = out.dtype.type(0)
+    wide, narrow, rest = broadcast(zero, WIDE), broadcast(zero, NARROW), tail(zero, NARROW)
     for i in range(begin, end):
-        for t in range(starts[i], ends[i]):
+        for block in range(starts[i], ends[i], _BLOCK_ROWS):
+            stop = min(block + _BLOCK_ROWS, ends[i])
             for h in range(y.shape[1]):
-                acc = out.dtype.type(0)
-                for p in range(x.shape[1]):
-                    acc += _widen(x[t, p]) * y[bags[i], h, p]
-                out[t, h] = acc
+                c = _add_dots(wide, 0, x, block, stop, y, bags[i], h, out)
+                c = _add_dots(narrow, c, x, block, stop, y, bags[i], h, out)
+                _add_dots(rest, c, x, block, stop, y, bags[i], h, out)
 
 
 @_jit
@@ -281,14 +315,14 @@ def weighted_sum(x: Tensor, a: Tensor, offsets: Tensor) -> Tensor:
     pieces = Pieces(offsets)
     parts = torch.empty(len(pieces), a.shape[1], x.shape[1], dtype=a.dtype)
     work = x.numel() * a.shape[1]
-    _launch(_weighted_sum, len(pieces), work, array(x), array(a), pieces.starts, pieces.ends, parts.numpy())
+    _launch(_weighted_sum, len(pieces), work, array(x)[:, None], array(a), pieces.starts, pieces.ends, parts.numpy())
     return pieces.add(parts.flatten(1)).view(-1, a.shape[1], x.shape[1])
 
 
 def row_dots(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
     """x (T, P) in any precision, y (B, H, P) in an accumulation dtype -> (T, H) in that of y."""
     pieces = Pieces(offsets)
-    out = torch.empty(x.shape[0], y.shape[1], dtype=y.dtype)
+    out = torch.zeros(x.shape[0], y.shape[1], dtype=y.dtype)
     where = (pieces.bags, pieces.starts, pieces.ends)
-    _launch(_row_dots, len(pieces), x.numel() * y.shape[1], array(x), array(y), *where, out.numpy())
+    _launch(_row_dots, len(pieces), x.numel() * y.shape[1], array(x)[:, None], array(y), *where, out.numpy())
     return out

@@ -10,8 +10,8 @@ Numba leaves vectorising to LLVM, which guards every loop over several rows with
 keeps sums in memory. These functions are LLVM's own vector operations; it cuts them to what the machine has (64 lanes
 of float32 are four registers of AVX-512, eight of AVX2, sixteen of NEON). A kernel is compiled for the lanes of the
 vector among its arguments; a vector of one lane is a number. A ``tail`` is a vector for what is left of a row: it fits
-where one of its lanes does; lanes past the row's end load zeros and store nothing. Loads widen 16-bit floats, stores
-round to nearest even: int16 stands for bfloat16, uint16 for float16.
+where one of its lanes does; lanes past the row's end load zeros and store nothing. Loads widen what is stored narrower,
+stores round to nearest even: int16 stands for bfloat16, uint16 for float16.
 """
 
 from __future__ import annotations
@@ -92,13 +92,14 @@ def _masked(builder, operation, vector, returned, *operands):
     return builder.call(function, operands)
 
 
-def _widened(builder, value, kind):
+def _widened(builder, value, kind, dtype):
+    """What was loaded from an array of ``kind`` as numbers of ``dtype``."""
+    lanes = value.type.count
     if kind.dtype == types.int16:
-        bits = ir.VectorType(_INT, value.type.count)
-        return builder.bitcast(
-            builder.shl(builder.zext(value, bits), _all(bits, 16)), ir.VectorType(_FLOAT, bits.count)
-        )
-    return builder.fpext(value, ir.VectorType(_FLOAT, value.type.count)) if kind.dtype == types.uint16 else value
+        bits = ir.VectorType(_INT, lanes)
+        value = builder.bitcast(builder.shl(builder.zext(value, bits), _all(bits, 16)), ir.VectorType(_FLOAT, lanes))
+    wide = ir.VectorType(_DOUBLE if dtype == types.float64 else _FLOAT, lanes)
+    return value if value.type == wide else builder.fpext(value, wide)
 
 
 def _narrowed(builder, value, kind):
@@ -162,12 +163,13 @@ def load(typing, like, x, i, h, c):
         vector, align = _stored(kind, like.lanes), kind.dtype.bitwidth // 8
         address = _address(context, builder, kind, args[1], args[2:])
         if not like.tail:
-            return _widened(builder, builder.load(builder.bitcast(address, vector.as_pointer()), align=align), kind)
+            found = builder.load(builder.bitcast(address, vector.as_pointer()), align=align)
+            return _widened(builder, found, kind, like.dtype)
         whole = _bits(vector)
         mask = _inside(context, builder, kind, args[1], args[4], like.lanes)
         pointer = builder.bitcast(address, whole.as_pointer())
         found = _masked(builder, "load", whole, whole, pointer, _INT(align), mask, _all(whole, 0))
-        return _widened(builder, builder.bitcast(found, vector), kind)
+        return _widened(builder, builder.bitcast(found, vector), kind, like.dtype)
 
     return like(like, x, i, h, c), code
 
