@@ -178,7 +178,7 @@ def _differentiate_pieces(begin, end, starts, ends, h, bias, w2, act, ds, grad_h
 
 
 def _pieces(h: Tensor) -> Pieces:
-    return Pieces(torch.tensor([0, h.shape[0]]))
+    return Pieces.of(torch.tensor([0, h.shape[0]]))
 
 
 def forward(h: Tensor, bias: Tensor, w2: Tensor, act: str, gated: bool) -> Tensor:

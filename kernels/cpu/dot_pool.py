@@ -75,7 +75,7 @@ def _backward(begin, end, x, grad, means, a, grad_scores, bags, starts, ends, sl
 
 def forward(x: Tensor, y: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x (T, P) in any precision, y (B, S, P) in an accumulation dtype -> z (B, S, P), scores and a (T, S)."""
-    pieces = Pieces(offsets)
+    pieces = Pieces.of(offsets)
     scores = y.new_zeros(x.shape[0], y.shape[1])
     top, total = y.new_empty(len(pieces), y.shape[1]), y.new_empty(len(pieces), y.shape[1])
     sums = y.new_empty(len(pieces), *y.shape[1:])
@@ -96,7 +96,7 @@ def backward(
     need_x: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of x (T, P) or (0,), and y (B, S, P)."""
-    pieces = Pieces(offsets)
+    pieces = Pieces.of(offsets)
     grad_z = torch.zeros_like(z) if grad_z is None else grad_z
     grad_scores = torch.zeros_like(a) if grad_scores is None else grad_scores
     slopes, sums = torch.zeros_like(a), y.new_empty(len(pieces), *y.shape[1:])

@@ -152,7 +152,7 @@ def _args(pieces: Pieces, keys: Tensor, mu: Tensor, sigma: Tensor, v: Tensor, cl
 
 def pool(mu: Tensor, sigma: Tensor, v: Tensor, offsets: Tensor, keys: Tensor, num_samples: int, clip: float) -> Tensor:
     """mu, sigma (T,) float32, v (T, K), keys (T,) int64 -> (B, K + 1, S) float32: weighted sums of v, and of ones."""
-    pieces = Pieces(offsets)
+    pieces = Pieces.of(offsets)
     parts = torch.empty(len(pieces), v.shape[1] + 1, num_samples)
     args = _args(pieces, keys, mu, sigma, v, clip)
     _launch(_pool, len(pieces), _WORK * mu.shape[0] * num_samples, *args, parts.numpy())
@@ -163,7 +163,7 @@ def pool_backward(
     factors: Tensor, mu: Tensor, sigma: Tensor, v: Tensor, offsets: Tensor, keys: Tensor, clip: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``factors`` (B, K + 1, S), the gradients to the sums of :func:`pool` -> those to mu, sigma and v."""
-    pieces = Pieces(offsets)
+    pieces = Pieces.of(offsets)
     grads = torch.empty(mu.shape), torch.empty(mu.shape), torch.empty(v.shape)
     args = (*_args(pieces, keys, mu, sigma, v, clip), pieces.bags, array(factors))
     work = _WORK * mu.shape[0] * factors.shape[2]

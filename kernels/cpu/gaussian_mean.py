@@ -216,7 +216,7 @@ def log_products(
 ) -> Tensor:
     """mu, sigma (T,), r (B,) the first level of each bag, nodes (2, N), eps and weights -> (B, levels), all float32;
     -inf for the logarithm of nothing."""
-    pieces = Pieces(offsets)
+    pieces = Pieces.of(offsets)
     parts = torch.empty(len(pieces), levels)
     args = _args(pieces, mu, sigma, r, nodes, clip)
     _launch(_log_products, len(pieces), _WORK * levels * mu.shape[0], *args, parts.numpy())
@@ -227,7 +227,7 @@ def means(
     mu: Tensor, sigma: Tensor, offsets: Tensor, r: Tensor, nodes: Tensor, clip: float, products: Tensor
 ) -> Tensor:
     """The same and P (B, levels) -> a (T,)."""
-    pieces = Pieces(offsets)
+    pieces = Pieces.of(offsets)
     out = torch.empty(mu.shape)
     args = (*_args(pieces, mu, sigma, r, nodes, clip), array(products))
     _launch(_means, len(pieces), _WORK * products.shape[1] * mu.shape[0], *args, out.numpy())
@@ -238,7 +238,7 @@ def sums(
     mu: Tensor, sigma: Tensor, offsets: Tensor, r: Tensor, nodes: Tensor, clip: float, products: Tensor, grad: Tensor
 ) -> Tensor:
     """The same and the gradient to a (T,) -> S and D (B, 2, levels)."""
-    pieces = Pieces(offsets)
+    pieces = Pieces.of(offsets)
     parts = torch.empty(len(pieces), 2, products.shape[1])
     args = (*_args(pieces, mu, sigma, r, nodes, clip), array(products), array(grad))
     _launch(_sums, len(pieces), _WORK * products.shape[1] * mu.shape[0], *args, parts.numpy())
@@ -249,7 +249,7 @@ def gradients(
     mu: Tensor, sigma: Tensor, offsets: Tensor, r: Tensor, nodes: Tensor, clip: float, sums: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The same, with S and D (B, 2, levels) in place of P -> the gradients to mu and sigma (T,)."""
-    pieces = Pieces(offsets)
+    pieces = Pieces.of(offsets)
     out = torch.empty(mu.shape), torch.empty(mu.shape)
     args = (*_args(pieces, mu, sigma, r, nodes, clip), array(sums), array(grad))
     _launch(_gradients, len(pieces), _WORK * sums.shape[2] * mu.shape[0], *args, *(o.numpy() for o in out))

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, lru_cache
 
 import numba
 import numpy as np
@@ -222,15 +222,22 @@ def _launch(kernel, count: int, elements: int, *args) -> None:
 
 
 class Pieces:
-    """The pieces of all segments: bag, first and last row of each; ``first[b]`` is the first piece of bag b."""
+    """The pieces of all segments: bag, first and last row of each; ``first[b]`` is the first piece of bag b.
 
-    def __init__(self, offsets: Tensor) -> None:
-        rows = offsets.numpy()
+    :meth:`of` is how to come by them: the operators of a step cut the same pack again and again.
+    """
+
+    def __init__(self, rows: np.ndarray) -> None:
         counts = -(-np.diff(rows) // PIECE_ROWS)
         self.first = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
         self.bags = np.repeat(np.arange(len(counts)), counts)
         self.starts = rows[:-1][self.bags] + (np.arange(len(self.bags)) - self.first[self.bags]) * PIECE_ROWS
         self.ends = np.minimum(self.starts + PIECE_ROWS, rows[1:][self.bags])
+
+    @staticmethod
+    def of(offsets: Tensor) -> Pieces:
+        """The pieces of segments with these offsets (B + 1,), int64."""
+        return _pieces(offsets.numpy().tobytes())
 
     def __len__(self) -> int:
         return len(self.bags)
@@ -246,6 +253,11 @@ class Pieces:
         out = parts.new_zeros(self.num_bags, parts.shape[1])
         _launch(_combine_sum, self.num_bags, parts.numel(), parts.numpy(), self.first, out.numpy())
         return out
+
+
+@lru_cache(maxsize=16)
+def _pieces(rows: bytes) -> Pieces:
+    return Pieces(np.frombuffer(rows, np.int64))
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -264,7 +276,7 @@ def array(x: Tensor) -> np.ndarray:
 
 def sum_rows(x: Tensor, offsets: Tensor, pieces: Pieces | None = None) -> Tensor:
     """(T, C) -> (B, C) in the accumulation dtype."""
-    pieces = Pieces(offsets) if pieces is None else pieces
+    pieces = Pieces.of(offsets) if pieces is None else pieces
     parts = torch.empty(len(pieces), x.shape[1], dtype=accumulation_dtype(x.dtype))
     rows = (array(x)[:, None], pieces.starts, pieces.ends, parts.numpy()[:, None])
     _launch(_sum, len(pieces), x.numel(), *rows)
@@ -273,7 +285,7 @@ def sum_rows(x: Tensor, offsets: Tensor, pieces: Pieces | None = None) -> Tensor
 
 def max_rows(x: Tensor, offsets: Tensor, pieces: Pieces | None = None) -> tuple[Tensor, Tensor]:
     """(T, C) -> maxima (B, C) in the accumulation dtype and their first rows (B, C), 0 and -1 for an empty bag."""
-    pieces = Pieces(offsets) if pieces is None else pieces
+    pieces = Pieces.of(offsets) if pieces is None else pieces
     parts = torch.empty(len(pieces), x.shape[1], dtype=accumulation_dtype(x.dtype))
     rows = torch.empty(parts.shape, dtype=torch.int64)
     _launch(_max, len(pieces), x.numel(), array(x), pieces.starts, pieces.ends, parts.numpy(), rows.numpy())
@@ -286,7 +298,7 @@ def max_rows(x: Tensor, offsets: Tensor, pieces: Pieces | None = None) -> tuple[
 
 def softmax(x: Tensor, offsets: Tensor) -> Tensor:
     """(T, C) -> (T, C) in the accumulation dtype."""
-    pieces = Pieces(offsets)
+    pieces = Pieces.of(offsets)
     out = huge_pages(torch.empty(x.shape, dtype=accumulation_dtype(x.dtype)))
     where = (pieces.bags, pieces.starts, pieces.ends)
     top, _ = max_rows(x, offsets, pieces)
@@ -299,7 +311,7 @@ def softmax(x: Tensor, offsets: Tensor) -> Tensor:
 
 def softmax_backward(a: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
     """a * (grad - sum over the bag of a * grad), all (T, C) in one accumulation dtype."""
-    pieces = Pieces(offsets)
+    pieces = Pieces.of(offsets)
     parts = torch.empty(len(pieces), a.shape[1], dtype=a.dtype)
     a_array, grad_array = array(a), array(grad)
     _launch(_product_sum, len(pieces), a.numel(), a_array, grad_array, pieces.starts, pieces.ends, parts.numpy())
@@ -312,7 +324,7 @@ def softmax_backward(a: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
 
 def weighted_sum(x: Tensor, a: Tensor, offsets: Tensor) -> Tensor:
     """x (T, P) in any precision, a (T, H) in an accumulation dtype -> z (B, H, P) in that of a."""
-    pieces = Pieces(offsets)
+    pieces = Pieces.of(offsets)
     parts = torch.empty(len(pieces), a.shape[1], x.shape[1], dtype=a.dtype)
     work = x.numel() * a.shape[1]
     _launch(_weighted_sum, len(pieces), work, array(x)[:, None], array(a), pieces.starts, pieces.ends, parts.numpy())
@@ -321,7 +333,7 @@ def weighted_sum(x: Tensor, a: Tensor, offsets: Tensor) -> Tensor:
 
 def row_dots(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
     """x (T, P) in any precision, y (B, H, P) in an accumulation dtype -> (T, H) in that of y."""
-    pieces = Pieces(offsets)
+    pieces = Pieces.of(offsets)
     out = torch.zeros(x.shape[0], y.shape[1], dtype=y.dtype)
     where = (pieces.bags, pieces.starts, pieces.ends)
     _launch(_row_dots, len(pieces), x.numel() * y.shape[1], array(x)[:, None], array(y), *where, out.numpy())
