@@ -13,17 +13,18 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigbag.config import Config, ConfigError, load_config
+from bigbag.config.option_types import numbers
 from bigbag.datasets.command import add_pack_options, data_config, say_what_was_found
 from bigbag.evaluation.options import (
     add_evaluation_options,
     add_grid_options,
     add_predict_options,
     add_study_options,
-    numbers,
 )
 from bigbag.memory import use_one_heap
 
@@ -31,12 +32,20 @@ if TYPE_CHECKING:
     from bigbag.evaluation.study import Outcome, Study
 
 
+_BENCHMARKS = {
+    "ops": "bigbag.bench",
+    "models": "bigbag.bench.models",
+    "loader": "bigbag.bench.loader",
+    "ranks": "bigbag.bench.ranks",
+    "tune": "bigbag.bench.tune",
+}
+"""Benchmark -> the module whose ``main`` takes its options."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     use_one_heap()
     arguments = [_with_home(word) for word in (sys.argv[1:] if arguments is None else arguments)]
-    if arguments[:1] == ["bench"]:
-        return _bench(arguments[1:])
     parser = _parser()
     options, more = parser.parse_known_args(arguments)
     if any(word.startswith("-") or "=" not in word for word in more):
@@ -78,29 +87,6 @@ def _end_without_output() -> int:
     return 128 + signal.SIGPIPE
 
 
-def _bench(arguments: Sequence[str]) -> int:
-    """``bench ops``, ``models``, ``loader``, ``ranks`` or ``tune``, each with options of its own."""
-    if arguments[:1] == ["models"]:
-        from bigbag.bench.models import main as bench_models
-
-        return bench_models(arguments[1:])
-    if arguments[:1] == ["loader"]:
-        from bigbag.bench.loader import main as bench_loader
-
-        return bench_loader(arguments[1:])
-    if arguments[:1] == ["ranks"]:
-        from bigbag.bench.ranks import main as bench_ranks
-
-        return bench_ranks(arguments[1:])
-    if arguments[:1] == ["tune"]:
-        from bigbag.bench.tune import main as bench_tune
-
-        return bench_tune(arguments[1:])
-    from bigbag.bench import main as bench_operators
-
-    return bench_operators(arguments)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bigbag", description="Deep multiple-instance learning on whole bags.")
     commands = parser.add_subparsers(required=True, metavar="command")
@@ -139,7 +125,10 @@ def _parser() -> argparse.ArgumentParser:
     add_study_options(cap_curve)
     for command in (train, evaluate):
         command.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the DeepSpeed launcher appends it
-    commands.add_parser("bench", help="Benchmarks: `bench ops`, `models`, `loader`, `ranks`, `tune`.")
+    text = "Measure operators, models, the loader or ranks, or tune kernels: `bigbag bench ops --help` has its options."
+    bench = add("bench", _bench, text, needs_config=None)
+    bench.add_argument("benchmark", choices=_BENCHMARKS)
+    bench.add_argument("options", nargs=argparse.REMAINDER, metavar="...", help="options of the benchmark")
     return parser
 
 
@@ -295,6 +284,11 @@ def _cap_curve(options: argparse.Namespace) -> None:
         _say_what_was_written(study, figure, write_cap_curve_report(study, points, outcomes, names[0]))
 
     carry_out(study, options, options.command_line, show, finish)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    status: int = import_module(_BENCHMARKS[options.benchmark]).main(options.options)
+    return status
 
 
 def _say_what_was_written(study: Study, figure: Path, report: Path) -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from bigbag.bench import models
-from bigbag.bench.models import lattice, main, make_step, measure, run_job, step_flops
+from bigbag.bench.models import lattice, make_step, measure, run_job, step_flops
+from bigbag.cli import main
 from bigbag.models import GTP
 
 JOB = {
@@ -84,7 +85,20 @@ def test_a_contender_that_fails_or_takes_too_long_is_reported():
 def test_command_writes_a_row_per_contender(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(models, "run_job", lambda job, _: measure(job))  # in this process, which has imported all
     path = tmp_path / "models.csv"
-    arguments = ["--models", "MeanMIL", "--sizes", "500", "--width", "8", "--threads", "1", "--csv", str(path)]
+    arguments = [
+        "bench",
+        "models",
+        "--models",
+        "MeanMIL",
+        "--sizes",
+        "500",
+        "--width",
+        "8",
+        "--threads",
+        "1",
+        "--csv",
+        str(path),
+    ]
     assert main(arguments) == 0
     rows = list(csv.DictReader(path.open()))
     assert [(row["dtype"], row["recompute"]) for row in rows] == [
@@ -95,5 +109,5 @@ def test_command_writes_a_row_per_contender(tmp_path, capsys, monkeypatch):
 
 def test_unknown_model_is_refused(capsys):
     with pytest.raises(SystemExit):
-        main(["--models", "MeanMIL,ABMLI"])
-    assert "unknown model 'ABMLI' (choose from ABMIL, " in capsys.readouterr().err
+        main(["bench", "models", "--models", "MeanMIL,ABMLI"])
+    assert "unknown 'ABMLI' (choose from ABMIL, " in capsys.readouterr().err

@@ -5,8 +5,9 @@ import time
 
 import pytest
 
-from bigbag.bench.ranks import best_gain, main, make_set
+from bigbag.bench.ranks import best_gain, make_set
 from bigbag.bench.training import waiting_share
+from bigbag.cli import main
 from bigbag.config import build_config
 from bigbag.data import plan_epoch
 
@@ -25,7 +26,7 @@ def test_the_gain_that_the_plan_allows():
 def test_two_ranks_have_half_the_work_each(capsys):
     """In instances, as their steps see them: the times of so short epochs depend on what else the machine does."""
     settings = {"bags": 12, "smallest": 100, "largest": 400, "width": 8, "batch": 6, "rounds": 2}
-    assert main([f"--{name}={value}" for name, value in settings.items()]) == 0
+    assert main(["bench", "ranks", *(f"--{name}={value}" for name, value in settings.items())]) == 0
     table = capsys.readouterr().out.splitlines()[2:]
     number = r"(\d+\.\d+)"
     pattern = re.compile(rf"(.*?) +{number} bags/s, .* at most {number} of the instances and {number} of")

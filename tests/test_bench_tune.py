@@ -39,6 +39,7 @@ def test_settings_replace_those_of_the_calls_that_are_meant(monkeypatch: pytest.
 _TUNE = """
 import sys
 from bigbag.bench import tune
+from bigbag.cli import main
 from bigbag.kernels.gpu import spmm
 
 cdiv = spmm.triton.cdiv
@@ -46,7 +47,7 @@ spmm.triton.cdiv = lambda total, block: cdiv(total, block) - (block == 8)  # wit
 tiles = tune._tiles("R C", (16, 16), (3, 16), (8, 16))
 tune.CANDIDATES["spmm", "float32"] = tune._candidates("spmm._tiles", tiles)
 options = ["--op", "spmm", "--size", "60", "--width", "16", "--device", "cpu", "--dtype", "float32", "--rounds", "1"]
-sys.exit(tune.main(options))
+sys.exit(main(["bench", "tune", *options]))
 """
 
 

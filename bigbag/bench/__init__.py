@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from bigbag.bench.cases import MEASURED, Case, make_case, too_large, usual_width
-from bigbag.bench.measure import copy_bandwidth, gemm_rate, machine, seconds
+from bigbag.bench.measure import add_device, copy_bandwidth, gemm_rates, machine, seconds
+from bigbag.config.option_types import output_file, positive, sizes, some_of
 from bigbag.memory import is_out_of_memory, peak_bytes, return_freed
 from bigbag.ops import _OPERATORS
 from bigbag.ops.registry import why_not
@@ -30,6 +31,7 @@ from bigbag.testing import check, samples
 
 # What is made of operators and has no row in their table takes what they take.
 _DTYPES = dict.fromkeys(MEASURED, DTYPES) | {row.name: row.dtypes for row in _OPERATORS}
+_IMPLS = dict.fromkeys(impl for row in _OPERATORS for impl in row.dtypes)
 _BENCH_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -146,9 +148,7 @@ class Bench:
     ) -> None:
         self.impls, self.dtypes, self.device, self.rounds, self.backward = impls, dtypes, device, rounds, backward
         self.copy = copy_bandwidth(device)
-        self.gemm = {dtype: gemm_rate(device, dtype) for dtype in _BENCH_DTYPES}
-        # Without instructions for 16 bits a machine multiplies them faster in 32.
-        self.gemm[torch.bfloat16] = max(self.gemm.values())
+        self.gemm = gemm_rates(device, dtypes)
         self._failures: dict[tuple[str, str, torch.dtype], str | None] = {}
 
     def proved(self, op: str, impl: str, dtype: torch.dtype) -> bool:
@@ -253,31 +253,37 @@ def _print(rows: Sequence[Row], backward: bool) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="bench ops", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("what", choices=["ops"])
+    parser = argparse.ArgumentParser(prog="bigbag bench ops", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--op", choices=MEASURED, help="default: all")
-    parser.add_argument("--sizes", default="10000,100000", help="instances, comma-separated")
-    parser.add_argument("--widths", help="features of an instance, comma-separated; default: as usual per operator")
-    parser.add_argument("--impls", default="cpu,triton", help="implementations, comma-separated; those that can run do")
+    parser.add_argument("--sizes", type=sizes, default=[10_000, 100_000], help="instances, comma-separated")
+    parser.add_argument("--widths", type=sizes, help="features of an instance; default: as usual per operator")
+    parser.add_argument(
+        "--impls", type=some_of(_IMPLS), default=["cpu", "triton"],
+        help="implementations, comma-separated; those that can run do",
+    )  # fmt: skip
     names = [str(dtype)[6:] for dtype in _BENCH_DTYPES]
     parser.add_argument("--dtypes", nargs="+", choices=names, default=names, help="precisions; default: both")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=7)
+    add_device(parser)
+    parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--forward", action="store_true", help="without the backward pass")
-    parser.add_argument("--csv", help="write every column to this file")
-    parser.add_argument("--plot", help="draw median times over sizes into this file (png, pdf, svg)")
+    parser.add_argument("--csv", type=output_file(), help="write every column to this file")
+    parser.add_argument(
+        "--plot",
+        type=output_file(".png", ".pdf", ".svg"),
+        help="file of a figure: median times over sizes",
+    )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``launch/bench.py``; returns an exit status: 1 if an implementation failed its proof."""
+    """Entry point of ``bigbag bench ops``; returns an exit status: 1 if an implementation failed its proof."""
     args = _parser().parse_args(argv)
     dtypes = [getattr(torch, name) for name in args.dtypes]
-    bench = Bench(args.impls.split(","), dtypes, args.device, args.rounds, not args.forward)
+    bench = Bench(args.impls, dtypes, args.device, args.rounds, not args.forward)
     rows: list[Row] = []
     for op in [args.op] if args.op else MEASURED:
-        for width in map(int, args.widths.split(",")) if args.widths else [usual_width(op)]:
-            for size in map(int, args.sizes.split(",")):
+        for width in args.widths or [usual_width(op)]:
+            for size in args.sizes:
                 if too_large(op, size, args.device):
                     print(f"{op}, {size} instances: left out, its time is quadratic", file=sys.stderr)
                 else:

@@ -23,9 +23,11 @@ import torch
 
 from bigbag.bags import Bag
 from bigbag.bench.measure import machine, seconds
+from bigbag.config.option_types import numbers, positive, some_of
 from bigbag.data import ShardStore, open_store, pack, plan_epoch, stream
 from bigbag.data.sources import MemorySource
 from bigbag.memory import resident_bytes
+from bigbag.models import MODELS
 
 COPY, WEBDATASET = "np.load copies", "webdataset decode"
 
@@ -84,24 +86,29 @@ def measure(runs: dict[str, Callable[[], None]], rounds: int) -> tuple[dict[str,
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="bench loader", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--bags", type=int, default=48)
-    parser.add_argument("--instances", type=int, default=10_000)
-    parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--workers", default="0,1,2", help="numbers of reading threads, comma-separated")
+    parser = argparse.ArgumentParser(prog="bigbag bench loader", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--bags", type=positive, default=48)
+    parser.add_argument("--instances", type=positive, default=10_000)
+    parser.add_argument("--width", type=positive, default=1024)
+    parser.add_argument("--workers", type=numbers, default=[0, 1, 2], help="numbers of reading threads")
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16", help="of the packs")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--models", default="", help="train these, comma-separated: how long do steps wait for packs?")
+    parser.add_argument("--rounds", type=positive, default=5)
+    parser.add_argument(
+        "--models",
+        type=some_of(MODELS),
+        default=[],
+        help="train these: how long do steps wait?",
+    )
     parser.add_argument("--folder", help="where the set is made and removed again; default: the temporary folder")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``bench loader``; returns an exit status."""
+    """Entry point of ``bigbag bench loader``; returns an exit status."""
     args = _parser().parse_args(argv)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         store, files = make_set(Path(folder), args.bags, args.instances, args.width)
-        runs = contenders(store, files, [int(n) for n in args.workers.split(",")], getattr(torch, args.dtype))
+        runs = contenders(store, files, args.workers, getattr(torch, args.dtype))
         times, resident = measure(runs, args.rounds)
         waits = _waits(args, folder)
     total = 2 * args.bags * args.instances * args.width
@@ -115,7 +122,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{medians[COPY] / middle:5.2f} of the copy, {medians[WEBDATASET] / middle:5.2f} of webdataset; "
             f"resident {min(memory)} to {max(memory)} MiB"
         )
-    print("\n".join(waits))
+    for line in waits:
+        print(line)
     return 0
 
 
@@ -125,8 +133,8 @@ def _waits(args: argparse.Namespace, folder: str) -> list[str]:
     from bigbag.config import build_config
 
     lines = []
-    for model in filter(None, args.models.split(",")):
-        for workers in map(int, args.workers.split(",")):
+    for model in args.models:
+        for workers in args.workers:
             data = {"shards": f"{folder}/shards", "num_workers": workers, "dtype": args.dtype}
             settings = {"name": f"{model}{workers}", "out": folder, "data": data, "model": {"name": model}}
             elapsed, share = waiting_share(build_config({**settings, "train": {"batch_bags": 4}}))

@@ -33,7 +33,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from bigbag import ops
-from bigbag.bench.measure import copy_bandwidth, gemm_rate, machine
+from bigbag.bench.measure import add_device, copy_bandwidth, gemm_rates, machine
+from bigbag.config.option_types import output_file, positive, sizes, some_of
 from bigbag.memory import resident_bytes
 from bigbag.ops import _OPERATORS
 
@@ -45,6 +46,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 }
 """Arguments beside ``in_shape`` where a model's defaults do not run in torchmil."""
 LIBRARIES = ("bigbag", "torchmil")
+_DTYPES = ["float32", "bfloat16"]
 _TIMED_OUT = "timed out"
 _WARM_UP = 2048
 _COUNTED = (256, 1024, 2304)  # squares of multiples of 16: filled up to squares and to landmarks alike
@@ -237,7 +239,7 @@ def bench_model(name: str, instances: int, options: argparse.Namespace, gemm: An
     shared = {"model": name, "instances": instances, "width": options.width, "threads": options.threads}
     shared |= {"steps": options.steps, "max_seconds": options.seconds}
     shared |= {"device": options.device, "memory_gib": options.memory_gib}
-    contenders = [("bigbag", d, r) for d in options.dtypes.split(",") for r in (False, True)]
+    contenders = [("bigbag", d, r) for d in options.dtypes for r in (False, True)]
     theirs = importlib.util.find_spec("torchmil") is not None and name not in ("CLAM_MB", "MeanMIL", "MaxMIL")
     if theirs and not options.without_torchmil:
         contenders.insert(0, ("torchmil", "float32", False))
@@ -252,7 +254,7 @@ def bench_model(name: str, instances: int, options: argparse.Namespace, gemm: An
             row["times_limit"] = row["seconds"] / row["limit_s"]
             if "seconds" in baseline:
                 row["time_ratio"] = row["seconds"] / baseline["seconds"]
-                row["memory_ratio"] = row["peak_bytes"] / baseline["peak_bytes"]
+                row["memory_ratio"] = row["peak_bytes"] / baseline["peak_bytes"] if baseline["peak_bytes"] else math.nan
         print(_line(row), flush=True)
     return rows
 
@@ -278,35 +280,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``bigbag bench models``; returns an exit status: 1 if a model of bigbag failed."""
     from bigbag.models import MODELS
 
-    parser = argparse.ArgumentParser(prog="bench models", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--models", default="all", help="names, comma-separated")
-    parser.add_argument("--sizes", default="50000", help="instances, comma-separated")
-    parser.add_argument("--width", type=int, default=1024, help="features per instance")
-    parser.add_argument("--dtypes", default="float32,bfloat16")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser = argparse.ArgumentParser(prog="bigbag bench models", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--models", type=some_of(MODELS), default=list(MODELS), help="comma-separated; default: all")
+    parser.add_argument("--sizes", type=sizes, default=[50_000], help="instances, comma-separated")
+    parser.add_argument("--width", type=positive, default=1024, help="features per instance")
+    parser.add_argument("--dtypes", type=some_of(_DTYPES), default=_DTYPES, help="precisions, comma-separated")
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
+    add_device(parser)
     parser.add_argument("--memory-gib", type=float, help="of a GPU's memory, as much as a contender may have")
-    parser.add_argument("--steps", type=int, default=15, help="most steps timed")
-    parser.add_argument("--rounds", type=int, default=1, help="turns of each contender, of which the best counts")
+    parser.add_argument("--steps", type=positive, default=15, help="most steps timed")
+    parser.add_argument("--rounds", type=positive, default=1, help="turns of each contender, of which the best counts")
     parser.add_argument("--seconds", type=float, default=10, help="no further step after so many seconds")
     parser.add_argument("--timeout", type=float, default=300, help="seconds after which a contender is given up")
     parser.add_argument("--without-torchmil", action="store_true")
-    parser.add_argument("--csv", help="write every row to this file")
+    parser.add_argument("--csv", type=output_file(), help="write every row to this file")
     options = parser.parse_args(argv)
-    names = list(MODELS) if options.models == "all" else options.models.split(",")
-    for name in names:
-        if name not in MODELS:
-            parser.error(f"unknown model {name!r} (choose from {', '.join(MODELS)})")
     torch.set_num_threads(options.threads)
-    # float32 for torchmil. Without instructions for bfloat16, a processor's rate in it takes minutes to measure.
-    measured = dict.fromkeys(["float32", *options.dtypes.split(",")])
-    gemm = {name: gemm_rate(options.device, getattr(torch, name)) * 1e9 for name in measured}
+    rates = gemm_rates(options.device, [getattr(torch, name) for name in options.dtypes])
+    gemm = {str(dtype)[6:]: rate * 1e9 for dtype, rate in rates.items()}
     copy = copy_bandwidth(options.device) * 1e9
     shown = ", ".join(f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in gemm.items())
     print(f"{machine(options.device)}, GEMM {shown}, copy {copy / 1e9:.1f} GB/s, torch {torch.__version__}")
     rows: list[dict[str, Any]] = []
-    for name in names:
-        for instances in map(int, options.sizes.split(",")):
+    for name in options.models:
+        for instances in options.sizes:
             rows += bench_model(name, instances, options, gemm, copy)
     if options.csv:
         columns = list(dict.fromkeys(key for row in rows for key in row))

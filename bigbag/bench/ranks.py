@@ -29,10 +29,14 @@ import torch
 from bigbag.bags import Bag
 from bigbag.bench.measure import machine
 from bigbag.config import build_config
+from bigbag.config.option_types import positive, some_of
 from bigbag.data import EpochPlan, ShardStore, open_store, pack, plan_epoch
 from bigbag.data.sources import MemorySource
 from bigbag.memory import use_one_heap
+from bigbag.models import MODELS
 from bigbag.testing import free_port
+
+_BACKENDS = ["torch", "deepspeed"]
 
 
 @dataclass(frozen=True)
@@ -139,24 +143,27 @@ def measure(contenders: Sequence[Contender], settings: dict[str, Any], rounds: i
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="bench ranks", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--backends", default="torch,deepspeed", help="of the ranks, comma-separated; one rank: torch")
-    parser.add_argument("--model", default="ABMIL")
-    parser.add_argument("--bags", type=int, default=48)
-    parser.add_argument("--smallest", type=int, default=1000, help="instances of the smallest bag")
-    parser.add_argument("--largest", type=int, default=20_000)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--batch", type=int, default=8, help="bags of a step")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = argparse.ArgumentParser(prog="bigbag bench ranks", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--ranks", type=positive, default=2)
+    parser.add_argument("--backends", type=some_of(_BACKENDS), default=_BACKENDS, help="of the ranks; one rank: torch")
+    parser.add_argument("--model", choices=MODELS, default="ABMIL")
+    parser.add_argument("--bags", type=positive, default=48)
+    parser.add_argument("--smallest", type=positive, default=1000, help="instances of the smallest bag")
+    parser.add_argument("--largest", type=positive, default=20_000)
+    parser.add_argument("--width", type=positive, default=512)
+    parser.add_argument("--batch", type=positive, default=8, help="bags of a step")
+    parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--folder", help="where the set is made and removed again; default: the temporary folder")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``bench ranks``; returns an exit status."""
-    args = _parser().parse_args(argv)
-    contenders = [Contender("torch", 1), *(Contender(backend, args.ranks) for backend in args.backends.split(","))]
+    """Entry point of ``bigbag bench ranks``; returns an exit status."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.smallest > args.largest:
+        parser.error(f"--smallest {args.smallest} is above --largest {args.largest}")
+    contenders = [Contender("torch", 1), *(Contender(backend, args.ranks) for backend in args.backends)]
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         store = make_set(Path(folder) / "shards", args.bags, args.smallest, args.largest, args.width)
         settings = {"name": "ranks", "out": folder, "data": {"shards": str(Path(folder) / "shards")}}

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from bigbag.bench.cases import make_case, usual_width
-from bigbag.bench.measure import machine, seconds
+from bigbag.bench.measure import add_device, machine, seconds
+from bigbag.config.option_types import positive
 
 Settings = dict[str, Any]
 
@@ -150,13 +151,13 @@ def _error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``bigbag bench tune``; returns an exit status: 1 if a candidate computed something else."""
-    parser = argparse.ArgumentParser(prog="bench tune", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(prog="bigbag bench tune", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--op", required=True, choices=sorted({op for op, _ in CANDIDATES}))
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--size", type=int, default=1_000_000, help="instances of the bag")
-    parser.add_argument("--width", type=int, help="features of an instance; default: as usual for the operator")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--size", type=positive, default=1_000_000, help="instances of the bag")
+    parser.add_argument("--width", type=positive, help="features of an instance; default: as usual for the operator")
+    add_device(parser, "cuda")
+    parser.add_argument("--rounds", type=positive, default=7)
     options = parser.parse_args(argv)
     dtype = getattr(torch, options.dtype)
     if (options.op, options.dtype) not in CANDIDATES:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from bigbag.config.option_types import positive
 from bigbag.engine.metrics import TASKS
 
 
@@ -71,18 +72,3 @@ def add_grid_options(parser: argparse.ArgumentParser) -> None:
     """Nested cross-validation."""
     parser.add_argument("--inner", type=positive, help="inner folds that choose the epoch and the values of --grid")
     parser.add_argument("--grid", action="append", default=[], metavar="key=value,value", help="values to choose from")
-
-
-def positive(text: str) -> int:
-    """A whole number from 1 on."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
-    return int(text)
-
-
-def numbers(text: str) -> list[int]:
-    """``"256,512"`` as ``[256, 512]``."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected whole numbers with commas between them, got {text!r}") from None

@@ -107,8 +107,7 @@ def _solve(system: _NormalEquations, f: Tensor, tolerance: float, max_steps: int
         block = f[:, start : start + width].double().contiguous()
         g = _by_steps(system, block, tolerance, max_steps)
         if g is None:
-            # Of a system it asks three members alone: halo, can_be_indefinite, apply.
-            y = _conjugate_gradients(system, block, tolerance, max_steps)  # type: ignore[arg-type]
+            y = _conjugate_gradients(system, block, tolerance, max_steps)
             g = system.multiply(y, transposed=True)
         out[:, start : start + width] = g
     return out

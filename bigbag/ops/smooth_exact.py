@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -108,6 +108,15 @@ def _reference(adj: Adjacency, weight: Tensor | None, f: Tensor, gamma: Tensor, 
     return torch.linalg.solve(eye + gamma * (own - dense), f.to(gamma.dtype)).to(f.dtype)
 
 
+class _Symmetric(Protocol):
+    """What conjugate gradients ask of a system: a symmetric matrix times columns, on rows that ranks may share."""
+
+    halo: Halo | None
+    can_be_indefinite: bool
+
+    def apply(self, x: Tensor, out: Tensor | None = None) -> Tensor: ...
+
+
 class _System:
     """x -> (I + gamma L) x."""
 
@@ -168,7 +177,7 @@ def _solve_system(system: _System, f: Tensor, tolerance: float, steps: int) -> T
     return out
 
 
-def _conjugate_gradients(system: _System, f: Tensor, tolerance: float, max_steps: int) -> Tensor:
+def _conjugate_gradients(system: _Symmetric, f: Tensor, tolerance: float, max_steps: int) -> Tensor:
     """One system per column, all with the same matrix."""
 
     def dot(a: Tensor, b: Tensor) -> Tensor:

@@ -73,7 +73,13 @@ class Stamp(FolderSource):
             dataset = find_dataset(file, ("coords",))
             coords = None if dataset is None else coords_of(read_dataset(dataset))
         size = about.get("tile_size_um", about.get("tile_size"))
-        if coords is not None and about.get("unit") != "um":
+        unit = about.get("unit")
+        if unit not in (None, "um"):
+            raise ValueError(
+                f"{files[0]}: attribute unit is {unit!r}, expected 'um' (micrometres), or none in files of STAMP's "
+                "forerunner: convert coords and tile_size_um, and set it"
+            )
+        if coords is not None and unit is None:
             coords, size = coords.astype(np.float64) / _MARUGOTO_PX * _MARUGOTO_UM, _MARUGOTO_UM
         stride = float(size) if isinstance(size, int | float) and coords is not None else None
         attributes = {name: about[name] for name in _KEPT if name in about}
