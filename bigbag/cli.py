@@ -1,7 +1,8 @@
 """The command line: ``bigbag pack | plan | train | evaluate | predict | report | compare | cap-curve | bench``.
 
 ``launch/*.py`` call the same functions. Whatever a user can cause ends in one line on standard error and exit status
-2, Ctrl-C in one line and 130; a run that SIGTERM or SIGUSR1 asked to leave ends with status 85, its checkpoint written.
+2, Ctrl-C in one line and 130, SIGTERM likewise and 143; a training that SIGTERM or SIGUSR1 asked to leave ends with
+status 85, its checkpoint written.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.command_line = arguments
     _quiet_known_noise()
     try:
-        return options.command(options) or 0
+        with _sigterm_interrupts(options.command):
+            return options.command(options) or 0
     except BrokenPipeError:
         if options.traceback:
             raise
@@ -67,11 +71,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         remedy = ": make room where the command writes; the same command again goes on where it can" if full else ""
         print(f"{rank}error: {error}{remedy}", file=sys.stderr, flush=True)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if options.traceback:
             raise
-        print("interrupted: the same command again goes on where it can", file=sys.stderr, flush=True)
-        return 128 + signal.SIGINT
+        number = interrupt.args[0] if interrupt.args else signal.SIGINT
+        said = "interrupted" if number == signal.SIGINT else "terminated"
+        print(f"{said}: the same command again goes on where it can", file=sys.stderr, flush=True)
+        return 128 + int(number)
+
+
+@contextmanager
+def _sigterm_interrupts(command: Any) -> Iterator[None]:
+    """Within the block SIGTERM does what Ctrl-C does: temporary folders go, and processes that were started end.
+
+    Not in ``train``, which leaves in its own way (:mod:`bigbag.engine.preemption`).
+    """
+    if command is _train or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, _: object) -> None:
+        raise KeyboardInterrupt(number)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _with_home(word: str) -> str:

@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -264,6 +266,20 @@ def test_ctrl_c_ends_in_one_line(monkeypatch, capsys):
     monkeypatch.setattr("bigbag.visualize.write_report", interrupted)
     assert main(["report", "--config", CONFIG]) == 130
     assert capsys.readouterr().err == "interrupted: the same command again goes on where it can\n"
+
+
+@pytest.mark.parametrize("number, said", [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
+def test_signals_end_in_one_line_and_leave_nothing_temporary(number, said, tmp_path, monkeypatch, capsys):
+    def signalled(*_):
+        assert list(tmp_path.iterdir())
+        os.kill(os.getpid(), number)
+        time.sleep(60)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("bigbag.bench.loader.measure", signalled)
+    assert main(["bench", "loader", "--bags=1", "--instances=9", "--width=4", f"--folder={tmp_path}"]) == 128 + number
+    assert capsys.readouterr().err == f"{said}: the same command again goes on where it can\n"
+    assert signal.getsignal(signal.SIGTERM) is before and not list(tmp_path.iterdir())
 
 
 def test_home_is_expanded_after_an_option_too(tmp_path, monkeypatch, capsys):

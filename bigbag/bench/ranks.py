@@ -122,9 +122,12 @@ def _running(contenders: Sequence[Contender], settings: dict[str, Any]) -> Itera
         yield groups
         for connection in (connection for group in groups for connection in group):
             connection.send(False)
-    finally:
         for process in processes:
             process.join(10)
+    except EOFError:
+        raise ValueError("a rank has ended before its time: what it said stands above") from None
+    finally:
+        for process in processes:
             process.kill()
 
 

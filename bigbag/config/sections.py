@@ -211,9 +211,11 @@ class EngineConfig(Section):
     launcher, with all weights and optimiser states on every rank."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage: 1 shards optimiser states, 2 also gradients, 3 also weights, which are whole on every rank
-    only while a pack is computed."""
+    only while a pack is computed. A single process without a launcher has no others to share with: it runs plain torch
+    (``backend: auto``), and its banner says so. Not with ``backend: torch``."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
-    """Extra DeepSpeed keys, merged over the derived configuration: the one escape hatch.
+    """Extra DeepSpeed keys, merged over the derived configuration: the one escape hatch. One that DeepSpeed does
+    not read is an error.
 
     Not ``activation_checkpointing``: what DeepSpeed partitions over ranks (and, partitioned, moves to the CPU) are
     activations that all of them hold, as under tensor parallelism. Here each rank has other bags, or with
@@ -244,6 +246,13 @@ class EngineConfig(Section):
                 "bags or instances: leave it out, and set train.activation_checkpointing"
             )
         return value
+
+    @model_validator(mode="after")
+    def _only_what_happens(self) -> EngineConfig:
+        if self.backend == "torch" and (self.zero_stage or self.deepspeed):
+            name = "zero_stage" if self.zero_stage else "deepspeed"
+            raise ValueError(f"{name} is DeepSpeed's, and backend is torch: leave one of them out")
+        return self
 
 
 class ParallelConfig(Section):

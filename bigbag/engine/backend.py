@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bigbag.bags import PackedBags
-from bigbag.config import Config
+from bigbag.config import Config, ConfigError, check_arguments
 from bigbag.engine.optim import build_optimizer
 from bigbag.engine.world import World, launched
 from bigbag.models import MILModel
@@ -173,6 +173,8 @@ class DeepSpeedBackend:
 
         self.world = world
         self.zero_stage = config.engine.zero_stage
+        settings = deepspeed_config(config, sum(p.numel() for p in module.parameters() if p.requires_grad))
+        check_deepspeed(settings)
         _give_scalars_a_dimension(module.model)
         if self.zero_stage == 3:
             deepspeed.utils.set_z3_leaf_module(module, True)
@@ -181,7 +183,7 @@ class DeepSpeedBackend:
             model=module,
             model_parameters=module.parameters(),
             optimizer=optimizer,
-            config=deepspeed_config(config, sum(p.numel() for p in module.parameters() if p.requires_grad)),
+            config=settings,
             dist_init_required=False,
         )
 
@@ -283,6 +285,48 @@ def deepspeed_config(config: Config, num_weights: int) -> dict[str, Any]:
         "wall_clock_breakdown": False,
     }
     return _merge(derived, config.engine.deepspeed)
+
+
+class _Asked(dict[str, Any]):
+    """Settings that remember which keys were asked for."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__(settings)
+        self.asked: set[str] = set()
+
+    def __copy__(self) -> _Asked:
+        return self
+
+    def __contains__(self, key: object) -> bool:
+        self.asked.add(str(key))
+        return super().__contains__(key)
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def keys(self) -> Any:
+        return self
+
+
+def check_deepspeed(settings: dict[str, Any]) -> None:
+    """Refuse settings that DeepSpeed does not read, which it passes over where they stand at the top, and bad ones.
+
+    Raises:
+        ConfigError: names the key and the nearest one that it reads.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    recorded = _Asked(settings)
+    try:
+        DeepSpeedConfig(recorded)
+    except (ValueError, AssertionError) as error:
+        raise ConfigError(f"engine.deepspeed: {error}") from None
+    check_arguments("engine.deepspeed", settings, sorted(recorded.asked))
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def describe_environment(
             "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
             "ranks": world.size,
             "threads_per_rank": torch.get_num_threads(),
-            "backend": backend + (f", ZeRO {config.engine.zero_stage}" if backend == "deepspeed" else ""),
+            "backend": _in_words(backend, config),
             "precision": config.train.precision,
         },
         "operators": ops.chosen(world.device),
@@ -48,6 +48,13 @@ def describe_environment(
             "feature_dtype": str(np.dtype(store.feature_dtype)),
         },
     }
+
+
+def _in_words(backend: str, config: Config) -> str:
+    if backend == "deepspeed":
+        return f"deepspeed, ZeRO {config.engine.zero_stage}"
+    unused = [f"engine.{name}" for name in ("zero_stage", "deepspeed") if getattr(config.engine, name)]
+    return backend + (f" ({' and '.join(unused)} are for runs under a launcher)" if unused else "")
 
 
 def banner(environment: dict[str, Any], name: str) -> str:

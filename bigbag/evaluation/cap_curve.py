@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from bigbag.engine.run import open_configured_store
 from bigbag.evaluation.compare import NAMES, Spread, markdown, runs_csv, shown_metrics, spread, spread_text
 from bigbag.evaluation.study import Outcome, Planned, Study, fold_settings
 from bigbag.files import write_atomically
+
+_log = logging.getLogger(__name__)
 
 CAPS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 
@@ -50,7 +53,7 @@ def plan_cap_curve(
 
     Run k with cap n lies in ``out/name/cap<n>-seed<k>``, on whole bags in ``out/name/whole-seed<k>``. A cap changes the
     instances of training in every epoch, and those of evaluation once (``data.max_instances``). Caps that leave every
-    bag whole have no run of their own.
+    bag whole have no run of their own, which is said.
 
     Args:
         path: the config file; it must not cap instances itself.
@@ -70,8 +73,12 @@ def plan_cap_curve(
     if any(cap < 1 for cap in caps):
         raise ConfigError(f"cap-curve: caps are {list(caps)}, expected at least 1 instance each")
     largest = max(open_configured_store(config).sizes)
+    idle = sorted({cap for cap in caps if cap >= largest})
+    if idle:
+        shown = ", ".join(map(str, idle))
+        _log.info("caps of %s leave every bag whole, the largest of %d instances: no runs of their own", shown, largest)
     runs = []
-    for cap in [*sorted({cap for cap in caps if cap < largest}), None]:
+    for cap in [*sorted(set(caps) - set(idle)), None]:
         for seed in seeds:
             for labels, settings in fold_settings(config, folds):
                 name = ("whole" if cap is None else f"cap{cap}") + f"-seed{seed}"

@@ -120,15 +120,15 @@ class Study:
         if isinstance(settings, Outcome):
             return settings
         config = load_config(self.path, settings)
-        self._identity(config)  # what is wrong with bags or splits is wrong for all runs: say it once
+        identity = self._identity(config)  # what is wrong with bags or splits is wrong for all runs: say it once
         with alone_in(config.run_dir) as alone:
             if not alone:
                 return Outcome(planned, error=f"another process is at it, in {config.run_dir}", waiting=True)
             if not self._results(config):
-                self._attempt(settings, config.run_dir)
+                self._attempt(settings, config.run_dir, identity)
         return self.outcome(planned)
 
-    def _attempt(self, settings: Sequence[str], folder: Path) -> None:
+    def _attempt(self, settings: Sequence[str], folder: Path, identity: Mapping[str, str]) -> None:
         """Train, from the beginning or from where an earlier attempt got to; write what it cost, or why it failed."""
         (folder / _FAILED).unlink(missing_ok=True)
         attempts = _Attempts(folder)
@@ -137,7 +137,8 @@ class Study:
             sys.exit(status)  # the run has saved; the same command goes on with it
         if status:
             lines = (folder / "output.txt").read_text(errors="replace").strip().splitlines()
-            write_json(folder / _FAILED, {"error": lines[-1] if lines else f"exit status {status}"})
+            error = lines[-1] if lines else f"exit status {status}"
+            write_json(folder / _FAILED, {"error": error, "identity": identity})
         else:
             write_json(folder / _COST, attempts.cost())
 
@@ -154,7 +155,9 @@ class Study:
         results = self._results(config)
         if results:
             return Outcome(planned, results, **_read(config.run_dir / _COST))
-        error = _read(config.run_dir / _FAILED).get("error")
+        failed = _read(config.run_dir / _FAILED)
+        # What failed with other settings says nothing of these.
+        error = failed["error"] if failed and failed.get("identity") == self._identity(config) else None
         return Outcome(planned, error=error or "not finished", waiting=not error)
 
     def settings_of(self, planned: Planned) -> list[str] | Outcome:

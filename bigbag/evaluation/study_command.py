@@ -27,6 +27,7 @@ def carry_out(
         finish: makes tables and figures.
 
     Raises:
+        ConfigError: the folder holds a run, whose report and figures those of the study would replace.
         ValueError: runs failed, after everything else was done; or an index that there is not.
     """
 
@@ -34,6 +35,10 @@ def carry_out(
         state = f"failed: {outcome.error}" if outcome.error else show(outcome)
         print(f"{outcome.planned.name:<36} {outcome.error if outcome.waiting else state}", flush=True)
 
+    if (study.folder / "identity.json").is_file():
+        raise ConfigError(
+            f"{study.folder} holds a run, whose report.html would be replaced: choose another name (name=...)"
+        )
     if options.list:
         for index, outcome in enumerate(study.collect()):
             print(f"{index:>4}  ", end="")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bigbag.config import ConfigError, OptimConfig, build_config
-from bigbag.engine.backend import choose_backend, deepspeed_config
+from bigbag.engine.backend import check_deepspeed, choose_backend, deepspeed_config
 from bigbag.engine.optim import build_optimizer, learning_rate
 from bigbag.engine.world import World, start_world
 from bigbag.testing import run_ranks
@@ -40,6 +40,34 @@ def test_deepspeed_settings_are_derived_and_merged():
     derived = deepspeed_config(build_config({**settings, "engine": {"zero_stage": 2, "deepspeed": extra}}), 70)
     assert derived["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 70, "overlap_comm": True}
     assert derived["gradient_clipping"] == 0.0 and derived["comms_logger"] == {"enabled": True}
+
+
+@pytest.mark.parametrize(
+    "extra, expected",
+    [
+        ({"gradient_cliping": 1.0}, "unknown setting 'gradient_cliping'; did you mean 'gradient_clipping'?"),
+        ({"zero_optimization": {"overlap_com": True}}, r"(?s)engine.deepspeed: .*overlap_com\b.* not permitted"),
+        ({"train_micro_batch_size_per_gpu": 0}, "engine.deepspeed: Train batch size: 0 has to be"),
+    ],
+)
+def test_settings_that_deepspeed_does_not_read_are_refused(extra, expected):
+    settings = {"name": "x", "data": {"shards": "y"}, "model": {"name": "ABMIL"}, "engine": {"deepspeed": extra}}
+    with pytest.raises(ConfigError, match=expected):
+        check_deepspeed(deepspeed_config(build_config(settings), 70))
+
+
+def test_settings_that_deepspeed_reads_are_taken():
+    settings = {"name": "x", "data": {"shards": "y"}, "model": {"name": "ABMIL"}}
+    names = ("flops_profiler", "comms_logger", "autotuning", "tensorboard", "wandb", "torch_autocast")
+    extra = {name: {"enabled": False} for name in names} | {"aio": {}, "dump_state": False, "prescale_gradients": True}
+    check_deepspeed(deepspeed_config(build_config({**settings, "engine": {"deepspeed": extra}}), 70))
+
+
+def test_zero_is_not_asked_of_plain_torch():
+    settings = {"name": "x", "data": {"shards": "y"}, "model": {"name": "ABMIL"}}
+    for engine in ({"zero_stage": 1}, {"deepspeed": {"comms_logger": {"enabled": True}}}):
+        with pytest.raises(ConfigError, match=rf"{next(iter(engine))} is DeepSpeed's, and backend is torch"):
+            build_config({**settings, "engine": {**engine, "backend": "torch"}})
 
 
 def partitioned_gradient() -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import os
 import re
 import signal
@@ -220,7 +221,7 @@ def test_inner_folds_choose(config: Path, trained: list[list[str]]) -> None:
         plan_comparison(config, [], ["MeanMIL"], [0], grid=grid)
 
 
-def test_cap_curve(config: Path, trained: list[list[str]]) -> None:
+def test_cap_curve(config: Path, trained: list[list[str]], caplog: pytest.LogCaptureFixture) -> None:
     command = ["cap-curve", "--config", str(config), "seed=0", "--caps", "64,120", "--seeds", "2", "name=caps"]
     assert main(command) == 0
     study = plan_cap_curve(config, ["seed=0", "name=caps"], [120, 64], [0, 1])
@@ -235,10 +236,34 @@ def test_cap_curve(config: Path, trained: list[list[str]]) -> None:
     page = (folder / "report.html").read_text()
     assert "with a random 64 instances of each bag" in page and "<h2>What a cap costs</h2>" in page
     assert [row["cap"] for row in csv.DictReader((folder / "table.csv").open())] == ["64", "120", "whole"]
-    uncut = plan_cap_curve(config, ["name=caps"], [max(sizes), 10**6, 64], [0])
+    with caplog.at_level(logging.INFO, "bigbag"):
+        uncut = plan_cap_curve(config, ["name=caps"], [10**6, max(sizes), 64], [0])
     assert [run.name for run in uncut.runs] == ["cap64-seed0", "whole-seed0"]
+    assert f"caps of {max(sizes)}, 1000000 leave every bag whole, the largest of {max(sizes)} inst" in caplog.text
     with pytest.raises(ConfigError, match="data.max_instances is set"):
         plan_cap_curve(config, ["data.max_instances=5"], [64], [0])
+
+
+def test_a_failure_with_other_settings_is_none_of_these(
+    config: Path, trained: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["compare", "--config", str(config), "--models", "MaxMIL"]
+    assert main(command) == 2
+    capsys.readouterr()
+    assert main([*command, "--list"]) == 0
+    assert capsys.readouterr().out.split(maxsplit=2)[2] == "failed: out of luck\n"
+    assert main([*command, "--list", "optim.lr=0.1"]) == 0
+    assert capsys.readouterr().out.split(maxsplit=2)[2] == "not finished\n"
+
+
+def test_the_folder_of_a_run_is_not_a_study_s(
+    config: Path, trained: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (config.parent / "runs" / "small").mkdir(parents=True)
+    (config.parent / "runs" / "small" / "identity.json").write_text("{}")
+    for command in (["compare", "--models", "MeanMIL"], ["cap-curve"]):
+        assert main([*command, "--config", str(config)]) == 2 and not trained
+        assert "runs/small holds a run, whose report.html would be replaced" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("submit", [False, True])

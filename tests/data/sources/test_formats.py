@@ -149,6 +149,7 @@ def test_stamp_s_older_files(tmp_path: Path, write: SimpleNamespace) -> None:
     write.stamp(tmp_path / "old.h5", write.features(12), place * 224 / 256, **none)
     write.stamp(tmp_path / "v2.h5", write.features(12), place, **{**none, "unit": "um", "tile_size": 256.0})
     write.stamp(tmp_path / "slide.h5", write.features(1), place[:1], feat_type="slide")
+    write.stamp(tmp_path / "px.h5", write.features(12), place, unit="px")
     source = Stamp(str(tmp_path), bags="slide")
     entries = {entry.name: entry for entry in source.entries()}
     for name in ("old", "v2"):
@@ -157,6 +158,8 @@ def test_stamp_s_older_files(tmp_path: Path, write: SimpleNamespace) -> None:
         np.testing.assert_allclose(bag.coords, place * 256)
     with pytest.raises(ValueError, match=r"slide.h5: holds the encoding of a slide, expected tiles"):
         source.load(entries["slide"])
+    with pytest.raises(ValueError, match=r"px.h5: attribute unit is 'px', expected 'um' .*: convert coords"):
+        source.load(entries["px"])
 
 
 def test_gigapath(tmp_path: Path, write: SimpleNamespace, packed: Callable) -> None:
