@@ -79,6 +79,7 @@ def fails(capsys, command: list[str]) -> str:
 def test_camelyon16_from_files_to_report(packed, tmp_path, capsys):
     assert main(["train", *arguments(packed[1], tmp_path)]) == 0
     shown = capsys.readouterr().out
+    assert "thread(s), torch (only under a launcher: engine.zero_stage), bf16" in shown
     run_dir = tmp_path / "camelyon16"
     results = json.loads((run_dir / "results.json").read_text())
     assert results["test"]["auroc"] > 0.9 and results["test"]["instance_auroc"] > 0.9

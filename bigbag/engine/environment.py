@@ -54,7 +54,7 @@ def _in_words(backend: str, config: Config) -> str:
     if backend == "deepspeed":
         return f"deepspeed, ZeRO {config.engine.zero_stage}"
     unused = [f"engine.{name}" for name in ("zero_stage", "deepspeed") if getattr(config.engine, name)]
-    return backend + (f" ({' and '.join(unused)} are for runs under a launcher)" if unused else "")
+    return backend + (f" (only under a launcher: {', '.join(unused)})" if unused else "")
 
 
 def banner(environment: dict[str, Any], name: str) -> str:
