@@ -26,6 +26,9 @@ class Adjacency:
         symmetric: True promises ``A == A.T``, so that the backward of a product needs no transposed copy.
         halo: where bags are shared out over ranks, so that T counts this rank's rows: the rows of other ranks that
             columns ``T, T + 1, ...`` stand for. ``symmetric`` is then said of the whole graph.
+
+    Raises:
+        ValueError: integers of another width, more than one dimension, not one weight for each edge.
     """
 
     crow: Tensor
@@ -33,6 +36,20 @@ class Adjacency:
     weight: Tensor | None = None
     symmetric: bool = False
     halo: Halo | None = None
+
+    def __post_init__(self) -> None:
+        # Kernels read memory as what it should be: integers of another width would be other numbers.
+        for name, value, dtype in (("crow", self.crow, torch.int64), ("col", self.col, torch.int32)):
+            if value.dtype != dtype or value.dim() != 1:
+                raise ValueError(
+                    f"Adjacency: {name} is {tuple(value.shape)} {value.dtype}, expected one dimension of {dtype}; "
+                    f"convert it: {name}.to({dtype})"
+                )
+        if self.weight is not None and self.weight.shape != self.col.shape:
+            raise ValueError(
+                f"Adjacency: weight has shape {tuple(self.weight.shape)}, expected one for each edge, as in col: "
+                f"{tuple(self.col.shape)}"
+            )
 
     @property
     def num_nodes(self) -> int:

@@ -36,6 +36,13 @@ class Segments:
     sizes: tuple[int, ...]
     parts: Parts | None = None
 
+    def __post_init__(self) -> None:
+        # Of fewer bits, sums of offsets would wrap.
+        if self.offsets.dtype != torch.int64:
+            raise ValueError(
+                f"Segments: offsets are {self.offsets.dtype}, expected torch.int64; see Segments.from_sizes"
+            )
+
     @staticmethod
     def from_sizes(sizes: Sequence[int], device: torch.device | str = "cpu", parts: Parts | None = None) -> Segments:
         host = tuple(int(size) for size in sizes)

@@ -129,3 +129,25 @@ def test_errors_say_what_was_expected():
         PackedBags.from_padded(torch.zeros(2, 3, 1), torch.ones(2, 4))
     with pytest.raises(ValueError, match=r"mask has shape \(2, 3, 3\), expected \(2, 3\)"):
         PackedBags.from_padded(torch.zeros(2, 3, 1), mask=torch.ones(2, 3, 3))  # an adjacency in its place
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"col": torch.tensor([1, 0])}, r"col is \(2,\) torch.int64, expected one dimension of torch.int32"),
+        ({"crow": torch.tensor([0, 1, 2], dtype=torch.int32)}, r"crow is \(3,\) torch.int32, expected .* torch.int64"),
+        ({"crow": torch.tensor([[0, 1, 2]])}, r"crow is \(1, 3\)"),
+        ({"weight": torch.ones(3)}, r"weight has shape \(3,\), expected .* \(2,\)"),
+    ],
+)
+def test_graphs_that_kernels_would_misread_are_refused(change, message):
+    """torch's own CSR tensors have int64 columns: read as int32, every other one would be 0."""
+    fields = {"crow": torch.tensor([0, 1, 2]), "col": torch.tensor([1, 0], dtype=torch.int32), "weight": torch.ones(2)}
+    Adjacency(**fields)
+    with pytest.raises(ValueError, match=f"Adjacency: {message}"):
+        Adjacency(**(fields | change))
+
+
+def test_offsets_of_fewer_bits_are_refused():
+    with pytest.raises(ValueError, match="offsets are torch.int32, expected torch.int64"):
+        Segments(torch.tensor([0, 2], dtype=torch.int32), (2,))
