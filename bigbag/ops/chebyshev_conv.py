@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,12 +70,15 @@ def chebyshev_conv(
     dtype = compute_dtype(weight)
     chosen = choose("chebyshev_conv", DTYPES, impl, x.device.type, dtype)
     adj_t = transpose(adj)
-    degree = degrees(adj_t)
+    acc = accumulation_dtype(dtype)
+    # Sums of the weights that products take, in their precision.
+    wide = None if adj_t.weight is None else adj_t.weight.to(torch.promote_types(adj_t.weight.dtype, acc))
+    degree = degrees(replace(adj_t, weight=wide))
     if chosen == "reference":  # which refuses bags that are shared out
         num_terms = weight.shape[1] // x.shape[1]
         terms = chebyshev(adj, x.to(dtype), num_terms, lambda_max, segments, degree=degree, impl="reference")
         return terms.transpose(0, 1).flatten(1) @ weight.to(dtype).t()
-    ratio = scaling(lambda_max, segments, adj, accumulation_dtype(dtype))
+    ratio = scaling(lambda_max, segments, adj, acc)
     forward = _Laplacian(kernels(chosen), adj, ratio, degree)
     return _Convolution.apply(forward, _Laplacian(kernels(chosen), adj_t, ratio, degree), x, weight, dtype)
 

@@ -57,6 +57,17 @@ def test_convolution_and_its_gradients_equal_the_formula(symmetric, width, out, 
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("impl", [None, "reference"])
+def test_degrees_are_as_precise_as_the_convolution(impl):
+    """In float64 also where the graph has weights of float32, whose sums take more digits."""
+    adj, generator = graph(False), torch.Generator().manual_seed(0)
+    adj = Adjacency(adj.crow, adj.col, adj.weight.float())
+    x, weight = (torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((16, 3), (4, 9)))
+    wide = Adjacency(adj.crow, adj.col, adj.weight.double())
+    expected = dense_convolution(wide, x, weight, torch.full((16,), 2.0, dtype=torch.float64))
+    torch.testing.assert_close(ops.chebyshev_conv(adj, x, weight, impl=impl), expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("width, out", [(6, 4), (4, 6)])
 def test_stored_narrow_and_under_autocast(width, out):
     x, weight = torch.randn(16, width).half(), torch.randn(out, 3 * width)
