@@ -55,7 +55,8 @@ def _tanh32(v):
 
 @_inline
 def _bell32(v):
-    return exp32(clipped(_F(-0.5) * v * v, _LIMIT))
+    # Further out it is nothing, also times v, which may be of any size.
+    return _F(0) if abs(v) > _F(12.5) else exp32(_F(-0.5) * v * v)
 
 
 @_inline

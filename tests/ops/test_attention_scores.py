@@ -44,6 +44,13 @@ def test_is_what_attention_pool_calls_scores(impl: str, device: str) -> None:
     torch.testing.assert_close(ops.attention_scores(h, bias, w2, gated=True, impl=impl), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_the_slope_of_gelu_far_from_0(any_impl: str, device: str) -> None:
+    h = torch.tensor([[50.0], [-50.0], [1e34], [-1e34], [3e38], [-3e38]], device=device, requires_grad=True)
+    scores = ops.attention_scores(h, None, torch.ones(1, 1, device=device), act="gelu", impl=any_impl)
+    (slope,) = torch.autograd.grad(scores.sum(), h)
+    torch.testing.assert_close(slope[:, 0].cpu(), torch.tensor([1.0, 0, 1, 0, 1, 0]), rtol=0, atol=1e-6)
+
+
 def test_autocast_changes_nothing(any_impl: str, device: str) -> None:
     sample = NAMED["attention_scores, several"]
     tensors = sample.tensors(torch.float32, device)
