@@ -302,7 +302,7 @@ class _Work(State):
         grad = pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
         with torch.no_grad():
             if totals[0] is not None:
-                totals[0] += grad.t() @ rows
+                totals[0] += grad.t() @ rows.to(dtype)
             if bias is not None and totals[1] is not None:
                 totals[1] += grad.sum(0)
             found = [(grad @ weight).to(rows.dtype) if rows.requires_grad else None]

@@ -246,6 +246,16 @@ def test_pack_of_bags_equals_each_bag():
     assert bags.sizes == LENGTHS
 
 
+@pytest.mark.parametrize("rows", [8, 2500])
+@pytest.mark.parametrize("stored", [torch.float16, torch.float64])
+def test_projection_of_rows_in_another_precision(rows, stored):
+    linear = tnn.Linear(4, 2)
+    x = torch.randn(rows, 4).to(stored).requires_grad_()
+    y = by_rows(lambda x: x * 2, x, projection=rows_module.Projection(linear.weight, linear.bias))
+    (found,) = torch.autograd.grad(y.sum(), linear.weight)
+    torch.testing.assert_close(found, (2 * x).float().sum(0).expand(2, 4), rtol=1e-3, atol=1e-2)
+
+
 def test_projection_is_not_computed_again(monkeypatch):
     """Its gradients come without its outputs; parts that nobody uses give none."""
     monkeypatch.setitem(rows_module._ROWS, "cpu", 3)
