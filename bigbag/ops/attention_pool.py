@@ -88,17 +88,19 @@ def attention_pool(
     chosen = choose("attention_pool", _DTYPES, impl, x.device.type, dtype)
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     gated = wg is not None
-    weight = w1 if wg is None else torch.cat([w1, wg])
+    # Converted first: autocast to bfloat16 can't lay float16 end to end.
+    weight = w1.to(dtype) if wg is None else torch.cat([w1.to(dtype), wg.to(dtype)])
     if b1 is None and bg is None:
-        bias = w2.new_zeros(weight.shape[0])
+        bias = w2.new_zeros(weight.shape[0], dtype=acc)
     else:
-        zeros = w1.new_zeros(w1.shape[0])
-        parts = [zeros if b is None else b for b in ((b1, bg) if gated else (b1,))]
+        zeros = w1.new_zeros(w1.shape[0], dtype=acc)
+        parts = [zeros if b is None else b.to(acc) for b in ((b1, bg) if gated else (b1,))]
         bias = torch.cat(parts)
     factors = _drop_factors(x, w2, acc, dropout, seed) if dropout else None
-    args = (x, segments.offsets, weight.to(dtype), bias.to(acc), w2.to(acc), factors, act, gated)
+    args = (x, segments.offsets, weight, bias, w2.to(acc), factors, act, gated)
     if chosen == "reference":
-        z, scores = _reference(*args)
+        with torch.autocast(x.device.type, enabled=False):
+            z, scores = _reference(*args)
     else:
         z, scores, _, _ = _FORWARD[chosen](*args, keep_preactivations)
     if segments.parts is not None:

@@ -77,7 +77,9 @@ def _scores(q: Tensor, k: Tensor, segments: Segments, impl: str) -> Tensor:
 
 def _reference_scores(q: Tensor, k: Tensor, segments: Segments) -> Tensor:
     acc = accumulation_dtype(q.dtype)
-    parts = [torch.einsum("hd,thd->th", query, part) for query, part in zip(q.to(acc), k.to(acc).split(segments.sizes))]
+    rows = k.to(acc).split(segments.sizes)
+    with torch.autocast(k.device.type, enabled=False):
+        parts = [torch.einsum("hd,thd->th", query, part) for query, part in zip(q.to(acc), rows)]
     return torch.cat(parts) if parts else k.new_zeros(0, k.shape[1], dtype=acc)
 
 

@@ -45,7 +45,8 @@ def segment_dots(x: Tensor, y: Tensor, segments: Segments, *, impl: str | None =
     chosen = choose("segment_dots", _DTYPES, impl, x.device.type, dtype)
     if chosen == "reference":
         starts = segments.starts
-        parts = [x[s:e].to(acc) @ y[bag].to(acc).t() for bag, (s, e) in enumerate(zip(starts, starts[1:]))]
+        with torch.autocast(x.device.type, enabled=False):
+            parts = [x[s:e].to(acc) @ y[bag].to(acc).t() for bag, (s, e) in enumerate(zip(starts, starts[1:]))]
         return torch.cat(parts) if parts else x.new_zeros(0, y.shape[1], dtype=acc)
     return _DOTS[chosen](x, y.to(acc), segments.offsets)
 

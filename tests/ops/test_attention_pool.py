@@ -141,6 +141,18 @@ def test_dropout_scales_what_it_keeps_and_repeats_itself_by_its_seed(impl: str, 
         pooled(dropout=1.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_autocast_leaves_scores_in_float32(dtype: torch.dtype, any_impl: str, device: str) -> None:
+    """Also of weights in float16, which autocast to bfloat16 doesn't concatenate on a CPU."""
+    x, weight = torch.randn(9, 3, device=device), torch.randn(2, 3, device=device, dtype=dtype)
+    w2 = torch.randn(1, 2, device=device, dtype=dtype)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        z, scores = ops.attention_pool(x, Segments.from_sizes((9,), device), weight, None, w2, weight, impl=any_impl)
+    expected = (torch.tanh(x @ weight.float().t()) * torch.sigmoid(x @ weight.float().t())) @ w2.float().t()
+    assert z.dtype == torch.bfloat16 and scores.dtype == torch.float32
+    torch.testing.assert_close(scores, expected, rtol=0.05, atol=0.05)
+
+
 def test_dropout_of_a_pack_without_instances(any_impl: str, device: str) -> None:
     x, weight = torch.zeros(0, 3, device=device), torch.ones(2, 3, device=device)
     w2 = torch.ones(1, 2, device=device)
