@@ -39,7 +39,7 @@ def landmark_means(x: Tensor, segments: Segments, *, num_landmarks: int = 256, i
         return landmarks.means(x.unsqueeze(1), chosen)[:, 0]
     rows, bounds = x.to(nystrom._acc(x.dtype)), landmarks.bounds.tolist()
     means = [rows[s:e].sum(0) / max(e - s, 1) for s, e in zip(bounds, bounds[1:])]
-    return torch.stack(means).view(segments.num_bags, landmarks.most, -1)
+    return (torch.stack(means) if means else rows[:0]).view(segments.num_bags, landmarks.most, x.shape[1])
 
 
 def nystrom_token_attention(
@@ -108,4 +108,5 @@ def _reference_gather(ql: Tensor, k: Tensor, v: Tensor, segments: Segments) -> T
     for queries, s, e in zip(ql, starts, starts[1:]):
         weights = (queries @ k[s:e].permute(1, 2, 0)).softmax(2) if e > s else queries.new_zeros(*queries.shape[:2], 0)
         bags.append(weights @ v[s:e].transpose(0, 1))
-    return torch.stack(bags)
+    # Without bags, an empty sum keeps its place in the graph.
+    return torch.stack(bags) if bags else ql.new_zeros(*ql.shape[:3], v.shape[2]) + v.sum()

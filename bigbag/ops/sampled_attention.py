@@ -128,8 +128,9 @@ def _check(
     check_shapes(op, mu, log_var, values, segments)
     if num_samples < 1:
         raise ValueError(f"{op}: num_samples must be at least 1, got {num_samples}")
-    if not isinstance(seed, int) and len(seed) != segments.offsets.shape[0] - 1:
-        raise ValueError(f"{op}: expected one seed, or one for each of {segments.num_bags} bags, got {len(seed)}")
+    given = tuple(seed.shape) if isinstance(seed, Tensor) else (len(seed),) if isinstance(seed, Sequence) else None
+    if given not in (None, (segments.offsets.shape[0] - 1,)):
+        raise ValueError(f"{op}: expected one seed, or one for each of {segments.num_bags} bags, got shape {given}")
 
 
 def check_shapes(op: str, mu: Tensor, log_var: Tensor, values: Tensor | None, segments: Segments) -> None:
@@ -167,10 +168,10 @@ def _noise_keys(segments: Segments, rows: int, seed: int | Sequence[int] | Tenso
     base = first * -_signed(0x9E3779B97F4A7C15)
     if isinstance(seed, Tensor):
         base += seed
-    elif isinstance(seed, int):
-        base += _signed(seed)
+    elif isinstance(seed, Sequence):
+        base += on_device(list(map(_signed, seed)), offsets.device, torch.int64)
     else:
-        base += on_device(list(map(_signed, seed)), offsets.device)
+        base += _signed(int(seed))
     keys = torch.arange(rows, device=offsets.device) * _signed(0x9E3779B97F4A7C15)
     keys += base[torch.repeat_interleave(bags, offsets.diff(), output_size=rows)]
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):

@@ -94,7 +94,7 @@ def segment_max(x: Tensor, segments: Segments, *, impl: str | None = None) -> Te
         out, _ = _OPS["max", chosen](rows, segments.offsets)
     if segments.parts is not None:
         out = largest_of_ranks(out, segments, segments.parts)
-    return out.to(x.dtype).view(-1, *x.shape[1:])
+    return out.to(x.dtype).view(out.shape[0], *x.shape[1:])
 
 
 def largest_of_ranks(own: Tensor, segments: Segments, parts: Parts) -> Tensor:
@@ -137,7 +137,7 @@ def _sum(name: str, x: Tensor, segments: Segments, impl: str | None) -> Tensor:
         out = _OPS["sum", chosen](rows, segments.offsets)
     if segments.parts is not None:
         out = distributed.all_sum(out, segments.parts)
-    return out.view(-1, *x.shape[1:])
+    return out.view(out.shape[0], *x.shape[1:])
 
 
 def _prepare(name: str, x: Tensor, segments: Segments, impl: str | None) -> tuple[str, Tensor]:

@@ -115,7 +115,7 @@ def segment_logsumexp(x: Tensor, segments: Segments, *, impl: str | None = None)
         top = distributed.all_max(out, segments.parts)
         top = torch.where(top == -torch.inf, 0, top)
         out = top + distributed.all_sum((out - top).exp(), segments.parts).log()
-    return out.to(x.dtype).view(-1, *x.shape[1:])
+    return out.to(x.dtype).view(out.shape[0], *x.shape[1:])
 
 
 def segment_pool(weights: Tensor, x: Tensor, segments: Segments, *, impl: str | None = None) -> Tensor:

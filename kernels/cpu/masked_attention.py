@@ -206,9 +206,9 @@ class _Arguments:
 
     def bags(self) -> Iterator[_Bag]:
         """The bags in which there is something to compute."""
-        starts, kv_starts = self.starts, self.kv_starts
+        starts, kv_starts, heads = self.starts, self.kv_starts, self.q.shape[1]
         for s, e, ks, ke in zip(starts, starts[1:], kv_starts, kv_starts[1:]):
-            if e > s and ke > ks and len((bag := _Bag(self, slice(s, e), slice(ks, ke))).columns):
+            if heads and e > s and ke > ks and len((bag := _Bag(self, slice(s, e), slice(ks, ke))).columns):
                 yield bag
 
     def only_bag(self) -> _Bag | None:

@@ -328,7 +328,7 @@ def weighted_sum(x: Tensor, a: Tensor, offsets: Tensor) -> Tensor:
     parts = torch.empty(len(pieces), a.shape[1], x.shape[1], dtype=a.dtype)
     work = x.numel() * a.shape[1]
     _launch(_weighted_sum, len(pieces), work, array(x)[:, None], array(a), pieces.starts, pieces.ends, parts.numpy())
-    return pieces.add(parts.flatten(1)).view(-1, a.shape[1], x.shape[1])
+    return pieces.add(parts.flatten(1)).view(pieces.num_bags, a.shape[1], x.shape[1])
 
 
 def row_dots(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:

@@ -315,6 +315,15 @@ def test_what_does_not_fit_is_refused(change: dict, message: str) -> None:
         masked_attention(**(fitting | change))
 
 
+@pytest.mark.parametrize("sizes", [(5,), (5, 3)])
+def test_no_heads(sizes: tuple[int, ...]) -> None:
+    """PyTorch's attention divides by their number, which ends the process."""
+    q = torch.zeros(sum(sizes), 0, 4, requires_grad=True)
+    out = masked_attention(q, q, q, Segments.from_sizes(sizes))
+    assert out.shape == q.shape
+    out.sum().backward()
+
+
 def test_autocast_computes_in_its_dtype() -> None:
     q, k, v = (randn(9, 2, 4, seed=i) for i in range(3))
     segments = Segments.from_sizes((9,))

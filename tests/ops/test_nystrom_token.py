@@ -48,3 +48,12 @@ def test_shapes_are_checked():
         ops.nystrom_token_attention(k[:1], torch.randn(1, 2, 2, 4), k, k, segments)
     with pytest.raises(ValueError, match=r"expected x \(3, P\)"):
         ops.landmark_means(torch.randn(4, 2), segments)
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_packs_without_bags(impl):
+    segments, k = Segments.from_sizes(()), torch.zeros(0, 2, 4, requires_grad=True)
+    assert ops.landmark_means(k.flatten(1), segments, impl=impl).shape == (0, 1, 8)
+    out = ops.nystrom_token_attention(k, torch.zeros(0, 1, 2, 4), k, k, segments, impl=impl)
+    assert out.shape == (0, 2, 4)
+    out.sum().backward()

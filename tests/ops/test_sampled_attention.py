@@ -151,7 +151,7 @@ def test_one_instance_is_its_value_whatever_is_drawn(any_impl, device):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"seed": [1, 2]}, "expected one seed, or one for each of 4 bags, got 2"),
+        ({"seed": [1, 2]}, r"expected one seed, or one for each of 4 bags, got shape \(2,\)"),
         ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
         ({"mu": torch.zeros(3)}, r"with T = 14 as in segments, got \(3,\) torch.float32"),
         ({"log_var": torch.zeros(14, 1)}, r"\(14, 1\)"),
@@ -165,6 +165,15 @@ def test_bad_arguments_are_refused(change, message):
     args = {"mu": mu, "log_var": log_var, "values": values, "segments": segments, "num_samples": 2, "seed": 1}
     with pytest.raises(ValueError, match=f"sampled_attention: .*{message}"):
         sampled_attention(**(args | change))
+
+
+def test_seeds_of_no_bags_and_of_other_integers():
+    nothing, none = torch.zeros(0), Segments.from_sizes(())
+    assert attention_draws(nothing, nothing, none, 3, []).shape == (0, 3)
+    assert sampled_attention(nothing, nothing, torch.zeros(0, 2), none, 3, []).shape == (0, 3, 2)
+    mu, log_var, _, segments = inputs()
+    found, expected = (attention_draws(mu, log_var, segments, 3, seed) for seed in (np.int64(5), 5))
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

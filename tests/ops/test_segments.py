@@ -29,3 +29,12 @@ def test_cpu_segments_do_not_depend_on_the_number_of_threads() -> None:
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_columns_that_are_not_there(any_impl: str, device: str) -> None:
+    x, segments = torch.zeros(5, 4, device=device), Segments.from_sizes((3, 0, 2), device)
+    none = x[:, :0]
+    for name in ("segment_sum", "segment_mean", "segment_max", "segment_logsumexp"):
+        assert getattr(ops, name)(none, segments, impl=any_impl).shape == (3, 0)
+    assert ops.segment_pool(none, x, segments, impl=any_impl).shape == (3, 0, 4)
+    assert ops.dot_attention_pool(x, x.new_zeros(3, 0, 4), segments, impl=any_impl)[0].shape == (3, 0, 4)
