@@ -137,9 +137,10 @@ def mean_attention(
         step = max(1, _BLOCK_BYTES // (4 * total.numel()))
         for first in range(s, e, step):
             rows = slice(first, min(first + step, e))
-            scores = torch.bmm(q[rows].to(acc).transpose(0, 1), columns).mul_(scale)
-            if bias is not None:
-                scores += attention_bias.matrix(bias, q.to(acc), scale, rows, keys)
+            with torch.autocast(q.device.type, enabled=False):
+                scores = torch.bmm(q[rows].to(acc).transpose(0, 1), columns).mul_(scale)
+                if bias is not None:
+                    scores += attention_bias.matrix(bias, q.to(acc), scale, rows, keys)
             total += torch.softmax(scores, -1).sum(1)
         out[keys] = total.t() / (e - s)
     return out

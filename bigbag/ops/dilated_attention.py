@@ -142,7 +142,8 @@ def dilated_attention(
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
     chosen = choose("dilated_attention", _DTYPES, impl, q.device.type, q.dtype)
     if chosen == "reference":
-        return _reference(q, k, v, segments, branches, scale)
+        with torch.autocast(q.device.type, enabled=False):
+            return _reference(q, k, v, segments, branches, scale)
     whole = [branch for branch in branches if branch.rows is None]
     thinned = [branch for branch in branches if branch.rows is not None]
     places = [branch.rows for branch in thinned], [branch.group for branch in thinned]

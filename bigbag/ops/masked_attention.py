@@ -92,7 +92,8 @@ def masked_attention(
         return _in_parts(q, k, v, segments, kv_segments, mask, bias, dropout, seed, scale, impl)
     chosen = _choose(impl, q, v, bias, dropout)
     if chosen == "reference":
-        return reference(q, k, v, segments, kv_segments, mask, bias, dropout, seed, scale)
+        with torch.autocast(q.device.type, enabled=False):
+            return reference(q, k, v, segments, kv_segments, mask, bias, dropout, seed, scale)
     if chosen in fused_attention.IMPLS:
         return fused_attention.run(chosen, q, k, v, segments, kv_segments, mask, scale)
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32

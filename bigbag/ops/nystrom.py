@@ -82,12 +82,8 @@ def nystrom_attention(
     chosen = _choose(impl, q, segments)
     scale = q.shape[2] ** -0.5 if scale is None else scale
     if chosen == "reference":
-        # Without rows, an empty sum keeps its place in the graph.
-        outs = [v[:0].to(_acc(v.dtype)) + q[:0].sum() + k[:0].sum()]
-        for start, end in _bounds(segments):
-            f1, z, f3 = _reference_factors(q[start:end], k[start:end], num_landmarks, num_iterations, scale)
-            outs.append((f1 @ (z @ (f3 @ v[start:end].to(f3.dtype).transpose(0, 1)))).transpose(0, 1))
-        return torch.cat(outs).to(q.dtype)
+        with torch.autocast(q.device.type, enabled=False):
+            return _reference(q, k, v, segments, num_landmarks, num_iterations, scale)
     landmarks = _Landmarks(segments, num_landmarks)
     with torch.autocast(q.device.type, enabled=False):
         ql, kl = landmarks.means(q, chosen) * scale, landmarks.means(k, chosen)
@@ -135,9 +131,10 @@ def nystrom_class_token_attention(
     scale = q.shape[2] ** -0.5 if scale is None else scale
     if chosen == "reference":
         found = [q[:0, :, 0].to(_acc(q.dtype))]
-        for start, end in _bounds(segments):
-            f1, z, f3 = _reference_factors(q[start:end], k[start:end], num_landmarks, num_iterations, scale)
-            found.append((f1[:, token, None] @ z @ f3)[:, 0].t())
+        with torch.autocast(q.device.type, enabled=False):
+            for start, end in _bounds(segments):
+                f1, z, f3 = _reference_factors(q[start:end], k[start:end], num_landmarks, num_iterations, scale)
+                found.append((f1[:, token, None] @ z @ f3)[:, 0].t())
         return torch.cat(found)
     landmarks = _Landmarks(segments, num_landmarks)
     with torch.autocast(q.device.type, enabled=False):
@@ -175,6 +172,18 @@ def _acc(dtype: torch.dtype) -> torch.dtype:
 
 def _bounds(segments: Segments) -> list[tuple[int, int]]:
     return [(start, end) for start, end in zip(segments.starts, segments.starts[1:]) if end > start]
+
+
+def _reference(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, num_landmarks: int, num_iterations: int, scale: float
+) -> Tensor:
+    """The definition, bag by bag."""
+    # Without rows, an empty sum keeps its place in the graph.
+    outs = [v[:0].to(_acc(v.dtype)) + q[:0].sum() + k[:0].sum()]
+    for start, end in _bounds(segments):
+        f1, z, f3 = _reference_factors(q[start:end], k[start:end], num_landmarks, num_iterations, scale)
+        outs.append((f1 @ (z @ (f3 @ v[start:end].to(f3.dtype).transpose(0, 1)))).transpose(0, 1))
+    return torch.cat(outs).to(q.dtype)
 
 
 def _reference_factors(

@@ -198,13 +198,19 @@ def _backward(
     return grads[0], grads[1], grads[2]
 
 
+def _backward_in_full(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """A backward pass may be begun under autocast, in 16 bits of which the iteration would lose its way."""
+    with torch.autocast(grad.device.type, enabled=False):
+        return _backward(grad, *args)
+
+
 _ARGS = "Tensor queries, Tensor keys, Tensor other, Tensor counts, Tensor groups, int num_iterations"
 inverse_times = torch.library.custom_op(
     "bigbag::nystrom_inverse_times", _forward, mutates_args=(), schema=f"({_ARGS}) -> Tensor"
 )
 _inverse_times_backward = torch.library.custom_op(
     "bigbag::nystrom_inverse_times_backward",
-    _backward,
+    _backward_in_full,
     mutates_args=(),
     schema=f"(Tensor grad, {_ARGS}) -> (Tensor, Tensor, Tensor)",
 )

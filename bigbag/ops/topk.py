@@ -144,7 +144,8 @@ def segment_pool(weights: Tensor, x: Tensor, segments: Segments, *, impl: str | 
     chosen = choose("segment_pool", _DTYPES, impl, x.device.type, dtype)
     if chosen == "reference":
         left, right = weights.to(_acc(dtype)), x.to(_acc(dtype))
-        bags = [left[s:e].t() @ right[s:e] for s, e in zip(segments.starts, segments.starts[1:])]
+        with torch.autocast(x.device.type, enabled=False):
+            bags = [left[s:e].t() @ right[s:e] for s, e in zip(segments.starts, segments.starts[1:])]
         out = torch.stack(bags) if bags else left.new_zeros(0, left.shape[1], right.shape[1])
     else:
         out = _OPS["pool", chosen](weights, x, segments.offsets)

@@ -333,6 +333,13 @@ def test_autocast_computes_in_its_dtype() -> None:
     assert torch.equal(out, masked_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), segments))
 
 
+def test_mean_attention_is_as_precise_under_autocast() -> None:
+    q, k, segments = randn(9, 2, 4), randn(9, 2, 4, seed=1), Segments.from_sizes((6, 3))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = mean_attention(q, k, segments)
+    assert torch.equal(found, mean_attention(q, k, segments))
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_class_token_attention_is_a_row_of_the_matrix(masked: bool) -> None:
     sizes = (7, 0, 530)

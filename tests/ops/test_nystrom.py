@@ -34,6 +34,18 @@ def test_reference_and_adjoint_pass_gradcheck() -> None:
         assert torch.autograd.gradcheck(call, tuple(tensors), fast_mode=True)
 
 
+def test_autocast_around_the_backward_pass_changes_nothing(impl: str, device: str) -> None:
+    """The iteration's adjoint neither rounds to bfloat16 nor fails at the landmarks that a bag lacks."""
+    tensors = [tensor.to(device).requires_grad_() for tensor in qkv(30, dtype=torch.float32)]
+    found = []
+    for enabled in (False, True):
+        out = nystrom_attention(*tensors, Segments.from_sizes((25, 0, 5), device), num_landmarks=8, impl=impl)
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=enabled):
+            found.append(torch.autograd.grad(out.square().sum(), tensors))
+    for plain, cast in zip(*found):
+        assert torch.equal(plain, cast)
+
+
 def test_gradients_are_laid_out_as_compilers_are_told(impl: str, device: str) -> None:
     """Whatever the strides of the landmarks, gradients are contiguous, as the fake kernels say."""
     (q, _, v), segments = (
