@@ -61,7 +61,7 @@ def dirichlet_energy(adj: Adjacency, x: Tensor, segments: Segments | None = None
     """``1/2 sum_ij A_ij |x_i - x_j|^2``: how much x varies along edges; for a symmetric A, trace(x^T (D - A) x).
 
     Differences are squared edge by edge, so a smooth x loses nothing to cancellation. Cost: 3 E D FLOP forward, twice
-    that backward. Arguments, bytes and returns as in :func:`quadratic_form`.
+    that backward. Arguments, bytes and returns as in :func:`quadratic_form`; of 16 bits, it holds (T, D) float32 more.
     """
     chosen, rows = prepare("dirichlet_energy", adj, x, impl, in_parts=True)
     if chosen == "reference":
@@ -116,7 +116,8 @@ def _distances_backward(impl: str, grad: Tensor, x: Tensor, crow: Tensor, col: T
     # The two halves may cancel: the first is kept in the accumulation dtype.
     half = torch.empty(x.shape, dtype=grad.dtype, device=x.device)
     multiply(crow, col, grad, x, minus_two, 2 * sums[:, 0], out=half)
-    return multiply(crow_t, col_t, grad_t, x, minus_two, None, half, grad.new_ones(1))
+    place = half if half.dtype == x.dtype else None
+    return multiply(crow_t, col_t, grad_t, x, minus_two, None, half, grad.new_ones(1), place)
 
 
 def _register(impl: str, kind: str, along_edges: Callable[..., Tensor], gradient: Callable[..., Tensor]) -> None:

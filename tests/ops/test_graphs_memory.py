@@ -13,6 +13,7 @@ from torch import Tensor
 from bigbag.adjacency import Adjacency
 from bigbag.memory import peak_bytes
 from bigbag.ops.chebyshev import chebyshev
+from bigbag.ops.quadratic import dirichlet_energy, quadratic_form
 from bigbag.ops.smooth import smooth
 from bigbag.ops.smooth_exact import smooth_exact
 from bigbag.ops.spmm import spmm
@@ -55,6 +56,13 @@ def test_linear_operators_stay_within_three_times_inputs_and_outputs(name: str) 
     own = sum(t.nbytes for t in (x, adj.crow, adj.col, adj.weight))
     outputs = x.nbytes * (3 if name == "chebyshev" else 1)
     assert peak_bytes(step) + own <= 3 * (own + outputs)
+
+
+@pytest.mark.parametrize("energy", [quadratic_form, dirichlet_energy])
+def test_energies_hold_their_gradient_and_numbers_per_edge(energy: Callable[..., Tensor]) -> None:
+    adj, x = normalised_lattice(3000), randn(3000, 256).requires_grad_()
+    peak = peak_bytes(lambda: torch.autograd.grad(energy(adj, x), x))
+    assert peak <= x.nbytes + 48 * adj.num_edges
 
 
 @pytest.mark.parametrize("name", ["alpha", "no alpha"])
