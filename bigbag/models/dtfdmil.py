@@ -88,10 +88,13 @@ class DTFDMIL(MILModel):
     def _tiers(self, bags: PackedBags) -> tuple[Tensor, Tensor, Tensor]:
         """Logits (B, C), pseudo logits (B, G, C) with zeros for groups that a bag lacks, class activations (T, C)."""
         x, segments = self.features(self.feat_ext, bags.x), bags.segments
-        groups = _Groups(bags, self.n_groups, self.training)
+        # In torchmil's order, and before pseudo-bags are drawn: so a seed gives its weights.
+        for layer in (self.attention_pool.fc1, self.classifier, self.u_attention_pool.fc1, self.u_classifier):
+            layer.materialize(x.shape[-1])
+        classifier = readable(self.classifier.module)
         for pool in (self.attention_pool, self.u_attention_pool):
             pool.recompute = self.activation_checkpointing
-        classifier = readable(self.classifier.materialize(x.shape[-1]))
+        groups = _Groups(bags, self.n_groups, self.training)
         if isinstance(x, Encoded):
             scoring = [self.attention_pool, classifier]
             f, activations = x.map(self._score, modules=scoring)

@@ -80,9 +80,9 @@ class ProbSmoothABMIL(GraphMILModel):
         """Compute on a pack; as :meth:`forward`, with ``(T, ...)`` for ``(B, N, ...)``, and a seed of the draws."""
         self.pool.recompute = self.activation_checkpointing
         x = self.embed(bags)
+        mu, log_var = self.pool.distribution(x)
         # To the left of the pooling, which commutes with it: (T, out_dim) instead of (T, D).
         classifier = readable(self.classifier.materialize(x.shape[-1]))
-        mu, log_var = self.pool.distribution(x)
         values = rows_of(x, lambda rows: project(rows, classifier.weight), modules=[classifier]).to(mu.dtype)
         f = mu
         if return_samples or self.training:

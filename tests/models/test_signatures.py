@@ -73,6 +73,27 @@ def test_a_seed_gives_torchmils_parameters_in_torchmils_order(name):
     assert all(torch.equal(p, q) for (_, p), (_, q) in zip(found, expected))
 
 
+@pytest.mark.parametrize(
+    "name, arguments",
+    [("ABMIL", {"gated": True}), ("DTFDMIL", {"distill_mode": "afs"}), ("SmoothABMIL", {})],
+)
+def test_a_seed_gives_torchmils_parameters_where_the_first_input_tells_the_width(name, arguments):
+    """Whether that input comes with gradients or without, where models compute features only when they need them."""
+
+    def parameters(models, grad):
+        torch.manual_seed(2)
+        model = getattr(models, name)(feat_ext=torch.nn.Linear(6, 5), **arguments)
+        with torch.set_grad_enabled(grad):
+            model(torch.ones(2, 4, 6))
+        return model.state_dict()
+
+    expected = parameters(theirs_models, True)
+    for grad in (True, False):
+        found = parameters(bigbag.models, grad)
+        assert list(found) == list(expected)
+        assert all(torch.equal(value, expected[key]) for key, value in found.items())
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_layer_takes_torchmils_arguments(name):
     theirs, ours = getattr(theirs_nn, name), getattr(bigbag.nn, name)
