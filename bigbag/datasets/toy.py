@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -19,8 +20,8 @@ class ToyDataset(InMemoryDataset):
     The same seed gives torchmil's bags, without its touching numpy's global state.
 
     Args:
-        data: ``(num_instances, num_features)``.
-        labels: ``(num_instances,)``.
+        data: ``(num_instances, num_features)``; anything that numpy makes an array of, such as a tensor.
+        labels: ``(num_instances,)``, likewise.
         num_bags: number of bags, of which ``int(num_bags * pos_class_prob)`` are positive.
         obj_labels: labels of positive instances.
         bag_size: instances per bag, or ``(low, high)`` for sizes drawn evenly from ``low`` to ``high - 1``.
@@ -33,15 +34,15 @@ class ToyDataset(InMemoryDataset):
 
     def __init__(
         self,
-        data: np.ndarray,
-        labels: np.ndarray,
+        data: npt.ArrayLike,
+        labels: npt.ArrayLike,
         num_bags: int,
         obj_labels: Sequence[int],
         bag_size: int | tuple[int, int],
         pos_class_prob: float = 0.5,
         seed: int = 0,
     ) -> None:
-        self.data, self.labels = data, labels
+        self.data, self.labels = np.asarray(data), np.asarray(labels)
         self.num_bags, self.obj_labels, self.bag_size = num_bags, obj_labels, bag_size
         self.pos_class_prob = pos_class_prob
         self.bags_list = self._create_bags(np.random.RandomState(seed))

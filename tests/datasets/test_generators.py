@@ -35,6 +35,14 @@ def test_toy_bags_of_torchmil(bag_size):
     assert all(bag["Y"] == bag["y_inst"].max() for bag in mine)
 
 
+def test_toy_takes_tensors_and_lists_as_torchmil_does():
+    theirs = pytest.importorskip("torchmil.datasets")
+    data, labels = torch.randn(30, 4, generator=torch.Generator().manual_seed(0)), torch.arange(30) % 3
+    expected = theirs.ToyDataset(data, labels, 6, [1], (3, 6), seed=2)
+    assert same(ours.ToyDataset(data, labels, 6, [1], (3, 6), seed=2), expected)
+    assert same(ours.ToyDataset(data.tolist(), labels.tolist(), 6, [1], (3, 6), seed=2), expected)
+
+
 def test_toy_needs_both_kinds():
     with pytest.raises(ValueError, match="both instances with and without"):
         ours.ToyDataset(np.zeros((3, 2)), np.zeros(3), 2, [1], 2)
