@@ -1,4 +1,5 @@
-"""torchmil's files, for scripts that import from them: ``from bigbag.models.mil_model import MILModel``.
+"""torchmil's files, for scripts that import from them, ``from bigbag.models.mil_model import MILModel``, or reach them
+as attributes of their package, ``bigbag.nn.utils.get_feat_dim``.
 
 bigbag keeps its code in files of other names. Where torchmil has a file that bigbag lacks, its name stands for the
 package around it, which exports what the file defines.
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from types import ModuleType
 
 FILES = {
@@ -54,6 +56,21 @@ class _Files(MetaPathFinder, Loader):
         """Fill ``module`` with what its package exports."""
         package = import_module(module.__name__.rpartition(".")[0])
         vars(module).update({name: value for name, value in vars(package).items() if not name.startswith("_")})
+
+
+def attach(package: str) -> None:
+    """Let submodules of ``package`` be its attributes before anything imports them, as they are in torchmil.
+
+    Set from here, where type checkers don't see it: they would take any name for an attribute.
+    """
+
+    def __getattr__(name: str) -> ModuleType:
+        submodule = f"{package}.{name}"
+        if name.startswith("_") or find_spec(submodule) is None:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return import_module(submodule)
+
+    vars(sys.modules[package])["__getattr__"] = __getattr__
 
 
 def register() -> None:

@@ -3,6 +3,8 @@
 import importlib
 import importlib.util
 import pkgutil
+import subprocess
+import sys
 
 import pytest
 
@@ -12,7 +14,6 @@ torchmil = pytest.importorskip("torchmil")
 
 # What its files define beside what its packages export: helpers of theirs, and a second copy of iRPE and of relevance.
 PRIVATE = {
-    "torchmil.datasets.processed_mil_dataset": {"default_read_file"},
     "torchmil.datasets.shifted_mean_mil_dataset": {"normal_pdf"},
     "torchmil.models.mil_model": {"get_args_names"},
     "torchmil.nn.attention.nystrom_attention": {"moore_penrose_iter_pinv"},
@@ -33,6 +34,24 @@ def test_every_name_of_a_file_of_torchmil_is_in_ours(name):
     defined = {key for key, value in vars(theirs).items() if getattr(value, "__module__", None) == name}
     missing = {key for key in defined if not key.startswith("_") and not hasattr(ours, key)}
     assert missing == PRIVATE.get(name, set())
+
+
+def test_files_are_attributes_of_their_packages():
+    packages = ("data", "datasets", "models", "nn", "utils", "visualize")
+    code = f"""
+import bigbag, importlib, operator
+for package in {packages}:
+    importlib.import_module("bigbag." + package)
+for name in {files()}:
+    operator.attrgetter(name.removeprefix("torchmil."))(bigbag)
+try:
+    bigbag.nn.no_such_file
+except AttributeError as error:
+    print(error)
+"""
+    # In a process of its own: here other tests have imported them.
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "module 'bigbag.nn' has no attribute 'no_such_file'\n"
 
 
 def test_names_are_those_of_the_package():

@@ -1,5 +1,6 @@
 """From bags on disk to packs on their way to the device: sources, packing, stores, the plan of an epoch, the stream."""
 
+from bigbag import torchmil_files
 from bigbag.data.augment import Augmentation
 from bigbag.data.cap import cap_instances, capped_sizes, count_capped
 from bigbag.data.manifest import BagInfo, Manifest, ShardInfo
@@ -50,3 +51,5 @@ __all__ = [
     "split_bags",
     "stream",
 ]
+
+torchmil_files.attach(__name__)

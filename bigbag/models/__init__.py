@@ -1,5 +1,6 @@
 """Models of bags, one per file, with torchmil's names, arguments and parameter names."""
 
+from bigbag import torchmil_files
 from bigbag.models.abmil import ABMIL
 from bigbag.models.base import CoordsMILModel, GraphMILModel, MILModel, MILModelWrapper
 from bigbag.models.build import MODELS, build_model, load_model, save_model
@@ -54,3 +55,5 @@ __all__ = [
     "load_model",
     "save_model",
 ]
+
+torchmil_files.attach(__name__)

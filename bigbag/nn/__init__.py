@@ -1,5 +1,6 @@
 """Layers with torchmil's names, arguments and parameter names, computing on packs."""
 
+from bigbag import torchmil_files
 from bigbag.nn.attention import (
     MultiheadCrossAttention,
     MultiheadSelfAttention,
@@ -72,3 +73,5 @@ __all__ = [
     "iRPETransformerLayer",
     "masked_softmax",
 ]
+
+torchmil_files.attach(__name__)

@@ -1,5 +1,6 @@
 """What torchmil users import from ``torchmil.utils``: a trainer for their loaders, helpers for graphs and files."""
 
+from bigbag import torchmil_files
 from bigbag.engine.annealing import (
     AnnealingScheduler,
     ConstantAnnealingScheduler,
@@ -23,3 +24,5 @@ __all__ = [
     "normalize_adj",
     "read_csv",
 ]
+
+torchmil_files.attach(__name__)

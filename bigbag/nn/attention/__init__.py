@@ -1,5 +1,6 @@
 """Attention: pools and layers, in torchmil's places."""
 
+from bigbag import torchmil_files
 from bigbag.nn.attention.base import SelfAttention
 from bigbag.nn.attention.irpe_multihead_self_attention import iRPEMultiheadSelfAttention
 from bigbag.nn.attention.multihead_cross_attention import MultiheadCrossAttention
@@ -19,3 +20,5 @@ __all__ = [
     "SmAttentionPool",
     "iRPEMultiheadSelfAttention",
 ]
+
+torchmil_files.attach(__name__)
