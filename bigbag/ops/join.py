@@ -130,7 +130,7 @@ def transpose_in_parts(adj: Adjacency) -> Adjacency:
     if adj.weight is not None and adj.weight.requires_grad:
         raise ValueError("transpose: adj.weight requires grad, which it does not get where ranks share a bag")
     parts, own = adj.halo.parts, torch.from_numpy(adj.halo.parts.rows())
-    row, col = own[adj.rows().cpu()], _columns_in_pack(adj).cpu()
+    row, col = own[adj.rows().cpu()], columns_in_pack(adj).cpu()
     owner, place = (torch.from_numpy(found) for found in parts.locate(col.numpy()))
     order = owner.argsort(stable=True)
     counts = owner.bincount(minlength=parts.num_ranks)
@@ -156,14 +156,14 @@ def symmetric_in_parts(adj: Adjacency, rtol: float) -> bool:
     assert adj.halo is not None
     one, other = (_by_column(graph) for graph in (adj, transpose_in_parts(adj)))
     # Of both, before anything is compared: ranks that find a difference must ask too.
-    columns = [_columns_in_pack(graph) for graph in (one, other)]
+    columns = [columns_in_pack(graph) for graph in (one, other)]
     same = torch.equal(one.crow, other.crow) and torch.equal(*columns)
     if same and one.weight is not None and other.weight is not None:
         same = torch.allclose(one.weight, other.weight, rtol=rtol, atol=0.0)
     return not bool(all_max(torch.tensor(int(not same), device=adj.col.device), adj.halo.parts))
 
 
-def _columns_in_pack(adj: Adjacency) -> Tensor:
+def columns_in_pack(adj: Adjacency) -> Tensor:
     """(E,) int64: the columns as rows of the whole pack."""
     assert adj.halo is not None
     own = torch.from_numpy(adj.halo.parts.rows()).to(adj.col.device)
@@ -172,7 +172,7 @@ def _columns_in_pack(adj: Adjacency) -> Tensor:
 
 def _by_column(adj: Adjacency) -> Adjacency:
     """The same graph, the edges of each row in the order of their columns in the whole pack."""
-    columns = _columns_in_pack(adj).cpu().numpy()
+    columns = columns_in_pack(adj).cpu().numpy()
     order = torch.from_numpy(np.lexsort((columns, adj.rows().cpu().numpy()))).to(adj.col.device)
     return replace(adj, col=adj.col[order], weight=None if adj.weight is None else adj.weight[order])
 

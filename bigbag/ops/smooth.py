@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bigbag.adjacency import Adjacency
+from bigbag.ops.deep_halo import DeepHalo, deep_halo
 from bigbag.ops.distributed import exchange
 from bigbag.ops.join import with_halo
 from bigbag.ops.registry import Operator
@@ -48,7 +49,9 @@ def smooth(adj: Adjacency, f: Tensor, alpha: float | Tensor, num_steps: int = 10
     enough steps, the graph is relabelled, once (:mod:`bigbag.kernels.cpu.bands`): 4 bytes per edge and 12 per row.
 
     Where bags are shared out over ranks (``adj.halo``), each step asks for the states of the halo: H D numbers, H its
-    rows. There, weights must not require grad.
+    rows. On a CPU, where the rows within T steps of a rank's own are few beside those (:mod:`bigbag.ops.deep_halo`),
+    they are asked for once, H_T D numbers each way, and all steps go through T + H_T rows together; it holds two such
+    states (with both gradients, in bfloat16, two more and one in float32). There, weights must not require grad.
 
     Args:
         adj: (T, T) adjacency, as a rule normalised so that rows sum to about one.
@@ -141,9 +144,16 @@ def _plan(impl: str, f: Tensor, crow: Tensor, col: Tensor, num_steps: int) -> An
 
 
 def _both_gradients(
-    grad: Tensor, f: Tensor, a: Tensor, weight_t: Tensor | None, crow_t: Tensor, col_t: Tensor, num_steps: int
+    grad: Tensor,
+    f: Tensor,
+    a: Tensor,
+    weight_t: Tensor | None,
+    crow_t: Tensor,
+    col_t: Tensor,
+    num_steps: int,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor] | None:
-    """Gradients to f and to alpha by one recursion; None where it takes two.
+    """Gradients to f and to alpha by one recursion, which may ``overwrite`` grad; None where it takes two.
 
     With the states e_1 = A^T grad - grad, e_k = alpha A^T e_{k-1} they are grad + alpha sum_k e_k and sum_k k <e_k, f>:
     nothing is divided by alpha, nor taken from what is nearly the same.
@@ -154,7 +164,7 @@ def _both_gradients(
     scales, betas = a.repeat(num_steps), a.new_zeros(num_steps)
     scales[0], betas[0] = 1, -1
     graph = (crow_t, col_t, weight_t)
-    grad_f, grad_a = _recursions().recursion_total(plan, *graph, grad, scales, betas, float(a), f)
+    grad_f, grad_a = _recursions().recursion_total(plan, *graph, grad, scales, betas, float(a), f, overwrite)
     return grad_f, torch.full_like(a, grad_a)
 
 
@@ -184,6 +194,10 @@ class _SmoothInParts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         f, a = ctx.saved_tensors
+        if all(ctx.needs_input_grad[:2]):
+            both = _both_gradients_in_parts(transpose(ctx.adj), grad, f, a, ctx.num_steps, ctx.impl)
+            if both is not None:
+                return *both, None, None, None
         grad_f = grad_a = None
         if ctx.needs_input_grad[1]:
             derivative = _recursion_in_parts(ctx.adj, f, *_slope_factors(a, ctx.num_steps), ctx.impl)
@@ -196,8 +210,11 @@ class _SmoothInParts(torch.autograd.Function):
 
 
 def _recursion_in_parts(adj: Adjacency, f: Tensor, scales: Tensor, betas: Tensor, impl: str) -> Tensor:
-    """As :func:`_recursion`, with the rows of the halo behind those of its two buffers."""
+    """As :func:`_recursion`, with a deep halo, or else with the rows of the halo behind those of its two buffers."""
     assert adj.halo is not None
+    deep = _deep(adj, len(scales), impl)
+    if deep is not None:
+        return _recursion(impl, deep.widen(f), scales, betas, *_weighted(deep.graph, scales.dtype))[deep.own]
     f, weight = f.contiguous(), None if adj.weight is None else adj.weight.to(scales.dtype)[:, None]
     graph = (adj.crow.contiguous(), adj.col.contiguous(), weight)
     g = with_halo(f, adj.halo)
@@ -209,6 +226,27 @@ def _recursion_in_parts(adj: Adjacency, f: Tensor, scales: Tensor, betas: Tensor
             spare[len(f) :] = exchange(own, adj.halo)
         g, spare = spare, g
     return g[: len(f)]
+
+
+def _both_gradients_in_parts(
+    adj_t: Adjacency, grad: Tensor, f: Tensor, a: Tensor, num_steps: int, impl: str
+) -> tuple[Tensor, Tensor] | None:
+    """As :func:`_both_gradients`, this rank's part of that to alpha; None where it takes two recursions."""
+    deep = _deep(adj_t, num_steps, impl)
+    if deep is None:
+        return None
+    graph = _weighted(deep.graph, a.dtype)
+    both = _both_gradients(deep.widen(grad), deep.pad(f), a, *graph, num_steps, overwrite=True)
+    return None if both is None else (both[0][deep.own], both[1])
+
+
+def _deep(adj: Adjacency, num_steps: int, impl: str) -> DeepHalo | None:
+    """The rows with which a rank takes all steps at once; None: it asks at each step."""
+    return deep_halo(adj, num_steps) if impl == "cpu" and num_steps >= _recursions().LEAST_STEPS else None
+
+
+def _weighted(adj: Adjacency, dtype: torch.dtype) -> tuple[Tensor | None, Tensor, Tensor]:
+    return None if adj.weight is None else adj.weight.to(dtype)[:, None], adj.crow, adj.col
 
 
 _STEPS = "Tensor? weight, Tensor? weight_t, Tensor crow, Tensor col, Tensor crow_t, Tensor col_t, int num_steps"

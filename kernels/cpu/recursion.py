@@ -52,7 +52,7 @@ COLUMNS = 64
 # side again, from a cache further away. And how many rows ahead rows are asked for: no prefetcher sees a run.
 ROWS, AHEAD = 128, 8
 # What the rings of a thread may hold, to stay in caches; with fewer steps, a wave through the rows gains nothing.
-_RING_BYTES, _LEAST_STEPS = 16 << 20, 3
+_RING_BYTES, LEAST_STEPS = 16 << 20, 3
 # Numbers that take a step, 8 bytes of memory each, in the time in which a row or an edge is relabelled: about eight
 # reads at random, a cache line each.
 _RELABEL_NUMBERS = 64
@@ -205,10 +205,10 @@ def plan(crow: Tensor, col: Tensor, f: Tensor, num_steps: int) -> Plan | None:
     lying = band(crow, col)
     steps, graph = _steps_that_fit(lying, f), None
     # Relabelled it must pay even if the graph is used once.
-    if steps < num_steps >= _LEAST_STEPS and num_steps * f.numel() >= _RELABEL_NUMBERS * (len(f) + len(col)):
+    if steps < num_steps >= LEAST_STEPS and num_steps * f.numel() >= _RELABEL_NUMBERS * (len(f) + len(col)):
         graph = banded(crow, col)
         steps = steps if graph is None else _steps_that_fit(graph.band, f)
-    if steps < _LEAST_STEPS:
+    if steps < LEAST_STEPS:
         return None
     waves = -(-num_steps // steps)
     return Plan(lying if graph is None else graph.band, -(-num_steps // waves), graph)
@@ -254,12 +254,15 @@ def recursion_total(
     betas: Tensor,
     share: float,
     y: Tensor,
+    overwrite: bool = False,
 ) -> tuple[Tensor, float]:
     """Of ``g_k = scales[k] A g_{k-1} + betas[k] g_{k-1}``, ``g + share (g_1 + ... + g_T)`` and ``sum_k k <g_k, y>``.
 
-    The first is (N, D) as g; y is like g.
+    The first is (N, D) as g; y is like g. With ``overwrite`` it may lie in the memory of g.
     """
-    total = huge_pages(torch.empty(g.shape, dtype=scales.dtype)).copy_(g)
+    # A row is read before anything is added to it, and steps after the first ones together start from other states.
+    total = g if overwrite and g.dtype == scales.dtype and g.is_contiguous() else None
+    total = huge_pages(torch.empty(g.shape, dtype=scales.dtype)).copy_(g) if total is None else total
     # Terms of both signs, that cancel: one sum after another would round too much away.
     sums = _Sums(total, np.zeros((_blocks(g), len(g))), share)
     _run(plan, _arrays(plan, crow, col, weight, scales), g.contiguous(), y.contiguous(), scales, betas, sums)

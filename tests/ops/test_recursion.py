@@ -66,6 +66,19 @@ def test_both_gradients_at_the_ends_of_alpha(alpha: float) -> None:
     torch.testing.assert_close(results(adj, x, alpha, 4)[1:], list(expected), rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("together", [3, 10])
+@pytest.mark.parametrize("width", [1, 70])
+def test_a_total_in_the_memory_of_its_start(width: int, together: int) -> None:
+    adj, f, steps = directed(333), randn(333, width), 10
+    start, y = randn(333, width, seed=1), randn(333, width, seed=2)
+    graph = (waves.plan(adj.crow, adj.col, f, steps)._replace(steps=together), adj.crow, adj.col, adj.weight[:, None])
+    factors = (torch.full((steps,), 0.6), randn(steps, seed=3), 0.6, y)
+    total, dot = waves.recursion_total(*graph, start, *factors)
+    written, again = waves.recursion_total(*graph, start, *factors, overwrite=True)
+    assert written.data_ptr() == start.data_ptr() != total.data_ptr()
+    assert torch.equal(written, total) and again == dot
+
+
 def test_results_do_not_depend_on_the_number_of_threads_nor_bfloat16_on_the_steps() -> None:
     adj, x = directed(900), randn(900, 150)
     found = []
