@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from bigbag import ops
 from bigbag.adjacency import Adjacency
 from bigbag.nn.recompute import State, hooks_aside
 from bigbag.nn.rows import row_chunks
+from bigbag.ops.once import once_differentiable
 from bigbag.ops.registry import compute_dtype
 
 RowFunction = Callable[[Tensor], Tensor]
@@ -168,7 +168,7 @@ class _GraphStack(torch.autograd.Function):
                 kept[layer + 1] = z
         ctx.stack, ctx.counts, ctx.kept = stack, counts, list(kept)
         # Parameters not as saved tensors: under torch.utils.checkpoint those would be copies that no function uses.
-        ctx.tensors, ctx.versions = tensors, [t._version for t in tensors]
+        ctx.parameters, ctx.versions = tensors, [t._version for t in tensors]
         ctx.save_for_backward(x, *kept.values())
         return out
 
@@ -176,9 +176,9 @@ class _GraphStack(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         stack, num_layers = ctx.stack, ctx.stack.num_layers
-        if ctx.versions != [t._version for t in ctx.tensors]:
+        if ctx.versions != [t._version for t in ctx.parameters]:
             raise RuntimeError("a parameter was changed between the forward pass and its backward pass")
-        z, tensors = dict(zip([0, *ctx.kept], ctx.saved_tensors)), ctx.tensors
+        z, tensors = dict(zip([0, *ctx.kept], ctx.saved_tensors)), ctx.parameters
         sums = [torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors]
         of_weights, of_readouts = sums[:num_layers], sums[num_layers : 2 * num_layers + 1]
         own = iter(zip(tensors[2 * num_layers + 1 :], sums[2 * num_layers + 1 :]))

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from bigbag.kernels.cpu.memory import huge_pages
 from bigbag.nn.rows import row_chunks
+from bigbag.ops.once import once_differentiable
 from bigbag.ops.registry import compute_dtype
 
 _PLAIN = (torch.nn.Linear.forward, torch.nn.Conv2d.forward)

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from bigbag.bags import Segments
 from bigbag.kernels.cpu.memory import huge_pages
 from bigbag.nn.recompute import State, gradients, trained_tensors
 from bigbag.nn.rows import chunk_rows
 from bigbag.ops import distributed
+from bigbag.ops.once import once_differentiable
 from bigbag.ops.segments import log_sums
 
 RowFunction = Callable[..., tuple[Tensor, Tensor]]

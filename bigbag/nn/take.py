@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from bigbag.bags import Segments
 from bigbag.ops.rows import combine_rows
@@ -45,6 +44,5 @@ class _Take(torch.autograd.Function):
         return x.view_as(x), x[rows]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_rows: Tensor) -> tuple[Tensor, None]:
         return grad.index_add(0, ctx.saved_tensors[0], grad_rows), None

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from bigbag.adjacency import Adjacency
 from bigbag.bags import Segments
 from bigbag.ops.chebyshev import chebyshev, scaling
 from bigbag.ops.join import with_halo
+from bigbag.ops.once import once_differentiable
 from bigbag.ops.registry import choose, compute_dtype
 from bigbag.ops.spmm import DTYPES, accumulation_dtype, degrees, kernels, needs_grad
 from bigbag.ops.transpose import transpose

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from bigbag.ops.once import once_differentiable
 from bigbag.parts import Halo, Parts
 
 

@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from bigbag.bags import Segments
 from bigbag.ops import distributed
+from bigbag.ops.once import once_differentiable
 from bigbag.ops.registry import FLOATING, HALF, Operator, choose
 from bigbag.ops.sampled_attention import CLIP, block_rows, check_shapes, clipped, gaussian
 from bigbag.ops.segments import segment_max, segment_sum
@@ -144,7 +144,7 @@ class _Mean(torch.autograd.Function):
         # The operators have no gradients of their own.
         args = (mu.detach(), sigma.detach(), offsets, r, nodes)
         products = _of_all_ranks(log_products(*args, CLIP, _LEVELS), parts).exp() * _STEP
-        ctx.save_for_backward(*args, products)
+        ctx.save_for_backward(mu, sigma, *args[2:], products)
         ctx.impl, ctx.parts = impl, parts
         return means(*args, CLIP, products)
 

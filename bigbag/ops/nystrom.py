@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from bigbag.bags import Segments
 from bigbag.ops import pseudo_inverse
 from bigbag.ops.distributed import all_max, all_sum
+from bigbag.ops.once import once_differentiable
 from bigbag.ops.registry import FLOATING, HALF, Operator, choose
 from bigbag.ops.rows import take_rows
 from bigbag.segments import on_device

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from bigbag.bags import Segments
+from bigbag.ops.once import once_differentiable
 from bigbag.ops.spmm import accumulation_dtype
 from bigbag.parts import Parts
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from bigbag.adjacency import Adjacency
 from bigbag.ops.deep_halo import DeepHalo, deep_halo
 from bigbag.ops.distributed import exchange
 from bigbag.ops.join import with_halo
+from bigbag.ops.once import once_differentiable
 from bigbag.ops.registry import Operator
 from bigbag.ops.spmm import (
     DTYPES,

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from bigbag.adjacency import Adjacency
 from bigbag.ops.distributed import all_sum
+from bigbag.ops.once import once_differentiable
 from bigbag.ops.smooth import _scalar
 from bigbag.ops.smooth_exact import _columns, _conjugate_gradients
 from bigbag.ops.spmm import needs_grad, prepare, spmm

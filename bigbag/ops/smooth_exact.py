@@ -7,12 +7,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from bigbag.adjacency import Adjacency
 from bigbag.kernels.cpu.memory import huge_pages
 from bigbag.ops.distributed import all_sum
 from bigbag.ops.join import with_halo
+from bigbag.ops.once import once_differentiable
 from bigbag.ops.registry import Operator
 from bigbag.ops.smooth import _scalar
 from bigbag.ops.spmm import DTYPES, accumulation_dtype, degrees, graph_of, kernels, needs_grad, prepare, reference_spmm
