@@ -35,6 +35,7 @@ from torch.utils.flop_counter import conv_flop_count, flop_registry
 from bigbag import ops
 from bigbag.bench.measure import add_device, copy_bandwidth, gemm_rates, machine
 from bigbag.config.option_types import output_file, positive, sizes, some_of
+from bigbag.engine.precision import autocast
 from bigbag.memory import resident_bytes
 from bigbag.ops import _OPERATORS
 
@@ -97,7 +98,7 @@ def make_loss(
             return model.compute_loss(y, **batch)[1]
 
     def loss() -> Tensor:
-        with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with autocast(device, "bf16" if dtype == torch.bfloat16 else "fp32"):
             return torch.stack([value.float() for value in loss_terms().values()]).sum()
 
     return model, loss

@@ -167,7 +167,8 @@ class TrainConfig(Section):
     batch_bags: int = 8
     """Bags per optimiser step, over all ranks; reached by accumulating packs."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of matrix products; weights and optimiser states stay in fp32."""
+    """Precision of matrix products; weights and optimiser states stay in fp32. On a CPU without instructions for bf16
+    (AVX-512 BF16, AMX; ARM's) products are computed in fp32, faster and closer, and the banner says so."""
     activation_checkpointing: bool | Literal["auto"] = "auto"
     """Recompute activations in the backward pass instead of storing them; auto: where the largest pack takes more than
     256 MiB in fp32, ``chunk_instances`` is set, or memory would not suffice."""

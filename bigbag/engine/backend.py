@@ -19,6 +19,7 @@ from torch import Tensor
 from bigbag.bags import PackedBags
 from bigbag.config import Config, ConfigError, check_arguments
 from bigbag.engine.optim import build_optimizer
+from bigbag.engine.precision import autocast
 from bigbag.engine.world import World, launched
 from bigbag.models import MILModel
 
@@ -35,7 +36,7 @@ class StepModule(torch.nn.Module):
 
     def forward(self, bags: PackedBags, want: str) -> Any:
         """``want`` is "loss" (by name each loss, a mean over the bags), "logits" or "logits and scores"."""
-        with torch.autocast(bags.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        with autocast(bags.device.type, self.precision):
             if want == "loss":
                 assert bags.y is not None
                 _, losses = self.model.compute_loss(bags.y, bags)

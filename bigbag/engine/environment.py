@@ -13,6 +13,7 @@ import torch
 from bigbag import ops
 from bigbag.config import Config
 from bigbag.data import BagStore
+from bigbag.engine import precision
 from bigbag.engine.memory_plan import MemoryPlan
 from bigbag.engine.world import World
 
@@ -36,7 +37,7 @@ def describe_environment(
             "ranks": world.size,
             "threads_per_rank": torch.get_num_threads(),
             "backend": _in_words(backend, config),
-            "precision": config.train.precision,
+            "precision": precision.in_words(world.device.type, config.train.precision),
         },
         "operators": ops.chosen(world.device),
         "memory": memory.to_json(),

@@ -22,6 +22,7 @@ from bigbag.data import BagStore, EpochPlan, PackPlan, capped_sizes
 from bigbag.engine.evaluate import plan_evaluation
 from bigbag.engine.feed import TrainingFeed, budget_instances, stays_in_place
 from bigbag.engine.memory_cost import Recomputation, StepProbe, first_rows, most_held, num_probed
+from bigbag.engine.precision import multiplies_bfloat16
 from bigbag.engine.world import World
 from bigbag.memory import available_bytes, resident_bytes, return_freed
 from bigbag.models import MILModel
@@ -177,7 +178,7 @@ def _remedies(run: _Run, plan: MemoryPlan) -> Iterator[tuple[str, int]]:
     sections: list[tuple[str, dict[str, Any]]] = []
     if config.data.num_workers > 0:
         sections.append(("data", {"num_workers": 0}))
-    if config.train.precision == "fp32":
+    if config.train.precision == "fp32" and multiplies_bfloat16(run.world.device.type):
         sections.append(("train", {"precision": "bf16"}))
     if not (plan.largest_pack_in_place or config.parallel.bag > 1 or config.data.dtype or run.model.needs):
         sections.append(("data", {"budget_bytes": max(1, plan.largest_pack_bytes // 2)}))

@@ -33,6 +33,7 @@ from bigbag.engine.memory_plan import cheaper
 from bigbag.engine.metrics import headline
 from bigbag.engine.nonfinite import Skipping
 from bigbag.engine.optim import learning_rate
+from bigbag.engine.precision import multiplies_bfloat16
 from bigbag.engine.preemption import Preempted, asked_to_leave
 from bigbag.engine.step import Packs, accumulate
 from bigbag.engine.world import World
@@ -229,10 +230,11 @@ class Trainer:
         can_repeat = self.backend.discard_gradient() and by_itself
         way = cheaper(now, model, shape, self.world.device) if can_repeat else None
         if way is None:
+            narrow = "train.precision=bf16, " if multiplies_bfloat16(self.world.device.type) else ""
             raise MemoryError(
                 f"rank {self.world.rank} is out of memory: {error}\nSet a smaller train.chunk_instances (now "
                 f"{now.chunk_instances}), train.activation_checkpointing=true (now {now.active}), "
-                "train.precision=bf16, or more ranks for each bag (parallel.bag); bigbag plan tells what each takes"
+                f"{narrow}or more ranks for each bag (parallel.bag); bigbag plan tells what each takes"
             ) from None
         way.apply(model)
         if way.chunk_instances is None:

@@ -20,6 +20,7 @@ from bigbag import load_model
 from bigbag.config import ConfigError, build_config
 from bigbag.data import open_store, pack
 from bigbag.data.sources import MemorySource
+from bigbag.engine import precision
 from bigbag.engine.feed import budget_instances
 from bigbag.engine.run import evaluate, train
 from bigbag.engine.world import World, start_world
@@ -361,11 +362,16 @@ def test_cap_is_counted(run_settings):
     assert capped["instances_left_out"] == sum(max(0, n - 30) for n in sizes)
 
 
-def test_bf16_follows_fp32(without_dropout):
+@pytest.mark.parametrize("instructions", [True, False])
+def test_bf16_follows_fp32(without_dropout, monkeypatch, instructions):
+    """And is fp32 on a processor that would only be slower in bf16, which the banner says."""
     fp32 = train_alone(with_changes(without_dropout, name="fp32"))
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device_type: instructions)
     bf16 = train_alone(with_changes(without_dropout, name="bf16", train={"precision": "bf16"}))
-    assert losses(bf16) != losses(fp32)
+    assert (losses(bf16) == losses(fp32)) != instructions
     assert losses(bf16) == pytest.approx(losses(fp32), rel=0.1, abs=0.02)
+    said = json.loads((bf16 / "environment.json").read_text())["devices"]["precision"]
+    assert said == ("bf16" if instructions else "bf16 (products in fp32, for which this processor has instructions)")
 
 
 def test_worker_processes_change_nothing(run_settings):
