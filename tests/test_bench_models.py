@@ -85,21 +85,8 @@ def test_a_contender_that_fails_or_takes_too_long_is_reported():
 def test_command_writes_a_row_per_contender(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(models, "run_job", lambda job, _: measure(job))  # in this process, which has imported all
     path = tmp_path / "models.csv"
-    arguments = [
-        "bench",
-        "models",
-        "--models",
-        "MeanMIL",
-        "--sizes",
-        "500",
-        "--width",
-        "8",
-        "--threads",
-        "1",
-        "--csv",
-        str(path),
-    ]
-    assert main(arguments) == 0
+    small = ["--models", "MeanMIL", "--sizes", "500", "--width", "8", "--threads", "1"]
+    assert main(["bench", "models", *small, "--csv", str(path)]) == 0
     rows = list(csv.DictReader(path.open()))
     assert [(row["dtype"], row["recompute"]) for row in rows] == [
         (dtype, recompute) for dtype in ("float32", "bfloat16") for recompute in ("False", "True")

@@ -31,20 +31,7 @@ def machine_measured_once() -> Iterator[None]:
 
 def test_writes_a_row_for_every_contender(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, picture = tmp_path / "out.csv", tmp_path / "out.png"
-    arguments = [
-        "bench",
-        "ops",
-        "--op",
-        "segment_sum",
-        "--sizes",
-        "50,800",
-        "--widths",
-        "64",
-        "--rounds",
-        "2",
-        "--device",
-        "cpu",
-    ]
+    arguments = [*SUM, "--sizes", "50,800", "--widths", "64", "--rounds", "2"]
     assert main([*arguments, "--csv", str(path), "--plot", str(picture)]) == 0
     with path.open() as file:
         rows = list(csv.DictReader(file))
@@ -61,20 +48,7 @@ def test_writes_a_row_for_every_contender(tmp_path: Path, capsys: pytest.Capture
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_one_precision_alone_beside_the_same_baseline(dtype: str, tmp_path: Path) -> None:
     path = tmp_path / "out.csv"
-    arguments = [
-        "bench",
-        "ops",
-        "--op",
-        "segment_sum",
-        "--sizes",
-        "50",
-        "--rounds",
-        "1",
-        "--device",
-        "cpu",
-        "--dtypes",
-        dtype,
-    ]
+    arguments = [*SUM, "--sizes", "50", "--dtypes", dtype]
     assert main([*arguments, "--csv", str(path)]) == 0
     with path.open() as file:
         found = [(row["contender"], row["dtype"]) for row in csv.DictReader(file)]
@@ -143,20 +117,7 @@ def test_what_memory_does_not_suffice_for_is_left_out_aloud(
 
     monkeypatch.setattr(bench.cases.baselines, "segment", refuse)
     path = tmp_path / "out.csv"
-    arguments = [
-        "bench",
-        "ops",
-        "--op",
-        "segment_sum",
-        "--sizes",
-        "50",
-        "--rounds",
-        "1",
-        "--device",
-        "cpu",
-        "--csv",
-        str(path),
-    ]
+    arguments = [*SUM, "--sizes", "50", "--csv", str(path)]
     assert main(arguments) == 0
     said = "segment_sum, 50 instances, index_add, scatter_reduce, torch.float32: no memory for this"
     assert said in capsys.readouterr().err
