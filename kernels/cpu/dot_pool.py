@@ -20,21 +20,34 @@ import torch
 from torch import Tensor
 
 from bigbag.kernels.cpu import topk
-from bigbag.kernels.cpu.segments import _BLOCK_ROWS, Pieces, _add_dots, _add_rows, _jit, _launch, array, row_dots
-from bigbag.kernels.cpu.vectors import NARROW, WIDE, broadcast, tail
+from bigbag.kernels.cpu.segments import _BLOCK_ROWS, Pieces, _add_dots, _block, _jit, _launch, array, row_dots
+from bigbag.kernels.cpu.vectors import NARROW, WIDE, broadcast, fits, in_order, lanes, load, multiply_add, store, tail
+
+
+@_block
+def _add_rows(zero, c, x, start, stop, weights, out, i, h):
+    """out[i, h] += sum of weights[t - start, h] x[t] over rows start to stop, in as many blocks of columns as fit from
+    c on; returns where they end. The rows lie in the caches: block after block, sums stay in registers."""
+    while fits(zero, c, x.shape[2]):
+        total = zero
+        for t in range(start, stop):
+            total = multiply_add(total, weights[t - start, h], load(zero, x, t, 0, c))
+        store(multiply_add(total, weights.dtype.type(1), load(zero, out, i, h, c)), out, i, h, c)
+        c += lanes(zero)
+    return c
 
 
 @_jit
 def _forward(begin, end, x, y, bags, starts, ends, scores, top, total, sums):
     zero = y.dtype.type(0)
-    wide, narrow, rest = broadcast(zero, WIDE), broadcast(zero, NARROW), tail(zero, NARROW)
+    ordered, wide, narrow, rest = in_order(zero), broadcast(zero, WIDE), broadcast(zero, NARROW), tail(zero, NARROW)
     weights = np.empty((_BLOCK_ROWS, y.shape[1]), y.dtype)
     for i in range(begin, end):
         top[i], total[i], sums[i] = -np.inf, 0, 0
         for block in range(starts[i], ends[i], _BLOCK_ROWS):
             stop = min(block + _BLOCK_ROWS, ends[i])
             for h in range(y.shape[1]):
-                c = _add_dots(wide, 0, x, block, stop, y, bags[i], h, scores)
+                c = _add_dots(ordered, 0, x, block, stop, y, bags[i], h, scores)
                 c = _add_dots(narrow, c, x, block, stop, y, bags[i], h, scores)
                 _add_dots(rest, c, x, block, stop, y, bags[i], h, scores)
                 largest = top[i, h]
@@ -56,14 +69,14 @@ def _forward(begin, end, x, y, bags, starts, ends, scores, top, total, sums):
 @_jit
 def _backward(begin, end, x, grad, means, a, grad_scores, bags, starts, ends, slopes, sums):
     zero = grad.dtype.type(0)
-    wide, narrow, rest = broadcast(zero, WIDE), broadcast(zero, NARROW), tail(zero, NARROW)
+    ordered, wide, narrow, rest = in_order(zero), broadcast(zero, WIDE), broadcast(zero, NARROW), tail(zero, NARROW)
     for i in range(begin, end):
         sums[i] = 0
         bag = bags[i]
         for block in range(starts[i], ends[i], _BLOCK_ROWS):
             stop = min(block + _BLOCK_ROWS, ends[i])
             for h in range(grad.shape[1]):
-                c = _add_dots(wide, 0, x, block, stop, grad, bag, h, slopes)
+                c = _add_dots(ordered, 0, x, block, stop, grad, bag, h, slopes)
                 c = _add_dots(narrow, c, x, block, stop, grad, bag, h, slopes)
                 _add_dots(rest, c, x, block, stop, grad, bag, h, slopes)
                 for t in range(block, stop):

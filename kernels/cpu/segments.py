@@ -27,9 +27,9 @@ from bigbag.kernels.cpu.half import _widen
 from bigbag.kernels.cpu.memory import huge_pages
 from bigbag.kernels.cpu.vectors import (
     NARROW,
-    WIDE,
     broadcast,
     fits,
+    in_order,
     lane_sum,
     lanes,
     load,
@@ -53,10 +53,10 @@ _block = numba.njit(cache=True, nogil=True, error_model="numpy", forceinline=Tru
 
 
 @_block
-def _add_row(zero, c, t, x, part):
-    """A row of x to the sums in part, in as many blocks of columns as fit from c on; returns where they end."""
+def _add_row(zero, c, x, t, weight, part, h):
+    """part[0, h] += weight x[t], in as many blocks of columns as fit from c on; returns where they end."""
     while fits(zero, c, x.shape[2]):
-        store(multiply_add(load(zero, part, 0, 0, c), part.dtype.type(1), load(zero, x, t, 0, c)), part, 0, 0, c)
+        store(multiply_add(load(zero, part, 0, h, c), weight, load(zero, x, t, 0, c)), part, 0, h, c)
         c += lanes(zero)
     return c
 
@@ -64,15 +64,17 @@ def _add_row(zero, c, t, x, part):
 @_jit
 def _sum(begin, end, x, starts, ends, out):
     zero = out.dtype.type(0)
-    wide, rest = broadcast(zero, WIDE), tail(zero, NARROW)
+    one = out.dtype.type(1)
+    wide, narrow, rest = in_order(zero), broadcast(zero, NARROW), tail(zero, NARROW)
     part = np.empty((1, 1, x.shape[2]), out.dtype)
     for i in range(begin, end):
         out[i] = 0
         for block in range(starts[i], ends[i], _BLOCK_ROWS):
             part[:] = 0
             for t in range(block, min(block + _BLOCK_ROWS, ends[i])):
-                c = _add_row(wide, 0, t, x, part)
-                _add_row(rest, c, t, x, part)
+                c = _add_row(wide, 0, x, t, one, part, 0)
+                c = _add_row(narrow, c, x, t, one, part, 0)
+                _add_row(rest, c, x, t, one, part, 0)
             out[i] += part[0]
 
 
@@ -105,37 +107,27 @@ def _add_dots(zero, c, x, start, stop, y, b, h, out):
     return c
 
 
-@_block
-def _add_rows(zero, c, x, start, stop, weights, out, i, h):
-    """out[i, h] += sum of weights[t - start, h] x[t] over rows start to stop, in as many blocks of columns as fit from
-    c on; returns where they end."""
-    while fits(zero, c, x.shape[2]):
-        total = zero
-        for t in range(start, stop):
-            total = multiply_add(total, weights[t - start, h], load(zero, x, t, 0, c))
-        store(multiply_add(total, weights.dtype.type(1), load(zero, out, i, h, c)), out, i, h, c)
-        c += lanes(zero)
-    return c
-
-
 @_jit
 def _weighted_sum(begin, end, x, a, starts, ends, out):
     zero = out.dtype.type(0)
-    wide, narrow, rest = broadcast(zero, WIDE), broadcast(zero, NARROW), tail(zero, NARROW)
+    wide, narrow, rest = in_order(zero), broadcast(zero, NARROW), tail(zero, NARROW)
+    part = np.empty((1, *out.shape[1:]), out.dtype)
     for i in range(begin, end):
         out[i] = 0
         for block in range(starts[i], ends[i], _BLOCK_ROWS):
-            stop = min(block + _BLOCK_ROWS, ends[i])
-            for h in range(a.shape[1]):
-                c = _add_rows(wide, 0, x, block, stop, a[block:], out, i, h)
-                c = _add_rows(narrow, c, x, block, stop, a[block:], out, i, h)
-                _add_rows(rest, c, x, block, stop, a[block:], out, i, h)
+            part[:] = 0
+            for t in range(block, min(block + _BLOCK_ROWS, ends[i])):
+                for h in range(a.shape[1]):
+                    c = _add_row(wide, 0, x, t, a[t, h], part, h)
+                    c = _add_row(narrow, c, x, t, a[t, h], part, h)
+                    _add_row(rest, c, x, t, a[t, h], part, h)
+            out[i] += part[0]
 
 
 @_jit
 def _row_dots(begin, end, x, y, bags, starts, ends, out):
     zero = out.dtype.type(0)
-    wide, narrow, rest = broadcast(zero, WIDE), broadcast(zero, NARROW), tail(zero, NARROW)
+    wide, narrow, rest = in_order(zero), broadcast(zero, NARROW), tail(zero, NARROW)
     for i in range(begin, end):
         for block in range(starts[i], ends[i], _BLOCK_ROWS):
             stop = min(block + _BLOCK_ROWS, ends[i])
