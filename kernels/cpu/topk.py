@@ -24,8 +24,9 @@ from bigbag.kernels.cpu.segments import _jit, _launch, accumulation_dtype, array
 
 CHUNK_BYTES = 2 << 20  # stays in the caches between the conversion and the product
 _COLUMNS = 32
-# Up to here a product reads x once and widens it on the way; beyond, a GEMM is faster.
-_FEW_COLUMNS = 2
+# Columns of weighted sums, and of inner products, up to which x is read once and widened on the way; beyond, a GEMM is
+# faster.
+_FEW_SUMS, _FEW_PRODUCTS = 4, 12
 _LAST = np.iinfo(np.int64).max
 
 
@@ -147,7 +148,7 @@ def logsumexp_backward(grad: Tensor, x: Tensor, out: Tensor, offsets: Tensor) ->
 def _multiply_rows(rows: Tensor, matrices: Tensor, offsets: Tensor, out: Tensor) -> None:
     """out[t] = rows[t] @ matrices[b]^T; rows (T, K), matrices (B, M, K) in an accumulation dtype, out (T, M)."""
     acc = matrices.dtype
-    if matrices.shape[1] <= _FEW_COLUMNS:
+    if matrices.shape[1] <= _FEW_PRODUCTS:
         out.copy_(segments.row_dots(rows, matrices, offsets))
         return
     if rows.dtype == out.dtype == acc:
@@ -170,7 +171,7 @@ def pool(weights: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     """weights (T, S), x (T, P) -> (B, S, P) in the accumulation dtype."""
     acc = accumulation_dtype(torch.promote_types(weights.dtype, x.dtype))
     weights = weights.to(acc)  # narrow beside x, mostly
-    if weights.shape[1] <= _FEW_COLUMNS:
+    if weights.shape[1] <= _FEW_SUMS:
         return segments.weighted_sum(x, weights, offsets)
     out = torch.zeros(offsets.shape[0] - 1, weights.shape[1], x.shape[1], dtype=acc)
     if x.dtype == acc:
