@@ -63,11 +63,33 @@ class Adjacency:
     def from_edges(
         row: Tensor, col: Tensor, weight: Tensor | None, num_nodes: int, symmetric: bool = False
     ) -> Adjacency:
-        """CSR of the edges ``(row[e], col[e])``, sorted by row, then column. Duplicate edges are kept."""
+        """CSR of the edges ``(row[e], col[e])``, sorted by row, then column. Duplicate edges are kept.
+
+        Raises:
+            ValueError: edges of nodes that are not there (on CPU, where that is known without waiting).
+        """
+        _check_nodes("row", row, num_nodes)
+        _check_nodes("col", col, num_nodes)
         order = torch.argsort(row.long() * num_nodes + col.long())
         crow = torch.zeros(num_nodes + 1, dtype=torch.int64, device=row.device)
         torch.cumsum(torch.bincount(row, minlength=num_nodes), 0, out=crow[1:])
         return Adjacency(crow, col[order].to(torch.int32), None if weight is None else weight[order], symmetric)
+
+    def check_edges(self) -> None:
+        """Whether the edges are those of a graph over these rows, and a halo's; O(T + E), on CPU alone.
+
+        Raises:
+            ValueError: columns that name no row, row offsets that do not rise from 0 to E.
+        """
+        if self.crow.device.type != "cpu":
+            return
+        down = int((self.crow.diff() < 0).sum())
+        if down or [int(self.crow[0]), int(self.crow[-1])] != [0, self.num_edges]:
+            raise ValueError(
+                f"Adjacency: crow must rise from 0 to the number of edges, {self.num_edges}; it goes from "
+                f"{int(self.crow[0])} to {int(self.crow[-1])}, and falls {down} times"
+            )
+        _check_nodes("col", self.col, self.num_nodes + (0 if self.halo is None else self.halo.num_rows))
 
     def part(self, start: int, end: int) -> Adjacency:
         """The rows from ``start`` to ``end``; columns count from ``start``, and may lie beyond those rows."""
@@ -140,3 +162,14 @@ class Adjacency:
         row, col = place[bag * length + row], place[bag * length + col]
         inside = (row >= 0) & (col >= 0)
         return Adjacency.from_edges(row[inside], col[inside], sparse.values()[inside], num_instances)
+
+
+def _check_nodes(name: str, nodes: Tensor, num_nodes: int) -> None:
+    if nodes.device.type != "cpu" or not nodes.numel():
+        return
+    lowest, highest = (int(end) for end in nodes.aminmax())
+    if lowest < 0 or highest >= num_nodes:
+        raise ValueError(
+            f"Adjacency: {name} names nodes {lowest} to {highest}, but there are {num_nodes}, counted from 0: is the "
+            "graph that of these instances?"
+        )

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from bigbag.adjacency import Adjacency
 from bigbag.kernels.cpu.memory import huge_pages
 from bigbag.ops.distributed import exchange, send_rows
 from bigbag.ops.join import columns_in_pack
+from bigbag.ops.per_graph import once_per_graph
 from bigbag.parts import Halo
 
 # Rows of others that a rank may take, for each row of the rank with most of them. Step by step, smoothing takes twice
@@ -63,9 +63,7 @@ class DeepHalo:
         return out
 
 
-_known = WeakTensorKeyDictionary()
-
-
+@once_per_graph(weighted=True)
 def deep_halo(adj: Adjacency, num_steps: int) -> DeepHalo | None:
     """The deep halo of a graph with halo, found once; all ranks call it.
 
@@ -74,15 +72,6 @@ def deep_halo(adj: Adjacency, num_steps: int) -> DeepHalo | None:
     Bytes: 8 for each row and 8 to 16 for each edge of the deep halo, once, in ``num_steps`` rounds of messages. Held: 4
     to 12 for each edge of ``graph`` and 8 for each of its rows.
     """
-    known = _known.get(adj.col)
-    if known is None or known[0] is not adj.crow or known[1] is not adj.weight:
-        known = _known[adj.col] = (adj.crow, adj.weight, {})
-    if num_steps not in known[2]:
-        known[2][num_steps] = _found(adj, num_steps)
-    return known[2][num_steps]
-
-
-def _found(adj: Adjacency, num_steps: int) -> DeepHalo | None:
     assert adj.halo is not None
     parts, device = adj.halo.parts, adj.col.device
     own, columns = torch.from_numpy(parts.rows()).to(device), columns_in_pack(adj)

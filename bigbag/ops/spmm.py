@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from bigbag.adjacency import Adjacency
 from bigbag.ops.join import squared, with_halo
+from bigbag.ops.per_graph import once_per_graph
 from bigbag.ops.registry import FLOATING, HALF, Operator, choose
 
 DTYPES = {"triton": (*HALF, torch.float32), "cpu": FLOATING, "reference": FLOATING}
@@ -123,6 +123,8 @@ def prepare(
             + ("the reference" if in_parts else "this operator")
             + " takes whole graphs: set parallel.bag to 1"
         )
+    if not torch.compiler.is_compiling():
+        _check_edges(adj)
     return chosen, x.reshape(x.shape[0], x.shape[1:].numel())
 
 
@@ -130,8 +132,14 @@ def kernels(impl: str) -> ModuleType:
     return importlib.import_module(f"bigbag.kernels.{'gpu' if impl == 'triton' else impl}.spmm")
 
 
-# By the tensor of columns: a graph is transposed once, however many layers use it.
-_transposes = WeakTensorKeyDictionary()
+@once_per_graph(weighted=False)
+def _transposed(adj: Adjacency, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Row offsets and columns of the transpose, and which edge each of its edges is."""
+    return _OPS["transpose", impl](adj.crow.contiguous(), adj.col.contiguous())
+
+
+# Kernels trust a graph: what is wrong in it would have them read past the ends of memory.
+_check_edges = once_per_graph(weighted=False)(Adjacency.check_edges)
 
 
 def graph_of(adj: Adjacency, impl: str, transposed: bool, same: bool | None = None) -> Graph:
@@ -144,16 +152,7 @@ def graph_of(adj: Adjacency, impl: str, transposed: bool, same: bool | None = No
     crow, col = adj.crow.contiguous(), adj.col.contiguous()
     if not transposed or (adj.symmetric if same is None else same):
         return Graph(crow, col, crow, col, None)
-    # Tensors of inference mode have no version by which to know whether what is kept still holds.
-    if torch.compiler.is_compiling() or adj.crow.is_inference() or adj.col.is_inference():
-        return Graph(crow, col, *_OPS["transpose", impl](crow, col))
-    known = _transposes.get(adj.col)
-    # In-place changes show in the versions.
-    state = (adj.crow, adj.crow._version, adj.col._version)
-    if known is None or known[0][0] is not state[0] or known[0][1:] != state[1:]:
-        known = (state, _OPS["transpose", impl](crow, col))
-        _transposes[adj.col] = known
-    return Graph(crow, col, *known[1])
+    return Graph(crow, col, *_transposed(adj, impl))
 
 
 def product(graph: Graph, weight: Tensor | None, x: Tensor, impl: str) -> Tensor:

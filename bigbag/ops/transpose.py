@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from bigbag.adjacency import Adjacency
 from bigbag.ops.join import symmetric_in_parts, transpose_in_parts
+from bigbag.ops.per_graph import once_per_graph
 from bigbag.ops.registry import choose
 from bigbag.ops.spmm import DTYPES, graph_of
 
@@ -32,14 +32,7 @@ def transpose(adj: Adjacency) -> Adjacency:
     return Adjacency(graph.crow_t, graph.col_t, None if adj.weight is None else adj.weight[graph.perm])
 
 
-_known = WeakTensorKeyDictionary()
-
-
-def _in_parts(adj: Adjacency) -> Adjacency:
-    known = _known.get(adj.col)
-    if known is None or known[0] is not adj.crow or known[1] is not adj.weight:
-        known = _known[adj.col] = (adj.crow, adj.weight, transpose_in_parts(adj))
-    return known[2]
+_in_parts = once_per_graph(weighted=True)(transpose_in_parts)
 
 
 def marked_symmetric(adj: Adjacency) -> Adjacency:

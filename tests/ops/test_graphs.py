@@ -44,6 +44,40 @@ def normalised_lattice(*sizes: int) -> Adjacency:
     return replace(adj, weight=scale[adj.rows()] * scale[adj.col.long()])
 
 
+@pytest.mark.parametrize(
+    ("crow", "col", "said"),
+    [
+        ([0, 1, 2, 2, 2], [1, 4], "col names nodes 1 to 4, but there are 4"),
+        ([0, 1, 2, 2, 2], [1, -1], "col names nodes -1 to 1"),
+        ([0, 1, 2, 2, 3], [1, 0], "from 0 to 3, and falls 0 times"),
+        ([0, 2, 1, 2, 2], [1, 0], "falls 1 times"),
+        ([1, 1, 2, 2, 2], [1, 0], "from 1 to 2"),
+    ],
+)
+def test_edges_that_lead_nowhere_are_refused(crow: list[int], col: list[int], said: str) -> None:
+    adj, x = Adjacency(torch.tensor(crow), torch.tensor(col, dtype=torch.int32)), randn(4, 6)
+    calls = (spmm, dirichlet_energy, lambda adj, x: smooth(adj, x, torch.tensor(0.5), 3))
+    for call in (*calls, lambda adj, x: neighbor_attention(*[x[:, None]] * 3, adj)):
+        with pytest.raises(ValueError, match=said):
+            call(adj, x)
+
+
+def test_edges_that_change_in_place_are_looked_at_again() -> None:
+    adj, x = Adjacency(torch.tensor([0, 1, 2, 2, 2]), torch.tensor([1, 0], dtype=torch.int32)), randn(4, 6)
+    assert torch.equal(spmm(adj, x)[:2], x[[1, 0]])
+    adj.col[0] = 9
+    with pytest.raises(ValueError, match="col names nodes 0 to 9"):
+        spmm(adj, x)
+
+
+@pytest.mark.parametrize(
+    ("row", "col", "said"), [([0, 9], [1, 2], "row .* 0 to 9"), ([0, 1], [-1, 2], "col .* -1 to 2")]
+)
+def test_edges_of_no_nodes_are_refused(row: list[int], col: list[int], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Adjacency.from_edges(torch.tensor(row), torch.tensor(col), None, 4)
+
+
 @pytest.mark.parametrize("kind", ["random", "star", "lattice"])
 def test_linear_operators_agree_with_dense_matrices(kind: str, any_impl: str, device: str) -> None:
     adj = pattern(kind, (23, 9))
