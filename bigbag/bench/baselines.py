@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.nn.functional import conv2d, linear, scaled_dot_product_attention
 
 from bigbag.bags import Segments
 
@@ -168,6 +168,13 @@ def dilated_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], dilat
         denominators.append(lse)
     weights = torch.stack(denominators).softmax(0)
     return (weights[..., None] * torch.stack(outs)).sum(0)
+
+
+def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor, width: int) -> Tensor:
+    """torch's own convolution of one grid, channels last."""
+    grid = x.view(1, -1, width, x.shape[1]).permute(0, 3, 1, 2)
+    out = conv2d(grid, weight, bias, padding="same", groups=len(weight))
+    return out.permute(0, 2, 3, 1).reshape(x.shape)
 
 
 def class_token_attention(q_cls: Tensor, k: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from bigbag.graphs import build_adjacency
 ATTENTION_DIM = 128
 BRANCHES = ([1024, 4096], [1, 2])  # segment lengths and dilations
 HEADS, LANDMARKS, STEPS, TERMS, TOPK, DRAWS = 8, 256, 10, 4, 8, 16
+KERNEL = 7
 NODES = 41 * 64  # of the sums of expected_attention
 
 
@@ -259,6 +261,21 @@ def _expected_attention(op: str, rows: int, width: int, device: str) -> Case:
     return Case(leaves, {"": run}, baseline, (3 * size, 5 * size), (flops, 2 * flops), rows <= 1 << 16)
 
 
+def _depthwise_conv(op: str, rows: int, width: int, device: str) -> Case:
+    """TransMIL's kernel over one bag laid out as the grid that is nearest to a square."""
+    across = next(side for side in range(math.isqrt(rows), 0, -1) if rows % side == 0)
+    segments = Segments.from_sizes((rows,), device)
+    leaves = {"x": _randn(rows, width, device=device), "bias": _randn(width, seed=2, device=device)}
+    leaves |= {"weight": _randn(width, 1, KERNEL, KERNEL, scale=1 / KERNEL, seed=1, device=device)}
+
+    def run(t: Mapping[str, Tensor], impl: str) -> Tensor:
+        return ops.depthwise_conv(t["x"], segments, [across], t["weight"], t["bias"], impl=impl)
+
+    baseline = ("conv2d", lambda t: baselines.depthwise_conv(**t, width=across))
+    size, flops = 4.0 * rows * width, 2.0 * rows * width * KERNEL**2
+    return Case(leaves, {"": run}, baseline, (2 * size, 3 * size), (flops, 2 * flops))
+
+
 def _attention(op: str, rows: int, width: int, device: str) -> Case:
     shape, segments = (rows, HEADS, max(1, width // HEADS)), Segments.from_sizes((rows,), device)
     q, k, v = (_randn(*shape, seed=seed, device=device) for seed in range(3))
@@ -314,6 +331,7 @@ _MAKERS: dict[str, tuple[Callable[[str, int, int, str], Case], int, int]] = {
     "class_token_attention": (_attention, 512, 1 << 62),
     "dilated_attention": (_attention, 512, 1 << 62),
     "nystrom_attention": (_attention, 512, 1 << 62),
+    "depthwise_conv": (_depthwise_conv, 512, 1 << 62),
     "sampled_attention": (_sampled_attention, 1000, 1 << 62),
     "attention_draws": (_attention_draws, 1000, 1 << 62),
     "expected_attention": (_expected_attention, 1, 1 << 62),

@@ -20,6 +20,7 @@ from bigbag.ops.attention_scores import attention_scores
 from bigbag.ops.chebyshev import chebyshev, lambda_max
 from bigbag.ops.chebyshev_conv import chebyshev_conv
 from bigbag.ops.class_attention import class_token_attention, mean_attention
+from bigbag.ops.depthwise_conv import depthwise_conv
 from bigbag.ops.dilated_attention import Branch, dilated_attention, dilated_branches
 from bigbag.ops.dot_pool import dot_attention_pool
 from bigbag.ops.expected_attention import expected_attention
@@ -54,6 +55,7 @@ __all__ = [
     "chosen",
     "class_token_attention",
     "degrees",
+    "depthwise_conv",
     "dilated_attention",
     "dilated_branches",
     "dirichlet_energy",
@@ -105,6 +107,7 @@ _MODULES = (
     "masked_attention",
     "class_attention",
     "dilated_attention",
+    "depthwise_conv",
     "nystrom",
     "sampled_attention",
     "expected_attention",

@@ -146,6 +146,18 @@ def in_order(typing, value):
 
 
 @intrinsic
+def repeat(typing, like, value):
+    """The lanes of ``value`` over and over, as many as ``like`` has."""
+
+    def code(context, builder, signature, args):
+        picked = [lane % value.lanes for lane in range(like.lanes)]
+        mask = ir.Constant(ir.VectorType(_INT, like.lanes), picked)
+        return builder.shuffle_vector(args[1], args[1], mask)
+
+    return like(like, value), code
+
+
+@intrinsic
 def fits(typing, value, c, width):
     """Whether a vector at column c is within ``width``; a tail, whether its first lane is."""
 

@@ -82,6 +82,16 @@ OTHERS: dict[str, tuple[int, Call]] = {
         1,
         lambda t, given: ops.dot_attention_pool(t[0], given.vectors(2, 1024) / 32, given.segments, impl=IMPL)[0],
     ),
+    "depthwise_conv": (
+        1,
+        lambda t, given: ops.depthwise_conv(
+            t[0],
+            given.segments,
+            [1] * given.segments.num_bags,
+            given.vectors(3, 1024)[-1].t()[:, None, :, None],
+            impl=IMPL,
+        ),
+    ),
     "spmm": (1, lambda t, given: ops.spmm(given.graph(), t[0], impl=IMPL)),
     "smooth": (1, lambda t, given: ops.smooth(given.graph(), t[0], 0.5, 3, impl=IMPL)),
     "chebyshev": (1, lambda t, given: ops.chebyshev(given.graph(), t[0], 3, 2.0, impl=IMPL).transpose(0, 1)),

@@ -204,9 +204,21 @@ def nystrom_cases(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
         nystrom.weigh(marks, q, norms, torch.zeros(2, heads, landmarks), *cut)
 
 
+def depthwise_conv_cases(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    from bigbag.kernels.gpu import depthwise_conv
+
+    cut = (torch.tensor([0, 1000, 1040]), torch.tensor([25, 0]))
+    # TransMIL's positions and residual, and a width that is a multiple of nothing.
+    for kernel, channels in (((7, 7), 512), ((33, 1), 512), ((5, 5), 99)):
+        yield {"kernel size": kernel, "channels": channels}
+        x, taps = torch.zeros(1040, channels, dtype=dtype), torch.zeros(*kernel, channels)
+        depthwise_conv.backward(depthwise_conv.forward(x, taps, taps[0, 0], *cut), x, taps, *cut, True, True)
+
+
 CASES = {
     "attention_pool": attention_pool_cases,
     "attention_scores": attention_scores_cases,
+    "depthwise_conv": depthwise_conv_cases,
     "gaussian": gaussian_cases,
     "gaussian_mean": gaussian_mean_cases,
     "masked_attention": masked_attention_cases,

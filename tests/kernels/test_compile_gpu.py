@@ -17,6 +17,7 @@ SCRIPT = Path(__file__).with_name("compile_gpu.py")
 KERNELS = {
     "attention_pool": {"_attend", "_combine", "_weigh", "_grad_projection", "_grad_rows"},
     "attention_scores": {"_score_rows", "_differentiate_rows"},
+    "depthwise_conv": {"_convolve", "_grad_taps"},
     "gaussian": {"_draw", "_pool_draws", "_pool_draws_backward"},
     "gaussian_mean": {"_log_products", "_means", "_sums", "_gradients"},
     "masked_attention": {"_forward", "_grad_q", "_grad_kv"},
@@ -46,7 +47,7 @@ def test_every_kernel_that_is_launched_is_compiled() -> None:
     "files",
     [
         ("attention_pool", "attention_scores", "gaussian_mean", "masked_attention", "segments"),
-        ("gaussian", "nystrom", "spmm", "topk"),
+        ("depthwise_conv", "gaussian", "nystrom", "spmm", "topk"),
     ],
 )
 def test_kernels_compile_without_spills(

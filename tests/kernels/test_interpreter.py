@@ -18,6 +18,7 @@ PIECES = {
     "dilated attention, exact smoothing": (("dilated_attention", "smooth_exact"), 15),
     "nystrom, topk": (("nystrom", "topk"), 30),
     "pooling, segments": (("attention_pool", "attention_scores", "segment"), 130),
+    "depthwise convolution": (("depthwise_conv",), 30),
     "expected attention": (("expected_attention",), 20),
     "the rest": ((), 70),
 }

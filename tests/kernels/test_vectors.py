@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bigbag.kernels.cpu.segments import _jit, array
-from bigbag.kernels.cpu.vectors import broadcast, fits, lanes, load, multiply_add, store, tail
+from bigbag.kernels.cpu.vectors import broadcast, fits, lanes, load, multiply_add, repeat, store, tail
 
 
 @_jit
@@ -42,3 +42,15 @@ def test_a_tail_ends_where_its_row_ends(stored: torch.dtype, summed: torch.dtype
     _doubled(array(x), torch.zeros(1, dtype=summed).numpy(), array(out))
     assert torch.equal(out[1], 2 * x[1].to(out.dtype))
     assert bool((out[0] == -1).all() and (out[2] == -1).all())
+
+
+@_jit
+def _repeated(x, like, out):
+    zero = like.dtype.type(0)
+    store(repeat(broadcast(zero, 8), load(broadcast(zero, 4), x, 0, 0, 1)), out, 0, 0, 0)
+
+
+def test_a_vector_is_repeated_in_its_order() -> None:
+    x, out = torch.arange(6.0).view(1, 1, 6), torch.zeros(1, 1, 8)
+    _repeated(array(x), torch.zeros(1).numpy(), array(out))
+    assert out.flatten().tolist() == [1, 2, 3, 4] * 2
