@@ -14,6 +14,7 @@ from bigbag.models.base import MILModel, feature_dim, squeeze_single_output
 from bigbag.nn import NystromTransformerLayer
 from bigbag.nn.linear import readable
 from bigbag.nn.rows import Projection, Widen, by_rows
+from bigbag.ops.depthwise_conv import depthwise_conv
 from bigbag.ops.join import fetch, windows
 from bigbag.ops.registry import compute_dtype
 from bigbag.parts import Parts
@@ -37,34 +38,33 @@ class PPEG(torch.nn.Module):
 
     def forward_packed(self, x: Tensor, segments: Segments) -> Tensor:
         """``(T, dim)``, in each bag a class token before a square of rows, to ``(T, dim)``."""
-        weight, bias = self._kernel()
-        token = int(segments.holds_first)
-        pieces = list(x.split([size for own in segments.sizes for size in (token, own - token)]))
         sides = [math.isqrt(total - 1) for total in segments.totals]
         if segments.parts is None:
-            pieces[1::2] = [_convolve(square, weight, bias, side, side) for square, side in zip(pieces[1::2], sides)]
-        else:
-            pieces[1::2] = self._convolve_in_parts(torch.cat(pieces[1::2]), segments.parts, sides, weight, bias)
-        return torch.cat([piece.to(x.dtype) for piece in pieces])
+            return self._convolve(x, [(1, total - 1) for total in segments.totals], sides)
+        token = int(segments.holds_first)
+        pieces = list(x.split([size for own in segments.sizes for size in (token, own - token)]))
+        pieces[1::2] = self._convolve_in_parts(torch.cat(pieces[1::2]), segments.parts, sides)
+        return torch.cat(pieces)
 
-    def _convolve_in_parts(
-        self, x: Tensor, parts: Parts, sides: list[int], weight: Tensor, bias: Tensor
-    ) -> list[Tensor]:
+    def _convolve_in_parts(self, x: Tensor, parts: Parts, sides: list[int]) -> list[Tensor]:
         """The rows of squares that ranks share: convolved with the three lines of the grid above and below them."""
         parts = parts.with_sizes([[size - (rank == 0) for size in own] for rank, own in enumerate(parts.sizes)])
         around = [[_lines_around(*bound, side) for bound, side in zip(own, sides)] for own in parts.bounds]
-        found = []
-        for bag, window in enumerate(windows(x, parts, around)):
-            rows = _convolve(window, weight, bias, len(window) // max(sides[bag], 1), sides[bag])
-            skip = parts.before[bag] - around[parts.rank][bag][0]
-            found.append(rows[skip : skip + parts.sizes[parts.rank][bag]])
-        return found
+        found = windows(x, parts, around)
+        rows = self._convolve(torch.cat(found), [(0, len(window)) for window in found], sides)
+        skips = [before - first for before, (first, _) in zip(parts.before, around[parts.rank])]
+        of_bags = zip(rows.split([len(window) for window in found]), skips, parts.sizes[parts.rank])
+        return [window[skip : skip + size] for window, skip, size in of_bags]
 
     def forward(self, x: Tensor, H: int, W: int) -> Tensor:
         """``(B, 1 + H W, dim)`` to the same shape."""
+        return self._convolve(x.flatten(0, 1), [(1, H * W)] * len(x), [W] * len(x)).view(x.shape)
+
+    def _convolve(self, x: Tensor, sizes: list[tuple[int, int]], widths: list[int]) -> Tensor:
+        """Bags of rows that stay as they are, and of rows of a grid with a width."""
         weight, bias = self._kernel()
-        grids = torch.stack([_convolve(rows, weight, bias, H, W) for rows in x[:, 1:]])
-        return torch.cat([x[:, :1], grids.to(x.dtype)], 1)
+        segments = Segments.from_sizes([size for own in sizes for size in own], x.device)
+        return depthwise_conv(x, segments, [across for width in widths for across in (0, width)], weight, bias)
 
     def _kernel(self) -> tuple[Tensor, Tensor]:
         layers = [readable(layer) for layer in (self.proj, self.proj1, self.proj2)]
@@ -80,18 +80,6 @@ def _lines_around(first: int, end: int, side: int) -> tuple[int, int]:
     if first == end:
         return first, end
     return max(0, first // side - 3) * side, min(side, (end - 1) // side + 4) * side
-
-
-def _convolve(rows: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
-    """``(height * width, dim)`` rows through a depth-wise convolution; the grid is a view with channels last."""
-    if not len(rows):
-        # The weights keep their place in the graph: on other ranks there may be rows.
-        return rows + 0 * (weight.sum() + bias.sum()).to(rows.dtype)
-    grid = rows.view(1, height, width, -1).permute(0, 3, 1, 2)
-    # In the precision of the weights: depth-wise, 16 bits save no time, and oneDNN's backward takes 18 copies of x.
-    with torch.autocast(rows.device.type, enabled=False):
-        out = F.conv2d(grid.to(weight.dtype), weight, bias, padding=3, groups=len(weight))
-    return out.permute(0, 2, 3, 1).reshape(rows.shape).to(rows.dtype)
 
 
 class TransMIL(MILModel):

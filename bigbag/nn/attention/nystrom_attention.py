@@ -145,27 +145,29 @@ class NystromAttention(SelfAttention):
     def _convolve(self, v: Tensor, rows: Segments) -> Tensor:
         """The residual of all rows from their values ``(T, H, d)``."""
         if rows.parts is None:
-            return torch.cat([self._convolve_bag(bag) for bag in v.split(rows.sizes)])
+            return self._convolve_bags(v, rows)
         parts = rows.parts
         around = [
             [(max(0, first - _REACH), min(total, end + _REACH)) for (first, end), total in zip(bounds, parts.totals)]
             for bounds in parts.bounds
         ]
         skips = [before - first for before, (first, _) in zip(parts.before, around[parts.rank])]
-        found = [self._convolve_bag(window) for window in windows(v, parts, around)]
-        return torch.cat([bag[skip : skip + size] for bag, skip, size in zip(found, skips, rows.sizes)])
+        sizes = [end - first for first, end in around[parts.rank]]
+        found = self._convolve_bags(torch.cat(windows(v, parts, around)), Segments.from_sizes(sizes, v.device))
+        return torch.cat([bag[skip : skip + size] for bag, skip, size in zip(found.split(sizes), skips, rows.sizes)])
 
     def _convolve_first(self, v: Tensor, rows: Segments, pads: tuple[int, ...]) -> Tensor:
         """The residual of the row behind the pad of each bag, ``(B, H, d)``."""
         # The kernel reaches from that row to both sides, of which one is zeros.
         places = [[rows.place(bag, pad + i) for i in range(_REACH + 1)] for bag, pad in enumerate(pads)]
         reach = ops.take_rows(v.flatten(1), on_device(places, v.device), rows)
-        return torch.stack([self._convolve_bag(bag.view(-1, *v.shape[1:]))[0] for bag in reach])
+        bags = Segments.from_sizes([_REACH + 1] * len(pads), v.device)
+        return self._convolve_bags(reach.view(-1, *v.shape[1:]), bags)[:: _REACH + 1]
 
-    def _convolve_bag(self, v: Tensor) -> Tensor:
-        """The residual of one bag from its values ``(N, H, d)``."""
-        weight = readable(self.res_conv).weight.to(v.dtype)
-        return F.conv2d(v.transpose(0, 1)[None], weight, padding=(_REACH, 0), groups=self.n_heads)[0].transpose(0, 1)
+    def _convolve_bags(self, v: Tensor, bags: Segments) -> Tensor:
+        """The residual of whole bags from their values ``(T, H, d)``: of grids one column wide."""
+        weight = readable(self.res_conv).weight
+        return ops.depthwise_conv(v.flatten(1), bags, [1] * bags.num_bags, weight).view(v.shape)
 
 
 def _strip_front(x: Tensor, padding: Padding | None) -> Tensor:
