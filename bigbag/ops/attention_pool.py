@@ -8,7 +8,6 @@ They take ``offsets`` alone, not ``sizes``, so that a compiled graph does not de
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from bigbag.bags import Segments
 from bigbag.ops import distributed
+from bigbag.ops.custom import CustomOp, launcher
 from bigbag.ops.dropout import fold_seed, keep
 from bigbag.ops.registry import FLOATING, HALF, Operator, choose, compute_dtype
 from bigbag.ops.segments import log_sums, reference_softmax
@@ -95,7 +95,7 @@ def attention_pool(
     else:
         zeros = w1.new_zeros(w1.shape[0], dtype=acc)
         parts = [zeros if b is None else b.to(acc) for b in ((b1, bg) if gated else (b1,))]
-        bias = torch.cat(parts)
+        bias = torch.cat(parts) if gated else parts[0]
     factors = _drop_factors(x, w2, acc, dropout, seed) if dropout else None
     args = (x, segments.offsets, weight, bias, w2.to(acc), factors, act, gated)
     if chosen == "reference":
@@ -183,15 +183,9 @@ _SCHEMA_BACKWARD = (
 def _register(impl: str, kernels: str) -> Any:
     """Custom operators ``bigbag::attention_pool_{impl}`` and ``..._backward`` around the launchers in ``kernels``."""
 
-    def run_forward(*args: Any) -> Any:
-        return importlib.import_module(f"{kernels}.attention_pool").forward(*args)
-
-    def run_backward(*args: Any) -> Any:
-        return importlib.import_module(f"{kernels}.attention_pool").backward(*args)
-
-    name = f"bigbag::attention_pool_{impl}"
-    forward = torch.library.custom_op(name, run_forward, mutates_args=(), schema=_SCHEMA_FORWARD)
-    backward = torch.library.custom_op(name + "_backward", run_backward, mutates_args=(), schema=_SCHEMA_BACKWARD)
+    name, module = f"attention_pool_{impl}", f"{kernels}.attention_pool"
+    forward = CustomOp(name, _SCHEMA_FORWARD, launcher(module, "forward"))
+    backward = CustomOp(f"{name}_backward", _SCHEMA_BACKWARD, launcher(module, "backward"))
 
     @forward.register_fake
     def _(x: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor, w2: Tensor, *options: Any) -> Any:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bigbag.ops.attention_pool import ACTIVATIONS
+from bigbag.ops.custom import CustomOp, launcher
 from bigbag.ops.registry import FLOATING, HALF, Operator, choose
 
 _DTYPES = {"triton": (*HALF, torch.float32), "cpu": FLOATING, "reference": FLOATING}
@@ -81,11 +81,8 @@ def _reference(h: Tensor, bias: Tensor, w2: Tensor, act: str, gated: bool) -> Te
 def _register(impl: str, module: str) -> Any:
     """Custom operators ``bigbag::attention_scores_{impl}`` and ``..._backward`` around the launchers of ``module``."""
 
-    def define(name: str, function: str, schema: str) -> Any:
-        def call(*args: Any) -> Any:
-            return getattr(importlib.import_module(module), function)(*args)
-
-        return torch.library.custom_op(f"bigbag::{name}_{impl}", call, mutates_args=(), schema=schema)
+    def define(name: str, function: str, schema: str) -> CustomOp:
+        return CustomOp(f"{name}_{impl}", schema, launcher(module, function))
 
     given = "Tensor h, Tensor bias, Tensor w2, str act, bool gated"
     forward = define("attention_scores", "forward", f"({given}) -> Tensor")

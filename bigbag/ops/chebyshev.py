@@ -11,6 +11,7 @@ from bigbag.adjacency import Adjacency
 from bigbag.bags import Segments
 from bigbag.kernels.cpu.memory import huge_pages
 from bigbag.ops import segments as _segments
+from bigbag.ops.custom import CustomOp
 from bigbag.ops.join import with_halo
 from bigbag.ops.registry import Operator
 from bigbag.ops.spmm import (
@@ -255,20 +256,18 @@ def _register(impl: str) -> None:
     def run_adjoint(grad: Tensor, s: Tensor, d: Tensor, w_t: Any, crow_t: Tensor, col_t: Tensor) -> Tensor:
         return _adjoint(impl, grad, s, d, w_t, crow_t, col_t)
 
-    name = f"bigbag::chebyshev_{impl}"
+    name = f"chebyshev_{impl}"
     tensors = "Tensor crow, Tensor col, Tensor crow_t, Tensor col_t"
-    forward = torch.library.custom_op(
+    forward = CustomOp(
         name,
-        run,
-        mutates_args=(),
-        schema=f"(Tensor x, Tensor scale, Tensor diagonal, Tensor? weight, Tensor? weight_t, {tensors}, int num_terms)"
+        f"(Tensor x, Tensor scale, Tensor diagonal, Tensor? weight, Tensor? weight_t, {tensors}, int num_terms)"
         " -> Tensor",
+        run,
     )
-    adjoint = torch.library.custom_op(
-        name + "_adjoint",
+    adjoint = CustomOp(
+        f"{name}_adjoint",
+        "(Tensor grad, Tensor scale, Tensor diagonal, Tensor? weight_t, Tensor crow_t, Tensor col_t) -> Tensor",
         run_adjoint,
-        mutates_args=(),
-        schema="(Tensor grad, Tensor scale, Tensor diagonal, Tensor? weight_t, Tensor crow_t, Tensor col_t) -> Tensor",
     )
     forward.register_fake(lambda x, *rest: x.new_empty(rest[-1], *x.shape))
     adjoint.register_fake(lambda grad, *rest: grad.new_empty(grad.shape[1:]))

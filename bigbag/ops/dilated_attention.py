@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bigbag.bags import Segments
+from bigbag.ops.custom import CustomOp
 from bigbag.ops.registry import FLOATING, HALF, Operator, choose, compute_dtype
 from bigbag.segments import on_device
 
@@ -244,17 +245,11 @@ def _backward(
 
 
 _LISTS = "Tensor[] rows, Tensor[] group, Tensor[] offsets, int[] groups, float scale, str impl"
-_dilated: Any = torch.library.custom_op(
-    "bigbag::dilated_attention",
-    _forward,
-    mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, {_LISTS}) -> (Tensor, Tensor)",
-)
-_dilated_backward: Any = torch.library.custom_op(
-    "bigbag::dilated_attention_backward",
+_dilated = CustomOp("dilated_attention", f"(Tensor q, Tensor k, Tensor v, {_LISTS}) -> (Tensor, Tensor)", _forward)
+_dilated_backward = CustomOp(
+    "dilated_attention_backward",
+    f"(Tensor grad, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, {_LISTS}) -> (Tensor, Tensor, Tensor)",
     _backward,
-    mutates_args=(),
-    schema=f"(Tensor grad, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, {_LISTS}) -> (Tensor, Tensor, Tensor)",
 )
 
 
@@ -285,8 +280,7 @@ def _differentiate(ctx: Any, grad: Any, _: Any) -> Any:
     thinned, _ = ctx.counts
     rows, group, offsets = lists[:thinned], lists[thinned : 2 * thinned], lists[2 * thinned :]
     grads = _dilated_backward(grad, out, lse, q, k, v, rows, group, offsets, *ctx.rest)
-    # Lists of tensors that need no gradient get a list of None.
-    return *grads, [None] * thinned, [None] * thinned, [None] * len(offsets), None, None, None
+    return *grads, *[None] * 6
 
 
 _dilated.register_autograd(_differentiate, setup_context=_setup)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from bigbag.bags import Segments
 from bigbag.ops import distributed
+from bigbag.ops.custom import CustomOp, launcher
 from bigbag.ops.registry import FLOATING, HALF, Operator, choose
 from bigbag.ops.rows import check_vectors, segment_dots
 from bigbag.ops.segments import log_sums, segment_softmax
@@ -60,11 +60,8 @@ def dot_attention_pool(x: Tensor, y: Tensor, segments: Segments, *, impl: str | 
 def _register(module: str) -> Any:
     """Custom operators ``bigbag::dot_attention_pool_cpu`` and ``..._backward`` around the launchers of ``module``."""
 
-    def define(name: str, function: str, schema: str) -> Any:
-        def call(*args: Any) -> Any:
-            return getattr(importlib.import_module(module), function)(*args)
-
-        return torch.library.custom_op(f"bigbag::{name}", call, mutates_args=(), schema=schema)
+    def define(name: str, function: str, schema: str) -> CustomOp:
+        return CustomOp(name, schema, launcher(module, function))
 
     name = "dot_attention_pool_cpu"
     forward = define(name, "forward", "(Tensor x, Tensor y, Tensor offsets) -> (Tensor, Tensor, Tensor)")

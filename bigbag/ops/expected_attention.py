@@ -17,7 +17,6 @@ sums per bag and level, S = P sum rho and D = P sum g rho, and rho again: nothin
 
 from __future__ import annotations
 
-import importlib
 import math
 from typing import Any
 
@@ -27,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bigbag.bags import Segments
 from bigbag.ops import distributed
+from bigbag.ops.custom import CustomOp, launcher
 from bigbag.ops.once import once_differentiable
 from bigbag.ops.registry import FLOATING, HALF, Operator, choose
 from bigbag.ops.sampled_attention import CLIP, block_rows, check_shapes, clipped, gaussian
@@ -164,12 +164,9 @@ def _of_all_ranks(own: Tensor, parts: Parts | None) -> Tensor:
 def _register(impl: str, module: str) -> tuple[Any, ...]:
     """Custom operators ``bigbag::gaussian_{log_products,means,sums,gradients}_{impl}``."""
 
-    def define(function: str, more: str) -> Any:
-        def call(*args: Any) -> Any:
-            return getattr(importlib.import_module(module), function)(*args)
-
+    def define(function: str, more: str) -> CustomOp:
         schema = f"(Tensor mu, Tensor sigma, Tensor offsets, Tensor r, Tensor nodes, float clip, {more}"
-        return torch.library.custom_op(f"bigbag::gaussian_{function}_{impl}", call, mutates_args=(), schema=schema)
+        return CustomOp(f"gaussian_{function}_{impl}", schema, launcher(module, function))
 
     log_products = define("log_products", "int levels) -> Tensor")
     means = define("means", "Tensor products) -> Tensor")

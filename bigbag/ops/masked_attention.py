@@ -7,7 +7,6 @@ CUDA kernels of those libraries. What is plain, differentiable and small (casts,
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 from bigbag.bags import Segments
 from bigbag.ops import attention_bias, fused_attention
 from bigbag.ops.attention_bias import AttentionBias, KernelBias
+from bigbag.ops.custom import CustomOp, launcher
 from bigbag.ops.dropout import fold_seed, keep
 from bigbag.ops.fused_attention import kept_keys
 from bigbag.ops.registry import FLOATING, HALF, Operator, _overrides, choose, compute_dtype
@@ -229,15 +229,9 @@ _SCHEMA_BACKWARD = (
 def _register(impl: str, module: str) -> Callable[..., Any]:
     """Custom operators ``bigbag::masked_attention_{impl}`` and ``..._backward`` around the launchers of ``module``."""
 
-    def run_forward(*args: Any) -> Any:
-        return importlib.import_module(module).forward(*args)
-
-    def run_backward(*args: Any) -> Any:
-        return importlib.import_module(module).backward(*args)
-
-    name = f"bigbag::masked_attention_{impl}"
-    forward = torch.library.custom_op(name, run_forward, mutates_args=(), schema=_SCHEMA_FORWARD)
-    backward = torch.library.custom_op(name + "_backward", run_backward, mutates_args=(), schema=_SCHEMA_BACKWARD)
+    name = f"masked_attention_{impl}"
+    forward = CustomOp(name, _SCHEMA_FORWARD, launcher(module, "forward"))
+    backward = CustomOp(f"{name}_backward", _SCHEMA_BACKWARD, launcher(module, "backward"))
 
     def accumulation(q: Tensor) -> torch.dtype:
         return torch.float64 if q.dtype == torch.float64 else torch.float32

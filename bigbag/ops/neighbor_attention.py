@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bigbag.adjacency import Adjacency
+from bigbag.ops.custom import CustomOp
 from bigbag.ops.join import squared, with_halo
 from bigbag.ops.registry import Operator
 from bigbag.ops.spmm import (
@@ -156,18 +157,15 @@ def _reference_softmax(adj: Adjacency, scores: Tensor) -> Tensor:
 
 def _register(impl: str) -> None:
     """Custom operators ``bigbag::edge_softmax_{impl}`` and ``..._backward``."""
-    name = f"bigbag::edge_softmax_{impl}"
-    forward = torch.library.custom_op(
-        name,
+    forward = CustomOp(
+        f"edge_softmax_{impl}",
+        "(Tensor scores, Tensor crow) -> Tensor",
         lambda scores, crow: kernels(impl).edge_softmax(crow, scores.contiguous()),
-        mutates_args=(),
-        schema="(Tensor scores, Tensor crow) -> Tensor",
     )
-    backward = torch.library.custom_op(
-        name + "_backward",
+    backward = CustomOp(
+        f"edge_softmax_{impl}_backward",
+        "(Tensor a, Tensor grad, Tensor crow) -> Tensor",
         lambda a, grad, crow: kernels(impl).edge_softmax_backward(crow, a, grad),
-        mutates_args=(),
-        schema="(Tensor a, Tensor grad, Tensor crow) -> Tensor",
     )
     forward.register_fake(lambda scores, crow: scores.new_empty(scores.shape))
     backward.register_fake(lambda a, grad, crow: a.new_empty(a.shape))

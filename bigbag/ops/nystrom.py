@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bigbag.bags import Segments
 from bigbag.ops import pseudo_inverse
+from bigbag.ops.custom import CustomOp, launcher
 from bigbag.ops.distributed import all_max, all_sum
 from bigbag.ops.once import once_differentiable
 from bigbag.ops.registry import FLOATING, HALF, Operator, choose
@@ -298,12 +299,8 @@ _OPS: dict[tuple[str, str], Any] = {}
 def _register(impl: str, module: str) -> None:
     """Custom operators ``bigbag::nystrom_{spread,gather}{,_backward}_{impl}`` around the launchers of ``module``."""
 
-    def define(function: str, schema: str) -> Any:
-        def call(*args: Any) -> Any:
-            return getattr(importlib.import_module(module), function)(*args)
-
-        name = f"bigbag::nystrom_{function}_{impl}"
-        return torch.library.custom_op(name, call, mutates_args=(), schema=schema)
+    def define(function: str, schema: str) -> CustomOp:
+        return CustomOp(f"nystrom_{function}_{impl}", schema, launcher(module, function))
 
     spread = define(
         "spread", "(Tensor q, Tensor keys, Tensor values, Tensor offsets, Tensor counts) -> (Tensor, Tensor)"

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bigbag.ops.custom import CustomOp
 from bigbag.segments import on_device
 
 BATCH_ELEMENTS = 1 << 19
@@ -205,14 +206,9 @@ def _backward_in_full(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]
 
 
 _ARGS = "Tensor queries, Tensor keys, Tensor other, Tensor counts, Tensor groups, int num_iterations"
-inverse_times = torch.library.custom_op(
-    "bigbag::nystrom_inverse_times", _forward, mutates_args=(), schema=f"({_ARGS}) -> Tensor"
-)
-_inverse_times_backward = torch.library.custom_op(
-    "bigbag::nystrom_inverse_times_backward",
-    _backward_in_full,
-    mutates_args=(),
-    schema=f"(Tensor grad, {_ARGS}) -> (Tensor, Tensor, Tensor)",
+inverse_times = CustomOp("nystrom_inverse_times", f"({_ARGS}) -> Tensor", _forward)
+_inverse_times_backward = CustomOp(
+    "nystrom_inverse_times_backward", f"(Tensor grad, {_ARGS}) -> (Tensor, Tensor, Tensor)", _backward_in_full
 )
 inverse_times.register_fake(lambda queries, keys, other, counts, groups, num_iterations: torch.empty_like(other))
 _inverse_times_backward.register_fake(

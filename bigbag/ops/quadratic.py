@@ -11,6 +11,7 @@ from torch import Tensor
 from bigbag.adjacency import Adjacency
 from bigbag.bags import Segments
 from bigbag.ops import segments as _segments
+from bigbag.ops.custom import CustomOp
 from bigbag.ops.distributed import all_sum
 from bigbag.ops.join import squared, with_halo
 from bigbag.ops.registry import Operator
@@ -130,11 +131,9 @@ def _register(impl: str, kind: str, along_edges: Callable[..., Tensor], gradient
         return gradient(impl, grad, x, crow, col, crow_t, col_t, perm)
 
     graph = "Tensor crow, Tensor col, Tensor crow_t, Tensor col_t, Tensor? perm"
-    name = f"bigbag::edge_{kind}_{impl}"
-    forward = torch.library.custom_op(name, run, mutates_args=(), schema=f"(Tensor x, {graph}) -> Tensor")
-    backward = torch.library.custom_op(
-        name + "_backward", run_backward, mutates_args=(), schema=f"(Tensor grad, Tensor x, {graph}) -> Tensor"
-    )
+    name = f"edge_{kind}_{impl}"
+    forward = CustomOp(name, f"(Tensor x, {graph}) -> Tensor", run)
+    backward = CustomOp(f"{name}_backward", f"(Tensor grad, Tensor x, {graph}) -> Tensor", run_backward)
     forward.register_fake(lambda x, crow, col, *rest: x.new_empty(col.shape[0], 1, dtype=accumulation_dtype(x.dtype)))
     backward.register_fake(lambda grad, x, *rest: x.new_empty(x.shape))
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bigbag.bags import Segments
 from bigbag.ops import distributed
+from bigbag.ops.custom import CustomOp
 from bigbag.ops.registry import FLOATING, HALF, Operator, choose
 
 _DTYPES = {"triton": (*HALF, torch.float32), "cpu": FLOATING, "reference": FLOATING}
@@ -77,8 +78,8 @@ def _register(impl: str, module: str) -> Any:
         grad_x = kernels.pool_backward(y, grad, x, offsets, False, True)[1] if need_x else x.new_empty(0)
         return grad_x, kernels.pool(grad, x, offsets) if need_y else y.new_empty(0)
 
-    def define(name: str, function: Any, schema: str) -> Any:
-        return torch.library.custom_op(f"bigbag::{name}_{impl}", function, mutates_args=(), schema=schema)
+    def define(name: str, function: Any, schema: str) -> CustomOp:
+        return CustomOp(f"{name}_{impl}", schema, function)
 
     dots = define("segment_dots", run_dots, "(Tensor x, Tensor y, Tensor offsets) -> Tensor")
     schema = "(Tensor grad, Tensor x, Tensor y, Tensor offsets, bool need_x, bool need_y) -> (Tensor, Tensor)"

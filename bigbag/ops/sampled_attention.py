@@ -11,7 +11,6 @@ exp(f) times values, and of exp(f); the division and its gradient, which are thi
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bigbag.bags import Segments
 from bigbag.ops import distributed
+from bigbag.ops.custom import CustomOp, launcher
 from bigbag.ops.dropout import hash32
 from bigbag.ops.registry import FLOATING, HALF, Operator, choose
 from bigbag.segments import on_device
@@ -235,11 +235,8 @@ def clipped(f: Tensor) -> Tensor:
 def _register(impl: str, module: str) -> tuple[Any, Any]:
     """Custom operators ``bigbag::sampled_sums_{impl}``, ``..._backward`` and ``attention_noise_{impl}``."""
 
-    def define(name: str, function: str, schema: str) -> Any:
-        def call(*args: Any) -> Any:
-            return getattr(importlib.import_module(module), function)(*args)
-
-        return torch.library.custom_op(f"bigbag::{name}_{impl}", call, mutates_args=(), schema=schema)
+    def define(name: str, function: str, schema: str) -> CustomOp:
+        return CustomOp(f"{name}_{impl}", schema, launcher(module, function))
 
     noise = define("attention_noise", "draw", "(Tensor keys, int num_samples) -> Tensor")
     inputs = "Tensor mu, Tensor sigma, Tensor values, Tensor offsets, Tensor keys"

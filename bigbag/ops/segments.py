@@ -6,7 +6,6 @@ are plain gathers and scatters, written in PyTorch. Sums are accumulated in floa
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from bigbag.bags import Segments
 from bigbag.ops import distributed
+from bigbag.ops.custom import CustomOp, launcher
 from bigbag.ops.registry import FLOATING, HALF, Operator, choose
 from bigbag.parts import Parts
 
@@ -167,12 +167,8 @@ def _rows_of_bags(values: Tensor, offsets: Tensor, num_rows: int) -> Tensor:
 def _register(impl: str, module: str) -> None:
     """Custom operators ``bigbag::segment_{sum_rows,max_rows,softmax,softmax_backward}_{impl}`` around ``module``."""
 
-    def call(function: str) -> Any:
-        return lambda *args: getattr(importlib.import_module(module), function)(*args)
-
-    def define(function: str, schema: str) -> Any:
-        name = f"bigbag::segment_{function}_{impl}"
-        return torch.library.custom_op(name, call(function), mutates_args=(), schema=schema)
+    def define(function: str, schema: str) -> CustomOp:
+        return CustomOp(f"segment_{function}_{impl}", schema, launcher(module, function))
 
     total = define("sum_rows", "(Tensor x, Tensor offsets) -> Tensor")
     largest = define("max_rows", "(Tensor x, Tensor offsets) -> (Tensor, Tensor)")

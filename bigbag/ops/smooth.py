@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bigbag.adjacency import Adjacency
+from bigbag.ops.custom import CustomOp
 from bigbag.ops.deep_halo import DeepHalo, deep_halo
 from bigbag.ops.distributed import exchange
 from bigbag.ops.join import with_halo
@@ -277,20 +278,11 @@ def _register(impl: str) -> None:
             both = run(grad, a, weight_t, weight, crow_t, col_t, num_steps), grad_a
         return both
 
-    name = f"bigbag::smooth_{impl}"
-    steps = torch.library.custom_op(name, run, mutates_args=(), schema=f"(Tensor f, Tensor a, {_STEPS}) -> Tensor")
-    to_alpha = torch.library.custom_op(
-        f"{name}_alpha",
-        run_alpha,
-        mutates_args=(),
-        schema="(Tensor grad, Tensor f, Tensor a, Tensor? weight, Tensor crow, Tensor col, int num_steps) -> Tensor",
-    )
-    backward = torch.library.custom_op(
-        f"{name}_backward",
-        run_backward,
-        mutates_args=(),
-        schema=f"(Tensor grad, Tensor f, Tensor a, {_STEPS}) -> (Tensor, Tensor)",
-    )
+    name, both = f"smooth_{impl}", f"(Tensor grad, Tensor f, Tensor a, {_STEPS}) -> (Tensor, Tensor)"
+    alone = "(Tensor grad, Tensor f, Tensor a, Tensor? weight, Tensor crow, Tensor col, int num_steps) -> Tensor"
+    steps = CustomOp(name, f"(Tensor f, Tensor a, {_STEPS}) -> Tensor", run)
+    to_alpha = CustomOp(f"{name}_alpha", alone, run_alpha)
+    backward = CustomOp(f"{name}_backward", both, run_backward)
     backward.register_fake(lambda grad, f, a, *rest: (f.new_empty(f.shape), a.new_empty(())))
     steps.register_fake(lambda f, *rest: f.new_empty(f.shape))
     to_alpha.register_fake(lambda grad, f, a, *rest: a.new_empty(()))

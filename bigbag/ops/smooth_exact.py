@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bigbag.adjacency import Adjacency
 from bigbag.kernels.cpu.memory import huge_pages
+from bigbag.ops.custom import CustomOp
 from bigbag.ops.distributed import all_sum
 from bigbag.ops.join import with_halo
 from bigbag.ops.once import once_differentiable
@@ -260,7 +261,7 @@ class _SolveInParts(torch.autograd.Function):
 
 def _register(impl: str) -> None:
     """Custom operators ``bigbag::smooth_exact_{impl}``, ``..._gamma`` (its gradient) and ``..._edges`` (idem)."""
-    name = f"bigbag::smooth_exact_{impl}"
+    name = f"smooth_exact_{impl}"
     graph = "Tensor gamma, Tensor? weight, Tensor? degree, Tensor crow, Tensor col"
 
     def run(f: Tensor, gamma: Tensor, weight: Any, degree: Any, crow: Tensor, *rest: Any) -> Tensor:
@@ -278,8 +279,8 @@ def _register(impl: str) -> None:
             grad -= rows[:, None]
         return gamma * grad
 
-    def define(suffix: str, schema: str, function: Any) -> Any:
-        return torch.library.custom_op(name + suffix, function, mutates_args=(), schema=schema)
+    def define(suffix: str, schema: str, function: Any) -> CustomOp:
+        return CustomOp(name + suffix, schema, function)
 
     solve = define("", f"(Tensor f, {graph}, float tolerance, int max_steps) -> Tensor", run)
     to_gamma = define("_gamma", f"(Tensor u, Tensor g, {graph}) -> Tensor", run_gamma)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bigbag.adjacency import Adjacency
+from bigbag.ops.custom import CustomOp
 from bigbag.ops.join import squared, with_halo
 from bigbag.ops.per_graph import once_per_graph
 from bigbag.ops.registry import FLOATING, HALF, Operator, choose
@@ -209,9 +210,8 @@ def _register(impl: str) -> None:
     def run_transpose(crow: Tensor, col: Tensor) -> Any:
         return kernels(impl).transpose(crow, col)
 
-    def define(name: str, schema: str, function: Any) -> Any:
-        op = torch.library.custom_op(f"bigbag::{name}_{impl}", function, mutates_args=(), schema=schema)
-        _OPS[name.removeprefix("csr_"), impl] = op
+    def define(name: str, schema: str, function: Any) -> CustomOp:
+        op = _OPS[name.removeprefix("csr_"), impl] = CustomOp(f"{name}_{impl}", schema, function)
         return op
 
     multiply = define("spmm", f"(Tensor x, Tensor? weight, {_GRAPH}) -> Tensor", run_spmm)

@@ -5,7 +5,6 @@ Custom operators on (T, C) matrices that take ``offsets`` alone, as in :mod:`big
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from bigbag.bags import Segments
 from bigbag.ops import distributed
+from bigbag.ops.custom import CustomOp, launcher
 from bigbag.ops.registry import FLOATING, HALF, Operator, choose
 
 _DTYPES = {"triton": (*HALF, torch.float32), "cpu": FLOATING, "reference": FLOATING}
@@ -183,11 +183,8 @@ _OPS: dict[tuple[str, str], Any] = {}
 def _register(impl: str, module: str) -> None:
     """Custom operators ``bigbag::segment_{topk,logsumexp,pool}_{impl}`` around the launchers of ``module``."""
 
-    def define(function: str, schema: str) -> Any:
-        def call(*args: Any) -> Any:
-            return getattr(importlib.import_module(module), function)(*args)
-
-        return torch.library.custom_op(f"bigbag::segment_{function}_{impl}", call, mutates_args=(), schema=schema)
+    def define(function: str, schema: str) -> CustomOp:
+        return CustomOp(f"segment_{function}_{impl}", schema, launcher(module, function))
 
     topk = define("topk", "(Tensor x, Tensor offsets, int k, bool largest) -> Tensor")
     logsumexp = define("logsumexp", "(Tensor x, Tensor offsets) -> Tensor")

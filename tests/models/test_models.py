@@ -190,7 +190,7 @@ def test_second_derivatives_are_right_or_refused(name, arguments):
     try:
         (gradient(x, create_graph=True) * direction).sum().backward()
     except RuntimeError as error:
-        assert "gradients have no gradients" in str(error) or "no autograd formula" in str(error)
+        assert "gradients have no gradients" in str(error)
         return
     ahead, behind = (gradient(x.detach().add(direction, alpha=step).requires_grad_()) for step in (1e-5, -1e-5))
     torch.testing.assert_close(x.grad, (ahead - behind) / 2e-5, rtol=1e-4, atol=1e-6)
