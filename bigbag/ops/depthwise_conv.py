@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigbag.bags import Segments
+from bigbag.ops.custom import CustomOp, launcher
 from bigbag.ops.registry import FLOATING, HALF, Operator, choose
 from bigbag.segments import on_device
 
@@ -104,11 +104,8 @@ def _reference(x: Tensor, taps: Tensor, bias: Tensor, segments: Segments, widths
 def _register(impl: str, module: str) -> Any:
     """Custom operators ``bigbag::depthwise_conv_{impl}`` and ``..._backward`` around the launchers of ``module``."""
 
-    def define(name: str, function: str, schema: str) -> Any:
-        def call(*args: Any) -> Any:
-            return getattr(importlib.import_module(module), function)(*args)
-
-        return torch.library.custom_op(f"bigbag::{name}_{impl}", call, mutates_args=(), schema=schema)
+    def define(name: str, function: str, schema: str) -> CustomOp:
+        return CustomOp(f"{name}_{impl}", schema, launcher(module, function))
 
     grids = "Tensor offsets, Tensor widths"
     forward = define("depthwise_conv", "forward", f"(Tensor x, Tensor taps, Tensor bias, {grids}) -> Tensor")
