@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -83,11 +84,12 @@ class Adjacency:
         """
         if self.crow.device.type != "cpu":
             return
-        down = int((self.crow.diff() < 0).sum())
-        if down or [int(self.crow[0]), int(self.crow[-1])] != [0, self.num_edges]:
+        crow = self.crow.numpy()
+        down = np.count_nonzero(crow[1:] < crow[:-1])
+        if down or [crow[0], crow[-1]] != [0, self.num_edges]:
             raise ValueError(
-                f"Adjacency: crow must rise from 0 to the number of edges, {self.num_edges}; it goes from "
-                f"{int(self.crow[0])} to {int(self.crow[-1])}, and falls {down} times"
+                f"Adjacency: crow must rise from 0 to the number of edges, {self.num_edges}; it goes from {crow[0]} to "
+                f"{crow[-1]}, and falls {down} times"
             )
         _check_nodes("col", self.col, self.num_nodes + (0 if self.halo is None else self.halo.num_rows))
 
@@ -167,7 +169,7 @@ class Adjacency:
 def _check_nodes(name: str, nodes: Tensor, num_nodes: int) -> None:
     if nodes.device.type != "cpu" or not nodes.numel():
         return
-    lowest, highest = (int(end) for end in nodes.aminmax())
+    lowest, highest = nodes.numpy().min(), nodes.numpy().max()
     if lowest < 0 or highest >= num_nodes:
         raise ValueError(
             f"Adjacency: {name} names nodes {lowest} to {highest}, but there are {num_nodes}, counted from 0: is the "
