@@ -3,19 +3,14 @@
     S[i, j] = scale q[i] . k[j] + bias[i, j],   P = softmax_j S,   out[i] = sum_j drop(P)[i, j] v[j]
 
 Masked keys are left out by copying the others, once per bag: nothing is computed for them. Without bias and dropout a
-bag goes to PyTorch's own flash attention, which runs near the speed of float32 GEMMs; but in bfloat16, of which it
-makes nothing, only a short one. Else blocks of ``BLOCK_ROWS`` x ``BLOCK_KEYS`` scores are GEMMs into reused buffers,
-with a running maximum and sum; Numba turns a block into weights in one pass. What depends on the pair (distance,
-bucket, whether dropout keeps it) is computed once per block and, where possible, for all heads. Backward computes the
-scores again from the logsumexp (Dao 2023). Each worker thread walks over its own share of the queries, with its own
-gradients of k and v, which are added in the order of the shares.
+bag goes to PyTorch's own flash attention, which runs near the speed of float32 GEMMs, or, in bfloat16 and with the
+instructions for it, to :mod:`fused_attention`. Else blocks of ``BLOCK_ROWS`` x ``BLOCK_KEYS`` scores are GEMMs into
+reused buffers, in float32 (float64 for float64), with a running maximum and sum; Numba turns a block into weights in
+one pass. What depends on the pair (distance, bucket, whether dropout keeps it) is computed once per block and, where
+possible, for all heads. Backward computes the scores again from the logsumexp (Dao 2023). Each worker thread walks over
+its own share of the queries, with its own gradients of k and v, which are added in the order of the shares.
 
-Blocks compute in float32 (float64 for float64). Plain bfloat16 takes GEMMs of bfloat16, four times as fast: weights and
-gradients of scores are rounded to it, sums of blocks are not. PyTorch's GEMMs give bfloat16 too, too little for scores:
-they are two GEMMs, s = round(q k) and round(q k - s), together as good as 17 bits.
-
-Reads: q and out once, k and v once per block of queries. FLOPs: 4 N^2 d forward, 10 N^2 d backward, per head
-(bfloat16 blocks: 6 and 12). Working
+Reads: q and out once, k and v once per block of queries. FLOPs: 4 N^2 d forward, 10 N^2 d backward, per head. Working
 memory: copies of k and v of one bag, and per worker a few blocks and the gradients of k and v of that bag.
 """
 
@@ -32,18 +27,15 @@ from numba.extending import overload
 from torch import Tensor
 
 from bigbag.kernels.cpu import attention_pairs as pairs
+from bigbag.kernels.cpu import bfloat_tiles, fused_attention
 from bigbag.kernels.cpu.attention_pool import _share
-from bigbag.kernels.cpu.half import _narrow, _wide
 from bigbag.kernels.cpu.memory import huge_pages
 from bigbag.kernels.cpu.segments import _jit, accumulation_dtype, array
 
 BLOCK_ROWS = 256
 BLOCK_KEYS = 1024
-PAD_ROWS = 64
-PAD_KEYS = 128
-# Rows of a bag from which on blocks of bfloat16 GEMMs pay; they are larger, since so many more of their scores fit.
-SMALL = 1024
-SPLIT_ROWS = 512
+# Rows of a bag from which on the fused kernel pays.
+SMALL = 64
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -111,51 +103,35 @@ def _unkey_overload(key):
 
 
 @_jit
-def _weigh(begin, end, scores, rest, factor, width, top, total, shrink):
-    # Scores become exp(factor (scores + rest) - top); top and total go on from the blocks before.
+def _weigh(begin, end, scores, top, total, shrink):
+    # Scores become exp(scores - top); top and total go on from the blocks before.
     for i in range(begin, end):
         key = _key(top[i])
-        for j in range(width):
-            score = _wide(scores[i, j])
-            if rest is not None:
-                score += _wide(rest[i, j])
-            here = _key(score * factor)
+        for j in range(scores.shape[1]):
+            here = _key(scores[i, j])
             key = here if here > key else key
         highest = _unkey(key)
         shrink[i] = _exp(top[i] - highest)
         found = total[i] * shrink[i]
-        for j in range(width):
-            score = _wide(scores[i, j])
-            if rest is not None:
-                score += _wide(rest[i, j])
-            weight = _exp(score * factor - highest)
+        for j in range(scores.shape[1]):
+            weight = _exp(scores[i, j] - highest)
             found += weight
-            scores[i, j] = _narrow(weight, scores[i, j])
+            scores[i, j] = weight
         top[i] = highest
         total[i] = found
 
 
 @_jit
-def _weigh_again(begin, end, scores, rest, factor, sums, grads, delta, kept):
+def _weigh_again(begin, end, scores, sums, grads, delta, kept):
     # Scores become P; grads, gradients of drop(P), become those of scores.
     for i in range(begin, end):
         for j in range(scores.shape[1]):
-            score = _wide(scores[i, j])
-            if rest is not None:
-                score += _wide(rest[i, j])
-            weight = _exp(score * factor - sums[i])
-            grad = _wide(grads[i, j])
+            weight = _exp(scores[i, j] - sums[i])
+            grad = grads[i, j]
             if kept is not None:
                 grad *= kept[i, j]
-            scores[i, j] = _narrow(weight, scores[i, j])
-            grads[i, j] = _narrow(weight * (grad - delta[i]) * factor, grads[i, j])
-
-
-@_jit
-def _add(begin, end, shrink, part, out):
-    for i in range(begin, end):
-        for j in range(out.shape[1]):
-            out[i, j] = out[i, j] * shrink[i] + _wide(part[i, j])
+            scores[i, j] = weight
+            grads[i, j] = weight * (grad - delta[i])
 
 
 class _Bag:
@@ -169,11 +145,12 @@ class _Bag:
         self.take: slice | Tensor = keys if len(taken) == len(columns) else taken
         self.columns = taken.numpy()
         self.q, self.k, self.v = (t.transpose(0, 1) for t in (args.q[rows], args.k[self.take], args.v[self.take]))
-        self.fast = args.plain and (not args.split or rows.stop - rows.start < SMALL)
+        self.fused = args.fused and rows.stop - rows.start >= SMALL
+        self.fast = args.plain and not self.fused
 
     def prepare(self) -> None:
         """k and v contiguous, for GEMMs."""
-        self.k, self.v = (self.args.load(t, PAD_KEYS) for t in (self.k, self.v))
+        self.k, self.v = (self.args.load(t) for t in (self.k, self.v))
 
 
 class _Arguments:
@@ -191,18 +168,11 @@ class _Arguments:
         self.dtype = accumulation_dtype(q.dtype)
         self.plain = not kind and not dropout
         self.need_weights = False
-        # GEMMs of bfloat16 give bfloat16: scores are two of them, the second one what the first one lacks.
-        self.split = self.plain and q.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        self.gemm = q.dtype if self.split else self.dtype
-        self.block_rows = SPLIT_ROWS if self.split else BLOCK_ROWS
-        # The scale is a factor of q where that rounds to float32, else of the scores.
-        number = np.float64 if self.dtype == torch.float64 else np.float32
-        self.scale_q, self.scale_scores = (1.0, number(scale)) if self.split else (scale, number(1))
+        self.fused = self.plain and q.dtype == torch.bfloat16 and bfloat_tiles.AVAILABLE
 
-    def load(self, x: Tensor, step: int) -> Tensor:
-        """(H, n, .) for GEMMs. Those of bfloat16 are compiled for their shape: n is made a multiple of ``step``."""
-        missing = -x.shape[1] % step if self.split else 0
-        return F.pad(x.to(self.gemm), (0, 0, 0, missing)).contiguous()
+    def load(self, x: Tensor) -> Tensor:
+        """(H, n, .) for GEMMs."""
+        return x.to(self.dtype).contiguous()
 
     def bags(self) -> Iterator[_Bag]:
         """The bags in which there is something to compute."""
@@ -222,11 +192,9 @@ class _Blocks:
 
     def __init__(self, bag: _Bag) -> None:
         self.bag, self.args, self.k, self.v = bag, bag.args, bag.k, bag.v
-        rows = bag.q.shape[1] + (PAD_ROWS if self.args.split else 0)
-        size = min(self.args.block_rows, rows) * min(BLOCK_KEYS, bag.k.shape[1])
+        size = min(BLOCK_ROWS, bag.q.shape[1]) * min(BLOCK_KEYS, bag.k.shape[1])
         kind, dtype = self.args.kind, self.args.dtype
-        names = ("scores", "grads", "rest") if self.args.split else ("scores", "grads")
-        self.buffers = {name: torch.empty(size, dtype=self.args.gemm) for name in names}
+        self.buffers = {name: torch.empty(size, dtype=dtype) for name in ("scores", "grads")}
         if self.args.dropout:
             self.buffers["factors"] = torch.empty(size, dtype=dtype)
         if kind:
@@ -245,8 +213,7 @@ class _Blocks:
         """Compute what all heads share in this block: distances or buckets."""
         self.rows, self.keys = rows, keys
         args, bag = self.args, self.bag
-        count = rows.stop - rows.start
-        self.shape = (count + (-count % PAD_ROWS if args.split else 0), keys.stop - keys.start)
+        self.shape = (rows.stop - rows.start, keys.stop - keys.start)
         if not args.kind:
             return
         assert args.coords is not None and args.kv_coords is not None
@@ -257,29 +224,18 @@ class _Blocks:
         else:
             self.launch(pairs.buckets, *where, args.thresholds, args.kind == "product", self.pairs)
 
-    def score(self, head: int, q: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scores (rows, keys) of one head, and what they lack; q (rows, d)."""
-        k = self.k[head, self.keys].t()
-        scores = torch.mm(q, k, out=self.buffer("scores"))
-        if self.args.split:
-            return scores, torch.addmm(scores, q, k, beta=-1, out=self.buffer("rest"))
+    def score(self, head: int, q: Tensor) -> Tensor:
+        """Scores (rows, keys) of one head; q (rows, d)."""
+        scores = torch.mm(q, self.k[head, self.keys].t(), out=self.buffer("scores"))
         if self.args.weights is None:
-            return scores, None
+            return scores
         if self.args.kind == "distance":
             scores.addcmul_(self.pairs, self.args.weights[0, head, :1], value=-1)
         else:
             weights = self.args.weights[:, head]
             weights = weights[self.bag.rows][self.rows] if len(weights) > 1 else weights
             self.launch(pairs.add_weights, weights, self.pairs, scores)
-        return scores, None
-
-    def add_product(self, out: Tensor, a: Tensor, b: Tensor, shrink: Tensor | None = None, alpha: float = 1.0) -> None:
-        """out = out * shrink + alpha a b; alpha is 1 where scores are split."""
-        if self.args.split:
-            shrink = out.new_ones(len(out)) if shrink is None else shrink
-            _add(0, len(out), array(shrink), array(torch.mm(a, b)), array(out))
-        else:
-            (out if shrink is None else out.mul_(shrink[:, None])).addmm_(a, b, alpha=alpha)
+        return scores
 
     def factor(self, head: int) -> Tensor:
         """0 where dropout drops, else 1 / (1 - dropout)."""
@@ -330,23 +286,21 @@ def _same_width(*tensors: Tensor) -> list[Tensor]:
 def _attend(bag: _Bag, out: Tensor, lse: Tensor, first: int, last: int) -> None:
     """Fill rows ``first`` to ``last`` of out (n, H, dv) and lse (n, H) of one bag, block by block."""
     blocks, args = _Blocks(bag), bag.args
-    for rows in blocks.bounds(first, last, args.block_rows):
-        q, count = args.load(bag.q[:, rows], PAD_ROWS) * args.scale_q, rows.stop - rows.start
+    for rows in blocks.bounds(first, last, BLOCK_ROWS):
+        q = args.load(bag.q[:, rows]) * args.scale
         top = torch.full(q.shape[:2], -float("inf"), dtype=args.dtype)
         total, shrink = torch.zeros_like(top), torch.empty_like(top)
         acc = torch.zeros(*q.shape[:2], blocks.v.shape[2], dtype=args.dtype)
         for keys in blocks.bounds(0, bag.k.shape[1], BLOCK_KEYS):
             blocks.enter(rows, keys)
-            width = min(keys.stop, len(bag.columns)) - keys.start
             for head in range(len(q)):
-                weights, rest = blocks.score(head, q[head])
-                sums = (top[head], total[head], shrink[head])
-                blocks.launch(_weigh, weights, rest, args.scale_scores, width, *sums)
+                weights = blocks.score(head, q[head])
+                blocks.launch(_weigh, weights, top[head], total[head], shrink[head])
                 if args.dropout:
                     weights.mul_(blocks.factor(head))
-                blocks.add_product(acc[head], weights, blocks.v[head, keys], shrink[head])
-        out[rows] = acc.div_(total[..., None]).transpose(0, 1)[:count]
-        lse[rows] = total.log_().add_(top).t()[:count]
+                acc[head].mul_(shrink[head, :, None]).addmm_(weights, blocks.v[head, keys])
+        out[rows] = acc.div_(total[..., None]).transpose(0, 1)
+        lse[rows] = total.log_().add_(top).t()
 
 
 def _attend_fast(bag: _Bag) -> tuple[Tensor, Tensor]:
@@ -378,6 +332,8 @@ def forward(*arguments) -> tuple[Tensor, Tensor]:
     for bag in args.bags():
         if bag.fast:
             out[bag.rows], lse[bag.rows] = _attend_fast(bag)
+        elif bag.fused:
+            fused_attention.attend(bag.q, bag.k, bag.v, args.scale, out[bag.rows], lse[bag.rows])
         else:
             bag.prepare()
             _share(partial(_attend, bag, out[bag.rows], lse[bag.rows]), bag.q.shape[1])
@@ -391,41 +347,32 @@ def _differentiate(
     return those of k and v (H, m, .), and of weights (1, H, C) where they have no rows."""
     blocks, args = _Blocks(bag), bag.args
     grad_k, grad_v = (torch.zeros(t.shape, dtype=args.dtype) for t in (blocks.k, blocks.v))
-    right = F.pad(blocks.v, (0, 2), value=1) if args.split else blocks.v
     shared = (
         [] if args.weights is None or by_row is not None or not args.need_weights else [torch.zeros_like(args.weights)]
     )
     grad_weights = shared[0] if shared else by_row
-    for rows in blocks.bounds(first, last, args.block_rows):
-        count = rows.stop - rows.start
-        q = args.load(bag.q[:, rows], PAD_ROWS) * args.scale_q
-        upper, value = (args.load(t[rows].transpose(0, 1), PAD_ROWS) for t in (grad, out))
-        delta, left = (upper.to(args.dtype) * value).sum(2), upper
-        if args.split:
-            # Subtracted inside the GEMM, in two pieces: rounded before that, near one-hot rows would lose their digits.
-            high = delta.to(args.gemm)
-            low = (delta - high).to(args.gemm)
-            left, delta = torch.cat([upper, -high[..., None], -low[..., None]], 2), torch.zeros_like(delta)
-        sums = F.pad(lse[rows].t(), (0, q.shape[1] - count)).contiguous()
+    for rows in blocks.bounds(first, last, BLOCK_ROWS):
+        q = args.load(bag.q[:, rows]) * args.scale
+        upper, value = (args.load(t[rows].transpose(0, 1)) for t in (grad, out))
+        delta, sums = (upper * value).sum(2), lse[rows].t().contiguous()
         found = torch.zeros(q.shape, dtype=args.dtype)
         blocks.begin_rows()
         for keys in blocks.bounds(0, bag.k.shape[1], BLOCK_KEYS):
             blocks.enter(rows, keys)
             for head in range(len(q)):
-                weights, rest = blocks.score(head, q[head])
-                grads = torch.mm(left[head], right[head, keys].t(), out=blocks.buffer("grads"))
+                weights = blocks.score(head, q[head])
+                grads = torch.mm(upper[head], blocks.v[head, keys].t(), out=blocks.buffer("grads"))
                 factor = blocks.factor(head) if args.dropout else None
-                row = (sums[head], grads, delta[head])
-                blocks.launch(_weigh_again, weights, rest, args.scale_scores, *row, factor)
+                blocks.launch(_weigh_again, weights, sums[head], grads, delta[head], factor)
                 dropped = weights if factor is None else factor.mul_(weights)
-                blocks.add_product(grad_v[head, keys], dropped.t(), upper[head])
-                blocks.add_product(found[head], grads, blocks.k[head, keys], alpha=args.scale_q)
-                blocks.add_product(grad_k[head, keys], grads.t(), q[head])
+                grad_v[head, keys].addmm_(dropped.t(), upper[head])
+                found[head].addmm_(grads, blocks.k[head, keys], alpha=args.scale)
+                grad_k[head, keys].addmm_(grads.t(), q[head])
                 if grad_weights is not None:
                     blocks.add_to_weights(grad_weights, head, weights, grads)
         if grad_weights is not None:
             blocks.end_rows(grad_weights)
-        grad_q[rows] = found.transpose(0, 1)[:count]
+        grad_q[rows] = found.transpose(0, 1)
     return [grad_k, grad_v, *shared]
 
 
@@ -449,12 +396,15 @@ def backward(grad: Tensor, out: Tensor, lse: Tensor, *arguments) -> tuple[Tensor
     grad_weights = torch.zeros_like(args.weights) if args.need_weights and args.weights is not None else None
     by_row = grad_weights if grad_weights is not None and len(grad_weights) > 1 else None
     for bag in args.bags():
+        mine = bag.rows
         if bag.fast:
             for_q, for_k, for_v = _differentiate_fast(bag, grad, out, lse)
             grad_q[bag.rows] = for_q.transpose(0, 1)
+        elif bag.fused:
+            own = (args.scale, grad[mine], out[mine], lse[mine], grad_q[mine])
+            for_k, for_v = _added(fused_attention.differentiate(bag.q, bag.k, bag.v, *own))
         else:
             bag.prepare()
-            mine = bag.rows
             part = partial(_differentiate, bag, grad[mine], out[mine], lse[mine], grad_q[mine], by_row)
             for_k, for_v, *for_weights = _added(_share(part, bag.q.shape[1]))
             if for_weights and grad_weights is not None:
