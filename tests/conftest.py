@@ -1,5 +1,6 @@
 """One thread per process, those that tests start included: tests run side by side, and their tensors are small."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -12,6 +13,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def pytest_xdist_auto_num_workers() -> int:
     """One more than cores: a test that starts processes mostly waits for them."""
     return len(os.sched_getaffinity(0)) + 1
+
+
+def pytest_collection_finish() -> None:
+    """What is there when the tests begin stays there: without this, each of the collections of garbage by which a run
+    plans its memory would walk a million objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
