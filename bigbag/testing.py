@@ -294,8 +294,9 @@ def forkserver() -> Any:
     """A multiprocessing context whose processes are forked off a server that has imported what a run needs, which takes
     a fresh process several seconds. The server does nothing else, and asks no driver for devices."""
     context = torch.multiprocessing.get_context("forkserver")
-    # torch imports the second for its first custom operator; the third brings numba.
-    context.set_forkserver_preload(["bigbag.engine.run", "torch._inductor", "bigbag.kernels.cpu.attention_pool"])
+    # DeepSpeed's ZeRO has torch import the second, which takes longer than a small run; the third brings numba.
+    imported = ["bigbag.engine.run", "torch._inductor.compile_fx", "bigbag.kernels.cpu.attention_pool"]
+    context.set_forkserver_preload(imported)
     return context
 
 

@@ -22,6 +22,7 @@ import pytest
 from bigbag.data import BagStore, open_store, pack
 from bigbag.data import cache as cache_module
 from bigbag.data.sources import MemorySource
+from bigbag.testing import forkserver
 
 
 @pytest.fixture(autouse=True)
@@ -244,8 +245,7 @@ def test_several_processes_share_one_small_cache(packed: Path, tmp_path: Path) -
     local = open_store(packed)
     expected = sum(float(local.read(i).x.astype(np.float64).sum()) for i in range(len(local)))
     bound = 2 * max(shard.bytes for shard in local.manifest.shards)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bigbag.data.stream"])
+    context = forkserver()  # a process has one, which the ranks of later tests are forked off too
     queue = context.Queue()
     processes = [
         context.Process(target=read_all, args=(packed.as_uri(), str(tmp_path / "cache"), bound, reverse, queue))
