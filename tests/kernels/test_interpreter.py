@@ -41,7 +41,7 @@ def test_triton_kernels_pass_interpreted(piece: str) -> None:
     pytest.importorskip("triton")
     # Triton patches its language when it is imported, hence the process.
     command = [sys.executable, "-m", "pytest", "tests/ops", "-q", "-n", "0", "-p", "no:cacheprovider"]
-    command += ["-k", expression(piece)]
+    command += ["-k", expression(piece), "-p", "no:hypothesispytest", "--assert=plain"]
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]

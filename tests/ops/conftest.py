@@ -24,8 +24,12 @@ _TRITON = pytest.param(
 
 def _patch_language_once() -> None:
     """Triton's interpreter patches its language at every launch, and again at every call of a helper within the kernel,
-    which took half of the time; what a helper's first call patches lasts."""
+    which took half of the time; what a helper's first call patches lasts. Each operation looks for NumPy's dtypes in a
+    table that it makes anew."""
     from triton.runtime import interpreter
+
+    look_up, look_up_once = interpreter._get_np_dtype, cache(interpreter._get_np_dtype)
+    interpreter._get_np_dtype = lambda dtype: (look_up if dtype.scalar.is_ptr() else look_up_once)(dtype.scalar)
 
     patch_language = cache(interpreter._patch_lang)
 
