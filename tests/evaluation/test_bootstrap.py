@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import cache
 
 import numpy as np
 import pytest
@@ -105,6 +106,7 @@ def test_intervals_cover_at_the_nominal_rate(method: str) -> None:
     assert all(0.917 <= np.mean(hits) <= 0.983 for hits in covered.values()), covered
 
 
+@cache
 def _true_average_precision(prevalence: float, distance: float) -> float:
     """Of normal scores whose means are ``distance`` apart: the mean precision at the positives."""
     s = np.linspace(-8, 11, 20_001)
