@@ -12,11 +12,13 @@ strips, scores, P from the logsumexp, dS = P (dP - delta), the gradient of q; th
 all strips. Exponentials are powers of two: scores and logsumexp are multiplied by log2(e) on the way.
 
 Reads: q and out once, k and v once per block of queries (backward: q and the gradient once per block of keys). FLOPs:
-4 N^2 d forward, 10 N^2 d backward, per head. Working memory: the copies, two forward and seven backward, and the
-gradients of k and v in float32 for each worker.
+4 N^2 d forward, 10 N^2 d backward, per head. Working memory: forward copies of q, k and v; backward, of a head at a
+time, seven copies, the gradient of q in float32 and those of k and v for each worker.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import numpy as np
 import torch
@@ -45,6 +47,9 @@ from bigbag.kernels.cpu.vectors import broadcast, lane_sum, lanes, load
 QUERIES = 240
 SHORT = 96
 KEYS = 384
+# Numbers of k and v, of some heads, whose gradients are computed together: small bags are not cut up, and of large ones
+# the copies of a head at a time lie beside the tensors.
+_TOGETHER = 1 << 20
 _LOG2_E = np.float32(1.4426950408889634)
 _LN_2 = np.float32(0.6931471805599453)
 _LEAST = np.float32(-3e38)
@@ -220,21 +225,39 @@ def _wide_zeros(x: Tensor) -> Tensor:
 
 def differentiate(
     q: Tensor, k: Tensor, v: Tensor, scale: float, grad: Tensor, out: Tensor, lse: Tensor, grad_q: Tensor
-) -> list[list[Tensor]]:
-    """Fill grad_q (n, H, d); return what each worker adds to the gradients of k and v (H, m.., .), in float32, in wider
-    rows and more of them."""
-    right = [array(t) for t in (_panels_of_columns(k), _panels_of_columns(v), _panels_of_rows(k))]
+) -> tuple[Tensor, Tensor]:
+    """Fill grad_q (n, H, d); return the gradients of k (H, m, d) and v (H, m, dv)."""
+    for_k, for_v = torch.empty(k.shape, dtype=k.dtype), torch.empty(v.shape, dtype=v.dtype)
+    step = max(1, _TOGETHER // (k.shape[1] * (k.shape[2] + v.shape[2])))
+    for first in range(0, len(q), step):
+        heads = slice(first, first + step)
+        given = (q[heads], k[heads], v[heads], scale, grad[:, heads], out[:, heads], lse[:, heads], grad_q[:, heads])
+        (sum_k, sum_v), *others = _share(
+            partial(_differentiate_share, _right_sides(k[heads], v[heads]), *given), q.shape[1]
+        )
+        for own_k, own_v in others:  # in their order
+            sum_k += own_k
+            sum_v += own_v
+        for_k[heads], for_v[heads] = (t[:, : k.shape[1], : own.shape[2]] for t, own in ((sum_k, k), (sum_v, v)))
+    return for_k, for_v
 
-    def part(first: int, last: int) -> list[Tensor]:
-        mine, upper = q[:, first:last], grad[first:last].transpose(0, 1)
-        left = [array(t) for t in (_words(mine), _words(upper), _panels_of_rows(mine), _panels_of_rows(upper))]
-        delta = (grad[first:last].float() * out[first:last]).sum(2)
-        rows = [array(F.pad(t.t(), (0, -len(t) % ROWS))) for t in (lse[first:last] * float(_LOG2_E), delta)]
-        found = [_wide_zeros(t) for t in (mine, k, v)]
-        for head in zip(*left, *right, *rows, *map(array, found)):
-            _differentiate(k.shape[1], np.float32(scale) * _LOG2_E, *head)
-        for_q, for_k, for_v = found
-        grad_q[first:last] = for_q.mul_(scale).transpose(0, 1)[: last - first, :, : q.shape[2]]
-        return [for_k.mul_(scale), for_v]
 
-    return _share(part, q.shape[1])
+def _right_sides(k: Tensor, v: Tensor) -> list[np.ndarray]:
+    return [array(t) for t in (_panels_of_columns(k), _panels_of_columns(v), _panels_of_rows(k))]
+
+
+def _differentiate_share(
+    right: list[np.ndarray], q: Tensor, k: Tensor, v: Tensor, scale: float, grad: Tensor, out: Tensor, lse: Tensor,
+    grad_q: Tensor, first: int, last: int,
+) -> list[Tensor]:  # fmt: skip
+    """Fill rows of grad_q; return what these queries add to the gradients of k and v, (H, m.., .) in float32."""
+    mine, upper = q[:, first:last], grad[first:last].transpose(0, 1)
+    left = [array(t) for t in (_words(mine), _words(upper), _panels_of_rows(mine), _panels_of_rows(upper))]
+    delta = (grad[first:last].float() * out[first:last]).sum(2)
+    rows = [array(F.pad(t.t(), (0, -len(t) % ROWS))) for t in (lse[first:last] * float(_LOG2_E), delta)]
+    found = [_wide_zeros(t) for t in (mine, k, v)]
+    for head in zip(*left, *right, *rows, *map(array, found)):
+        _differentiate(k.shape[1], np.float32(scale) * _LOG2_E, *head)
+    for_q, for_k, for_v = found
+    grad_q[first:last] = for_q.mul_(scale).transpose(0, 1)[: last - first, :, : q.shape[2]]
+    return [for_k.mul_(scale), for_v]

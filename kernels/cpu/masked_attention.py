@@ -402,7 +402,7 @@ def backward(grad: Tensor, out: Tensor, lse: Tensor, *arguments) -> tuple[Tensor
             grad_q[bag.rows] = for_q.transpose(0, 1)
         elif bag.fused:
             own = (args.scale, grad[mine], out[mine], lse[mine], grad_q[mine])
-            for_k, for_v = _added(fused_attention.differentiate(bag.q, bag.k, bag.v, *own))
+            for_k, for_v = fused_attention.differentiate(bag.q, bag.k, bag.v, *own)
         else:
             bag.prepare()
             part = partial(_differentiate, bag, grad[mine], out[mine], lse[mine], grad_q[mine], by_row)
