@@ -234,6 +234,17 @@ def _rounded(builder, value):
 
 
 @intrinsic
+def rounded(typing, value):
+    """A vector's numbers rounded to bfloat16, as float32."""
+
+    def code(context, builder, signature, args):
+        bits = builder.zext(_rounded(builder, args[0]), ir.VectorType(_INT, value.lanes))
+        return builder.bitcast(builder.shl(bits, _all(bits.type, 16)), args[0].type)
+
+    return value(value), code
+
+
+@intrinsic
 def store_rounded(typing, value, out, i, c):
     """Write a vector to ``out[i, c : c + lanes]`` as bfloat16."""
 

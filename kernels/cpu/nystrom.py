@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bigbag.kernels.cpu import bfloat_tiles, fused_nystrom
 from bigbag.kernels.cpu.memory import huge_pages
 from bigbag.kernels.cpu.segments import _pool, accumulation_dtype
 
@@ -53,6 +54,10 @@ class _Piece:
     def chunks(self) -> Iterator[tuple[int, int]]:
         for start in range(self.start, self.end, self.chunk):
             yield start, min(start + self.chunk, self.end)
+
+
+def _is_fused(rows: Tensor) -> bool:
+    return bfloat_tiles.AVAILABLE and rows.dtype == torch.bfloat16
 
 
 def _pieces(offsets: Tensor, counts: Tensor, heads: int) -> list[_Piece]:
@@ -149,6 +154,9 @@ def spread(q: Tensor, keys: Tensor, values: Tensor, offsets: Tensor, counts: Ten
     out = huge_pages(torch.empty(num_rows, heads, values.shape[3], dtype=q.dtype))
     norms = torch.empty(2, num_rows, heads, dtype=keys.dtype)
     pieces = _pieces(offsets, counts, heads)
+    if _is_fused(q):
+        _launch(fused_nystrom.spread(q, keys, values, counts, out, norms), pieces, heads)
+        return out, norms
 
     def work(pieces: list[_Piece], _: int) -> None:
         buffers = _Buffers(pieces, heads, keys.dtype, (q, out), 1)
@@ -177,6 +185,11 @@ def spread_backward(
     grad_q = huge_pages(q.new_empty(q.shape))
     key_parts = keys.new_zeros(len(pieces), *keys.shape[1:])
     value_parts = values.new_zeros(len(pieces), *values.shape[1:])
+    gradients = [(key_parts, keys), (value_parts, values)]
+    if _is_fused(q):
+        given = (grad, q, keys, values, norms, counts, grad_q, key_parts, value_parts)
+        _launch(fused_nystrom.spread_backward(*given), pieces, heads)
+        return grad_q, *(_add(pieces, parts, x.new_zeros(x.shape)) for parts, x in gradients)
 
     def work(pieces: list[_Piece], first: int) -> None:
         buffers = _Buffers(pieces, heads, keys.dtype, (q, grad, grad_q), 3)
@@ -197,8 +210,7 @@ def spread_backward(
                 grad_value.baddbmm_(p.mT, grad_out)
 
     _launch(work, pieces, heads)
-    sums = [_add(pieces, parts, x.new_zeros(x.shape)) for parts, x in ((key_parts, keys), (value_parts, values))]
-    return grad_q, sums[0], sums[1]
+    return grad_q, *(_add(pieces, parts, x.new_zeros(x.shape)) for parts, x in gradients)
 
 
 def gather(queries: Tensor, k: Tensor, v: Tensor, offsets: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,6 +221,9 @@ def gather(queries: Tensor, k: Tensor, v: Tensor, offsets: Tensor, counts: Tenso
     parts = queries.new_zeros(len(pieces), heads, landmarks, v.shape[2])
     tops = queries.new_full((len(pieces), heads, landmarks, 1), -torch.inf)
     totals = queries.new_zeros(tops.shape)
+    if _is_fused(k):
+        _launch(fused_nystrom.gather(queries, k, v, parts, tops, totals), pieces, heads)
+        return _combine(pieces, parts, tops, totals, queries.shape[0])
 
     def work(pieces: list[_Piece], first: int) -> None:
         buffers = _Buffers(pieces, heads, queries.dtype, (k, v), 1)
@@ -254,6 +269,10 @@ def gather_backward(
     pieces = _pieces(offsets, counts, heads)
     grad_k, grad_v = (huge_pages(x.new_empty(x.shape)) for x in (k, v))
     parts = queries.new_zeros(len(pieces), *queries.shape[1:])
+    if _is_fused(k):
+        given = (grad, queries, k, v, y, norms, offsets, grad_k, grad_v, parts)
+        _launch(fused_nystrom.gather_backward(*given), pieces, heads)
+        return _add(pieces, parts, queries.new_zeros(queries.shape)), grad_k, grad_v
     delta = (grad * y).sum(3, keepdim=True)
 
     def work(pieces: list[_Piece], first: int) -> None:
