@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bigbag.bags import Segments
+from bigbag.kernels.cpu.memory import huge_pages
 from bigbag.ops import distributed
 from bigbag.ops.custom import CustomOp, launcher
 from bigbag.ops.registry import FLOATING, HALF, Operator, choose
@@ -161,7 +162,10 @@ def _acc(x: Tensor) -> torch.dtype:
 
 def _rows_of_bags(values: Tensor, offsets: Tensor, num_rows: int) -> Tensor:
     """(B, C) -> (T, C): each row gets the values of its bag."""
-    return torch.repeat_interleave(values, offsets.diff(), 0, output_size=num_rows)
+    bags = torch.repeat_interleave(offsets.diff(), output_size=num_rows)
+    if values.requires_grad:
+        return values.index_select(0, bags)
+    return torch.index_select(values, 0, bags, out=huge_pages(values.new_empty(num_rows, values.shape[1])))
 
 
 def _register(impl: str, module: str) -> None:

@@ -7,6 +7,7 @@ block (rows). Sums are float32. Rounding to bfloat16 is kept away from what the 
     scores            landmarks are two numbers of bfloat16, their rounded value and what it lacks: 16 bits
     weights, spread   times values less their mean over the landmarks, since weights add up to 1; and for the gradient
                       of values as weights less 1 / count, since close to equal ones would lose their differences
+    weights, gather   are divided by the sum of rounded ones, so that what all values share comes out as it is
     gradients of      add up to 0 over what the softmax is taken of: in ``spread`` they meet keys less their mean, in
       scores          ``gather`` what rounding adds up to is taken off again, times a row that stands for k
 
@@ -16,8 +17,8 @@ five copies; a thread has the scores of a block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -52,20 +53,14 @@ from bigbag.kernels.cpu.half import _narrow, _wide
 from bigbag.kernels.cpu.segments import _block, _jit, array
 from bigbag.kernels.cpu.vectors import broadcast, lane_sum, lanes, load, store
 
+if TYPE_CHECKING:
+    from bigbag.kernels.cpu.nystrom import _Piece
+
 BLOCK = 96
 _ONE = np.float32(1)
 
 
-class Piece(Protocol):
-    """Rows ``start`` to ``end``, all of ``bag``, which has ``count`` landmarks."""
-
-    bag: int
-    count: int
-    start: int
-    end: int
-
-
-Work = Callable[[Sequence[Piece], int], None]
+Work: TypeAlias = "Callable[[list[_Piece], int], None]"
 """What a thread does with some pieces, the number of the first among all given."""
 
 
@@ -197,9 +192,7 @@ def _spread_backward(grad, q, keys, key_rows, values, norms, count, grad_q, for_
                     delta[r] = _weights_of_row(like, scores, grads, r, count, top, scale)
                 for r in range(0, ROWS, 2):
                     half = (start - block + r) // 2
-                    _spread_two(
-                        like, scores, grads, r, count, delta[r], delta[r + 1], even, weights, pairs, half, rows
-                    )
+                    _spread_two(like, scores, grads, r, count, delta[r], delta[r + 1], even, weights, pairs, half, rows)
                 sums[:] = 0
                 _add_product(words, 0, key_rows[h], 0, (count + 1) // 2, sums, 0)
                 _write_strip(sums, grad_q, start, h)
@@ -239,22 +232,25 @@ def _raise_tops(least, scores, rows, count, tops, shrink, h):
 
 @_block
 def _weigh_block(zero, scores, rows, count, tops, totals, h, pairs):
-    """pairs: the weights 2^(scores - tops) of two rows each; their sums are added to totals[0, h]."""
+    """pairs: the weights 2^(scores - tops) of two rows each; their sums, and those when rounded, are added to
+    totals[:, h]."""
     c = 0
     while c < count:
-        top, total = load(zero, tops, 0, h, c), load(zero, totals, 0, h, c)
+        top, total, sums = load(zero, tops, 0, h, c), load(zero, totals, 0, h, c), load(zero, totals, 1, h, c)
         for t in range(0, rows, 2):
             one = power_of_2(subtract(load(zero, scores, 0, t, c), top))
             other = power_of_2(subtract(load(zero, scores, 0, t + 1, c), top))
             total = add(add(total, one), other)
+            sums = add(add(sums, rounded(one)), rounded(other))
             store_pairs(one, other, pairs, t // 2, c)
         store(total, totals, 0, h, c)
+        store(sums, totals, 1, h, c)
         c += lanes(zero)
 
 
 @_jit
 def _gather(k, v, queries, count, sums, tops, totals):
-    # k, v (n, H, .), queries (H, panels, d, 64), sums (H, M.., dv..), tops, totals (1, H, 64 panels)
+    # k, v (n, H, .), queries (H, panels, d, 64), sums (H, M.., dv..), tops (1, H, 64 panels), totals (2, H, 64 panels)
     zero, least = broadcast(np.float32(0), 64), broadcast(np.float32(-np.inf), 64)
     columns = 64 * queries.shape[1]
     left = np.zeros((ROWS, 2 * queries.shape[2]), np.int16)
@@ -271,6 +267,7 @@ def _gather(k, v, queries, count, sums, tops, totals):
             for i in range(count):
                 if shrink[0, 0, i] != 1:
                     totals[0, h, i] *= shrink[0, 0, i]
+                    totals[1, h, i] *= shrink[0, 0, i]
                     for c in range(sums.shape[2]):
                         sums[h, i, c] *= shrink[0, 0, i]
             _weigh_block(zero, scores, rows, count, tops, totals, h, pairs)
@@ -371,7 +368,7 @@ def spread(q: Tensor, keys: Tensor, values: Tensor, counts: Tensor, out: Tensor,
     right = (_in_two(keys), _of_bags(_panels_of_rows, values - means), array(means[:, :, 0]))
     mine, found, sums = array(q), array(out), array(norms)
 
-    def work(pieces: Sequence[Piece], _: int) -> None:
+    def work(pieces: list[_Piece], _: int) -> None:
         for piece in pieces:
             rows = slice(piece.start, piece.end)
             _spread(mine[rows], *(x[piece.bag] for x in right), piece.count, found[rows], sums[:, rows])
@@ -388,7 +385,7 @@ def spread_backward(
     right = (_in_two(keys), _of_bags(_panels_of_rows, centred[0]), _of_bags(_panels_of_columns, centred[1]))
     upper, mine, sums, found = (array(x) for x in (grad, q, norms, grad_q))
 
-    def work(pieces: Sequence[Piece], first: int) -> None:
+    def work(pieces: list[_Piece], first: int) -> None:
         for number, piece in enumerate(pieces, first):
             rows, count = slice(piece.start, piece.end), piece.count
             for_keys, for_values = (_room(keys.shape[1], count, x.shape[3]) for x in (keys, values))
@@ -406,16 +403,18 @@ def gather(queries: Tensor, k: Tensor, v: Tensor, parts: Tensor, tops: Tensor, t
     """Of ``nystrom.gather``: fills the pieces' sums (pieces, H, M, dv), maxima and totals (pieces, H, M, 1)."""
     right, keys, values = _in_two(queries), array(k), array(v)
 
-    def work(pieces: Sequence[Piece], first: int) -> None:
+    def work(pieces: list[_Piece], first: int) -> None:
         for number, piece in enumerate(pieces, first):
             rows, count, own = slice(piece.start, piece.end), piece.count, right[piece.bag]
             sums = _room(len(own), count, v.shape[2])
-            top, total = np.full((2, 1, len(own), 64 * own.shape[1]), -np.inf, np.float32)
-            total[:] = 0
+            top = np.full((1, len(own), COLUMNS * own.shape[1]), -np.inf, np.float32)
+            total = np.zeros((2, *top.shape[1:]), np.float32)
             _gather(keys[rows], values[rows], own, count, sums, top, total)
-            parts[number, :, :count] = torch.from_numpy(sums)[:, :count, : parts.shape[3]]
+            exact, multiplied = torch.from_numpy(total)[:, :, :count, None]
+            # Else what all values share would not come out as it is.
+            parts[number, :, :count] = torch.from_numpy(sums)[:, :count, : parts.shape[3]] * (exact / multiplied)
             tops[number, :, :count, 0] = torch.from_numpy(top)[0, :, :count] * float(_LN_2)
-            totals[number, :, :count, 0] = torch.from_numpy(total)[0, :, :count]
+            totals[number, :, :count] = exact
 
     return work
 
@@ -435,7 +434,7 @@ def gather_backward(
     keys, values, for_k, for_v = (array(x) for x in (k, v, grad_k, grad_v))
     starts = offsets.tolist()
 
-    def work(pieces: Sequence[Piece], first: int) -> None:
+    def work(pieces: list[_Piece], first: int) -> None:
         for number, piece in enumerate(pieces, first):
             rows, count, bag = slice(piece.start, piece.end), piece.count, piece.bag
             sums, slack = _room(k.shape[1], count, k.shape[2]), np.zeros_like(bags[4][bag])

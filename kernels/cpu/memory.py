@@ -20,8 +20,9 @@ if _madvise is not None:
 
 
 def huge_pages(x: Tensor) -> Tensor:
-    """x itself, which nothing has been written to yet; on other devices than the CPU it stays as it is."""
-    if _madvise is not None and x.device.type == "cpu" and x.nbytes >= _LARGE_BYTES:
+    """x itself, which nothing has been written to yet; on other devices than the CPU it stays as it is, and while
+    tracing, where it has no memory."""
+    if _madvise is not None and type(x) is Tensor and x.device.type == "cpu" and x.nbytes >= _LARGE_BYTES:
         # The first page that is wholly the tensor's own.
         start = -(-x.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         _madvise(start, (x.data_ptr() + x.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE, mmap.MADV_HUGEPAGE)

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from bigbag import Segments
+from bigbag.kernels.cpu import bfloat_tiles
 from bigbag.memory import peak_bytes
 from bigbag.ops import nystrom as nystrom_module
 from bigbag.ops import pseudo_inverse
 from bigbag.ops.nystrom import nystrom_attention, nystrom_class_token_attention
 from bigbag.samples.nystrom import SAMPLES
+from bigbag.testing import check
 
 NAMED = {sample.name: sample for sample in SAMPLES}
 
@@ -189,8 +191,9 @@ def test_memory_holds_no_matrix_of_rows_by_landmarks() -> None:
     assert peak("reference") > 4 * rows * heads * landmarks * 4  # the measure sees what the definition keeps
 
 
-def test_cpu_pieces_do_not_depend_on_the_number_of_threads_nor_leave_it_changed() -> None:
-    tensors = [tensor.requires_grad_() for tensor in qkv(9_000, 2, 8, 8, torch.float32)]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cpu_pieces_do_not_depend_on_the_number_of_threads_nor_leave_it_changed(dtype: torch.dtype) -> None:
+    tensors = [tensor.requires_grad_() for tensor in qkv(9_000, 2, 8, 8, dtype)]
     segments = Segments.from_sizes((8_500, 3, 497))
     found = []
     for count in (1, 3):
@@ -200,9 +203,54 @@ def test_cpu_pieces_do_not_depend_on_the_number_of_threads_nor_leave_it_changed(
         assert torch.get_num_threads() == count
     with torch.inference_mode():
         again = nystrom_attention(*tensors, segments, num_landmarks=32, impl="cpu")
+    close = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
     for one, other in zip(*found):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * float(one.detach().abs().max()))
+        torch.testing.assert_close(one, other, rtol=close, atol=close * float(one.detach().abs().max()))
     assert torch.equal(again, found[1][0])
+
+
+def _step(tensors: list[Tensor], weight: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+    out = nystrom_attention(*leaves, Segments.from_sizes(sizes), num_landmarks=64, impl="cpu")
+    return [out.detach(), *torch.autograd.grad(out, leaves, weight.to(out.dtype))]
+
+
+needs_tiles = pytest.mark.skipif(not bfloat_tiles.AVAILABLE, reason="this processor has no AVX-512 BF16, or has AMX")
+
+
+@needs_tiles
+@pytest.mark.parametrize(("spread", "common"), [(1.0, 0.0), (2.0, 0.0), (1.0, 1.0), (0.1, 1.0)])
+def test_tiles_of_bfloat16_err_little_more_than_products_in_float32(
+    spread: float, common: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From softmaxes that are close to one-hot to ones close to even. There weights, gradients of scores and landmarks
+    that were simply rounded would lose what tells rows apart: gradients to q erred by their own size."""
+    generator = torch.Generator().manual_seed(1)
+    tensors = [
+        (spread * torch.randn(2_003, 2, 32, generator=generator) + common * torch.randn(2, 32, generator=generator))
+        for _ in range(3)
+    ]
+    inputs, weight = [t.bfloat16() for t in tensors], torch.randn(2_003, 2, 32, generator=generator).bfloat16()
+    truth, found = _step([t.double() for t in inputs], weight, (1_700, 303)), _step(inputs, weight, (1_700, 303))
+    monkeypatch.setattr(bfloat_tiles, "AVAILABLE", False)
+    for exact, value, other in zip(truth, found, _step(inputs, weight, (1_700, 303))):
+        error, allowed = ((t.double() - exact).norm() for t in (value, other))
+        assert 0 < error <= 2 * allowed
+
+
+@needs_tiles
+def test_tiles_keep_what_is_not_a_number_to_its_bag() -> None:
+    q, k, v = qkv(400, 2, 16, 16, torch.bfloat16)
+    weight = torch.ones_like(v)
+    clean = _step([q, k, v], weight, (150, 250))
+    k[3, 1, 2] = torch.nan
+    for before, after in zip(clean, _step([q, k, v], weight, (150, 250))):
+        assert after[:150, 1].isnan().all() and torch.equal(after[150:], before[150:])
+
+
+def test_bfloat16_where_there_are_no_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bfloat_tiles, "AVAILABLE", False)
+    check(NAMED["several"], "cpu", torch.bfloat16)
 
 
 def test_errors_name_what_does_not_fit() -> None:
