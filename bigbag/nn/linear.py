@@ -122,18 +122,21 @@ def linear_error(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, gram: Tenso
     4 T K^2 (a layer and squares take 2 and 4 T P K). It keeps x, h and ``(T, K)`` numbers more.
 
     Terms cancel where the layer is near its targets: the rounding of squares one by one is 1 / (1 - R^2) times smaller,
-    R^2 the share of ``|x'|^2`` that the layer explains. So it is for products in float32 or float64.
+    R^2 the share of ``|x'|^2`` that the layer explains. So it is for products in float32 or float64; where they are
+    less precise (:func:`are_precise`), errors are formed a chunk at a time, forward and backward: 2 and 6 T P K.
 
     Args:
         x: ``(T, P)``, in any precision.
         h: ``(T, K)``.
-        weight: ``(P, K)``, float32 or float64, as h.
+        weight: ``(P, K)``, float32 or float64.
         bias: ``(P,)``.
         gram: ``W^T W`` ``(K, K)``, for callers that have it, as those who come with a chunk of rows at a time.
 
     Returns:
         ``(T,)``.
     """
+    if not are_precise(weight):
+        return _LinearErrorByRows.apply(x, h, weight, bias, compute_dtype(weight))
     with torch.no_grad():
         gram = weight.t() @ weight if gram is None else gram
     return _LinearError.apply(x, h, weight, bias, gram)
@@ -179,6 +182,46 @@ class _LinearError(torch.autograd.Function):
         grad_weight = 2 * (weight @ gram - cross + torch.outer(bias, sum_h))
         grad_bias = 2 * (weight @ sum_h - sum_x + bias * grad.sum())
         return grad_x, slope * (2 * grad)[:, None], grad_weight, grad_bias, None
+
+
+class _LinearErrorByRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+        squares, chunks = weight.new_empty(len(x)), row_chunks(x)
+        low = [t.to(dtype) for t in (weight, bias)]
+        for rows in chunks:
+            errors = _errors(x[rows], h[rows].to(dtype), *low)
+            wide = errors.to(weight.dtype)
+            squares[rows] = torch.linalg.vecdot(wide, wide)
+        # Those of a single chunk, as callers with a chunk at a time have, are kept.
+        kept = errors.to(dtype) if len(chunks) == 1 else None
+        ctx.save_for_backward(x, h, weight, bias, kept)
+        ctx.dtype = dtype
+        return squares
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor, None]:
+        x, h, weight, bias, kept = ctx.saved_tensors
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        grad_h = huge_pages(torch.empty_like(h))
+        grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(bias)
+        low, low_bias = (t.to(ctx.dtype) for t in (weight, bias))
+        for rows in row_chunks(x):
+            own, factor = h[rows].to(ctx.dtype), (-2 * grad[rows]).to(ctx.dtype)
+            errors = _errors(x[rows], own, low, low_bias).to(ctx.dtype) if kept is None else kept
+            grad_h[rows] = (errors @ low) * factor[:, None]
+            grad_weight += errors.t() @ (own * factor[:, None])
+            grad_bias += errors.t() @ factor
+            if grad_x is not None:
+                grad_x[rows] = errors * -factor[:, None]
+        return grad_x, grad_h, grad_weight, grad_bias, None
+
+
+def _errors(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``x - (h W^T + b)``, in the wider dtype."""
+    out = torch.addmm(bias, h, weight.t())
+    return torch.sub(x, out, out=out) if x.dtype == out.dtype else x - out
 
 
 def _chunks(x: Tensor, dtype: torch.dtype, gelu: bool) -> list[slice]:

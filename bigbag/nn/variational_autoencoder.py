@@ -160,7 +160,7 @@ class VariationalAutoEncoder(torch.nn.Module):
 
         if not self._keeps_hidden:
             return torch.stack([by_rows(of_latent, x, z, modules=[layers]) for z in samples.unbind(1)], 1)
-        if gram is not None:
+        if self.covar_mode == "single":
             return torch.stack([of_latent(x, z) for z in samples.unbind(1)], 1)
         kept = [layers[:-1](z) for z in samples.unbind(1)]
         return torch.stack([by_rows(of_hidden, x, hidden, modules=[layers[-1]]) for hidden in kept], 1)
@@ -177,7 +177,7 @@ class VariationalAutoEncoder(torch.nn.Module):
     def _log_likelihood(self, x: Tensor, hidden: Tensor, gram: Tensor | None) -> Tensor:
         """``log p(x | z)`` (n,) from what the last layer of the decoder sees."""
         last = readable(self.decoder.net[-1])
-        if gram is None:
+        if self.covar_mode != "single":
             return _log_normal(_wide(x), *_mean_and_log_std([last], hidden, self.d_var_dec))
         (weight, of_std), (bias, std_bias) = last.weight.tensor_split([-1]), last.bias.tensor_split([-1])
         log_std = F.linear(hidden, of_std, std_bias)[:, 0]

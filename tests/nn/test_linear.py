@@ -63,6 +63,31 @@ def test_squared_errors_of_a_layer_and_all_their_gradients(rows: int, dtype: tor
         torch.testing.assert_close(one.double(), other, rtol=rtol, atol=1e-5 * scale, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("rows", [0, 1, 2048, 5000])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+def test_squared_errors_with_products_in_16_bits(rows: int, stored: torch.dtype) -> None:
+    """Against the formula in float64, of what is rounded: x, h, the layer's output, and what products are made of."""
+    tensors = [
+        randn(rows, 40, seed=0).to(stored),
+        randn(rows, 12, seed=1),
+        randn(40, 12, seed=2) / 3,
+        randn(40, seed=3),
+    ]
+    low = [t.clone().requires_grad_() for t in tensors]
+    exact = [t.double().requires_grad_() for t in tensors]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = linear_error(*low)
+    assert out.dtype == torch.float32
+    truth = (exact[0] - F.linear(*exact[1:])).square().sum(1)
+    torch.testing.assert_close(out.double(), truth, rtol=2**-6, atol=1e-3)
+    incoming = randn(rows, seed=4)
+    found = torch.autograd.grad(out, low, incoming)
+    expected = torch.autograd.grad(truth, exact, incoming.double())
+    for one, other, leaf in zip(found, expected, low):
+        assert one.dtype == leaf.dtype
+        assert (one.double() - other).norm() <= 2**-6 * other.norm()
+
+
 @pytest.mark.parametrize("explained", [0.9, 0.999])
 def test_squared_errors_near_the_targets_round_as_promised(explained: float) -> None:
     """By 1 / (1 - R^2) more than squares one by one: a few units of 2^-24 of |x'|^2, and of its products."""
