@@ -52,7 +52,9 @@ def nystrom_attention(
     batch of one.
 
     Accumulation and landmarks are float32 (float64 for float64) also for 16-bit inputs: the pseudo-inverse magnifies
-    rounding by up to (13 / 4) ** num_iterations. Not twice differentiable, except ``impl="reference"``.
+    rounding by up to (13 / 4) ** num_iterations. On CPUs with AVX-512 BF16, factors of bfloat16 inputs' products are
+    rounded where that shows no more than the rounding of the inputs does (``kernels/cpu/fused_nystrom.py``). Not twice
+    differentiable, except ``impl="reference"``.
 
     FLOPs: T H m (4 d + 4 dv) forward, T H m (12 d + 8 dv) backward, and per bag 8 H m^3 (n - 1) and 24 H m^3 (n - 1)
     for n iterations. (The product from left to right, as torchmil has it, costs 2 T H m^2 more forward and 4 T H m^2
