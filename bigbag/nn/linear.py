@@ -123,7 +123,8 @@ def linear_error(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, gram: Tenso
 
     Terms cancel where the layer is near its targets: the rounding of squares one by one is 1 / (1 - R^2) times smaller,
     R^2 the share of ``|x'|^2`` that the layer explains. So it is for products in float32 or float64; where they are
-    less precise (:func:`are_precise`), errors are formed a chunk at a time, forward and backward: 2 and 6 T P K.
+    less precise (:func:`are_precise`), or T <= 2 K rows are too few for 4 P K^2 that they share (:func:`share_gram`),
+    errors are formed: 2 T P K forward and 4 backward, or 6 where T is more than a chunk, each formed anew.
 
     Args:
         x: ``(T, P)``, in any precision.
@@ -135,11 +136,16 @@ def linear_error(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, gram: Tenso
     Returns:
         ``(T,)``.
     """
-    if not are_precise(weight):
+    if gram is None and not share_gram(x, weight):
         return _LinearErrorByRows.apply(x, h, weight, bias, compute_dtype(weight))
     with torch.no_grad():
         gram = weight.t() @ weight if gram is None else gram
     return _LinearError.apply(x, h, weight, bias, gram)
+
+
+def share_gram(x: Tensor, weight: Tensor) -> bool:
+    """Whether :func:`linear_error` goes by ``W^T W`` for these rows."""
+    return len(x) > 2 * weight.shape[1] and are_precise(weight)
 
 
 def are_precise(parameter: Tensor) -> bool:
@@ -258,17 +264,21 @@ class _Project(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
         grad_x = huge_pages(torch.empty_like(x)) if ctx.needs_input_grad[0] else None
-        # Transposed, as the product of a tall matrix's columns with few others is faster than that of the few with it.
-        grad_weight_t = weight.new_zeros(weight.shape[::-1]) if ctx.needs_input_grad[1] else None
-        w = weight.to(grad.dtype)
-        for chunk in _chunks(x, grad.dtype, ctx.gelu):
+        grad_weight, w = None, weight.to(grad.dtype)
+        chunks = _chunks(x, grad.dtype, ctx.gelu)
+        for chunk in chunks:
             rows = _converted(x[chunk], grad.dtype)
-            if grad_weight_t is not None:
-                grad_weight_t += (F.gelu(rows) if ctx.gelu else rows).t() @ grad[chunk]
+            if ctx.needs_input_grad[1]:
+                entered = F.gelu(rows) if ctx.gelu else rows
+                # Transposed where there are many rows: the product of a tall matrix's columns with few others is
+                # faster than that of the few with it.
+                part = grad.t() @ entered if len(chunks) == 1 else entered.t() @ grad[chunk]
+                grad_weight = part.to(weight.dtype) if grad_weight is None else grad_weight.add_(part)
             if grad_x is not None:
                 grad_rows = grad[chunk] @ w
                 grad_x[chunk] = torch.ops.aten.gelu_backward(grad_rows, rows) if ctx.gelu else grad_rows
-        grad_weight = None if grad_weight_t is None else grad_weight_t.t().contiguous()
+        if grad_weight is not None and len(chunks) > 1:
+            grad_weight = grad_weight.t().contiguous()
         grad_bias = grad.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
         return grad_x, grad_weight, grad_bias, None, None
 

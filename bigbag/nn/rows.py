@@ -38,12 +38,12 @@ class Projection(NamedTuple):
         return [huge_pages(self.weight.new_empty(num_rows, width, dtype=dtype)) for width in widths]
 
     def of(self, rows: Tensor, added: Tensor | None = None) -> tuple[Tensor, ...]:
-        """The parts of the result for ``rows``, differentiable."""
+        """The parts of the result for ``rows``, differentiable: of few rows, so that their gradients are joined, not
+        those of the weights."""
         dtype = compute_dtype(self.weight)
-        weights = self.weight.to(dtype).split(self.widths or self.weight.shape[:1])
-        biases = [None] * len(weights) if self.bias is None else self.bias.to(dtype).split([len(w) for w in weights])
-        found = [F.linear(rows.to(dtype), weight, bias) for weight, bias in zip(weights, biases)]
-        return tuple(found) if added is None else ((found[0] + added).to(dtype),)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        found = F.linear(rows.to(dtype), self.weight.to(dtype), bias).split(self.widths or self.weight.shape[:1], -1)
+        return tuple(t.contiguous() for t in found) if added is None else ((found[0] + added).to(dtype),)
 
     def into(self, places: Sequence[Tensor], rows: Tensor, added: Tensor | None = None) -> None:
         """Write the parts of the result for ``rows`` to ``places``: one pass over the memory of the result."""
@@ -164,10 +164,13 @@ def by_rows(
 
 
 def _are_few(inputs: tuple[Tensor | Windows, ...], chunk: int | None) -> bool:
-    """Whether all intermediate values may be kept. Less than a chunk: predictions of memory start at a whole one."""
-    if any(isinstance(t, Windows) for t in inputs):
-        return False
-    rows, most = inputs[0].shape[0], _ROWS.get(inputs[0].device.type, _ROWS["cuda"])
+    return not any(isinstance(t, Windows) for t in inputs) and are_few(inputs[0], chunk)
+
+
+def are_few(x: Tensor | Windows, chunk: int | None = None) -> bool:
+    """Whether all intermediate values of these rows may be kept. Less than a chunk: predictions of memory start at a
+    whole one."""
+    rows, most = x.shape[0], _ROWS.get(x.device.type, _ROWS["cuda"])
     return 2 * rows <= most and (chunk is None or rows < chunk)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bigbag import ops
 from bigbag.bags import PackedBags, Segments
-from bigbag.nn.linear import MLP, are_precise, linear_error, readable
+from bigbag.nn.linear import MLP, linear_error, readable, share_gram
 from bigbag.nn.rows import Projection, by_rows
 from bigbag.ops.registry import compute_dtype
 
@@ -150,7 +150,7 @@ class VariationalAutoEncoder(torch.nn.Module):
 
     def _log_likelihoods(self, x: Tensor, samples: Tensor) -> Tensor:
         """``log p(x | z)`` (n, S) of samples (n, S, latent)."""
-        layers, gram = self.decoder.net, self._gram()
+        layers, gram = self.decoder.net, self._gram(x)
 
         def of_latent(rows: Tensor, z: Tensor) -> Tensor:
             return self._log_likelihood(rows, layers[:-1](z), gram)
@@ -166,11 +166,11 @@ class VariationalAutoEncoder(torch.nn.Module):
         return torch.stack([by_rows(of_hidden, x, hidden, modules=[layers[-1]]) for hidden in kept], 1)
 
     @torch.no_grad()
-    def _gram(self) -> Tensor | None:
+    def _gram(self, x: Tensor) -> Tensor | None:
         """Of the decoder's last layer for :func:`linear_error`, where the likelihood needs but the sum of a row's
-        squared errors and products are precise enough."""
+        squared errors and it pays."""
         last = readable(self.decoder.net[-1])
-        if self.covar_mode != "single" or not are_precise(last.weight):
+        if self.covar_mode != "single" or not share_gram(x, last.weight):
             return None
         return last.weight[:-1].t() @ last.weight[:-1]
 

@@ -131,8 +131,10 @@ class SelfAttention(Attention):
         """
         weight = None
         if self.qkv_nn is not None:
-            first = "qkv".index(which)
-            weight = readable(self.qkv_nn).weight[first * self.att_dim : (first + len(which)) * self.att_dim]
+            weight = readable(self.qkv_nn).weight
+            if which != "qkv":  # the gradient of a slice is a copy of the whole
+                first = "qkv".index(which)
+                weight = weight[first * self.att_dim : (first + len(which)) * self.att_dim]
         return self.heads(x, weight, len(which), enter, padding)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, **kwargs: Any) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bigbag.bags import Segments
 from bigbag.nn.encoded import Encoded
-from bigbag.nn.rows import by_rows
+from bigbag.nn.rows import are_few, by_rows
 
 
 class Encoder(torch.nn.Module):
@@ -36,9 +36,10 @@ class Encoder(torch.nn.Module):
         """``(T, in_dim)`` instances of a pack to ``(T, out_dim)``; ``kwargs`` are for the attentions."""
         return self._norm(self._through(x, segments, len(self.layers), **kwargs))
 
-    def forward_encoded(self, x: Tensor, segments: Segments, **kwargs: Any) -> Encoded:
-        """As :meth:`forward_packed`, but normalised a chunk at a time, when the rows are needed: for pools."""
-        return Encoded(self._through(x, segments, len(self.layers), **kwargs), self.norm)
+    def forward_encoded(self, x: Tensor, segments: Segments, **kwargs: Any) -> Tensor | Encoded:
+        """As :meth:`forward_packed`, for pools: where rows are many, normalised a chunk at a time, when needed."""
+        y = self._through(x, segments, len(self.layers), **kwargs)
+        return self._norm(y) if are_few(y) else Encoded(y, self.norm)
 
     def forward_first(self, x: Tensor, segments: Segments, return_att: bool = False, **kwargs: Any) -> Any:
         """The rows of :meth:`forward_packed` that stand first in their bag, such as class tokens.
