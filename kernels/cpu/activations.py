@@ -78,6 +78,15 @@ def _gelu_slope32(v):
     return _cdf32(v, bell) + v * _DENSITY * bell
 
 
+@_inline
+def _exp32(v):
+    return exp32(clipped(v, _LIMIT))
+
+
+def _exp64(v):
+    return math.exp(v)
+
+
 def _sigmoid64(v):
     return 1 / (1 + math.exp(-v))
 
@@ -109,6 +118,7 @@ def _by_width(single, double):
     return function
 
 
+exp = _by_width(_exp32, _exp64)
 sigmoid = _by_width(_sigmoid32, _sigmoid64)
 tanh = _by_width(_tanh32, _tanh64)
 gelu = _by_width(_gelu32, _gelu64)

@@ -182,26 +182,6 @@ def power_of_2(typing, value):
     return value(value), code
 
 
-@intrinsic
-def larger(typing, one, other):
-    """The larger number of each lane."""
-
-    def code(context, builder, signature, args):
-        return builder.select(builder.fcmp_ordered(">", args[0], args[1]), args[0], args[1])
-
-    return one(one, other), code
-
-
-@intrinsic
-def lane_maximum(typing, value):
-    """The largest lane."""
-
-    def code(context, builder, signature, args):
-        return _call(builder, f"llvm.vector.reduce.fmax.v{value.lanes}f32", _FLOAT, args[0])
-
-    return value.dtype(value), code
-
-
 def _lanewise(operation, one, other):
     def code(context, builder, signature, args):
         right = args[1] if isinstance(other, Vector) else _splat(builder, args[1], one.lanes)

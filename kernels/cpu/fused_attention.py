@@ -30,8 +30,6 @@ from bigbag.kernels.cpu.bfloat_tiles import (
     COLUMNS,
     ROWS,
     add,
-    lane_maximum,
-    larger,
     multiply,
     multiply_onto,
     power_of_2,
@@ -42,7 +40,7 @@ from bigbag.kernels.cpu.bfloat_tiles import (
 )
 from bigbag.kernels.cpu.half import _narrow
 from bigbag.kernels.cpu.segments import _block, _jit, array
-from bigbag.kernels.cpu.vectors import broadcast, lane_sum, lanes, load
+from bigbag.kernels.cpu.vectors import broadcast, lane_maximum, lane_sum, lanes, larger, load
 
 QUERIES = 240
 SHORT = 96

@@ -29,7 +29,6 @@ from bigbag.kernels.cpu.bfloat_tiles import (
     COLUMNS,
     ROWS,
     add,
-    larger,
     power_of_2,
     rounded,
     store_pairs,
@@ -51,7 +50,7 @@ from bigbag.kernels.cpu.fused_attention import (
 )
 from bigbag.kernels.cpu.half import _narrow, _wide
 from bigbag.kernels.cpu.segments import _block, _jit, array
-from bigbag.kernels.cpu.vectors import broadcast, lane_sum, lanes, load, store
+from bigbag.kernels.cpu.vectors import broadcast, lane_sum, lanes, larger, load, store
 
 if TYPE_CHECKING:
     from bigbag.kernels.cpu.nystrom import _Piece

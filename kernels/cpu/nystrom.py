@@ -6,17 +6,17 @@
 per head, b the bag of row t. Bag b has ``counts[b]`` landmarks; what stands beyond them is not read, and gives zeros.
 (Of a bag of N rows they are min(N, M); but the rows here may be a part of it.) Bags are cut into pieces, each piece is
 one thread's, and is walked in chunks whose (H, chunk, M) score matrix has about ``CHUNK_ELEMENTS`` elements and stays
-in that core's cache: batched GEMMs over the heads into reused buffers, softmax in place, ``gather`` with a running
-maximum. (Threads inside of each of these short operations, as torch has them, would meet ten times per chunk, and wait
-for the slowest where others use the machine, too.) What pieces contribute to landmarks is added in their order; pieces
-do not depend on the number of threads. Backward walks again and recomputes p from the scores, their maximum and the sum
-of exponentials. (Those two and not their log-sum-exp: near 1e4 it is off by more than a softmax that saturates may be.)
-Arithmetic is float32 (float64 for float64) whatever the rows are stored in: the pseudo-inverse between the factors
-magnifies rounding. But rows in bfloat16 go, where the CPU has instructions for products of it, through
-:mod:`fused_nystrom`, in 0.5 to 0.65 of the time.
+in that core's cache: batched GEMMs over the heads into reused buffers, and between them one pass over the scores, in
+Numba; ``gather`` has a running maximum. (Threads inside of each of these short operations, as torch has them, would
+meet several times per chunk, and wait for the slowest where others use the machine, too.) What pieces contribute to
+landmarks is added in their order; pieces do not depend on the number of threads. Backward walks again and recomputes p
+from the scores, their maximum and the sum of exponentials. (Those two and not their log-sum-exp: near 1e4 it is off by
+more than a softmax that saturates may be.) Arithmetic is float32 (float64 for float64) whatever the rows are stored in:
+the pseudo-inverse between the factors magnifies rounding. But rows in bfloat16 go, where the CPU has instructions for
+products of it, through :mod:`fused_nystrom`, in 0.5 to 0.65 of the time.
 
 FLOPs (d the width of q and k, dv that of v): 2 T H M (d + dv) forward, 2 T H M (3 d + 2 dv) backward, for each.
-Bytes: q, out (k, v) once forward; q, grad_out, grad_q (k, v, grad_k, grad_v) once backward. Working memory: four score
+Bytes: q, out (k, v) once forward; q, grad_out, grad_q (k, v, grad_k, grad_v) once backward. Working memory: two score
 matrices per thread, and one set of landmarks per piece, of which a bag has 64 at most.
 """
 
@@ -31,8 +31,10 @@ import torch
 from torch import Tensor
 
 from bigbag.kernels.cpu import bfloat_tiles, fused_nystrom
+from bigbag.kernels.cpu.activations import exp
 from bigbag.kernels.cpu.memory import huge_pages
-from bigbag.kernels.cpu.segments import _pool, accumulation_dtype
+from bigbag.kernels.cpu.segments import _block, _jit, _pool, accumulation_dtype
+from bigbag.kernels.cpu.vectors import broadcast, fits, lane_maximum, lanes, larger, load
 
 # Three such matrices stay in the cache of a core; below it, operations on a chunk cost less than starting them.
 CHUNK_ELEMENTS = 1 << 18
@@ -40,6 +42,82 @@ PIECE_ROWS = 4096
 _MOST_PIECES = 64
 # Below this many scores, handing work to a thread costs more than the work.
 _SERIAL_SCORES = 1 << 18
+
+
+@_block
+def _peak(like, scores, h, r, columns):
+    """The largest of scores[h, r, :columns]."""
+    wide, top = like, -np.inf
+    c = 0
+    while fits(like, c, columns):
+        wide = larger(load(like, scores, h, r, c), wide)
+        c += lanes(like)
+    top = lane_maximum(wide)
+    while c < columns:
+        top = max(top, scores[h, r, c])
+        c += 1
+    return top
+
+
+@_jit
+def _weigh_rows(scores, tops, totals):
+    """scores (H, n, m) = exp(scores - tops), the largest of each row (n, H), and their sums (n, H)."""
+    like = broadcast(scores.dtype.type(-np.inf), 32)
+    for h in range(scores.shape[0]):
+        for r in range(scores.shape[1]):
+            top, total = _peak(like, scores, h, r, scores.shape[2]), scores.dtype.type(0)
+            for c in range(scores.shape[2]):
+                weight = exp(scores[h, r, c] - top)
+                scores[h, r, c] = weight
+                total += weight
+            tops[r, h], totals[r, h] = top, total
+
+
+@_jit
+def _weigh_more(scores, tops, totals, sums):
+    """The same of rows (H, m) that go on: tops are raised, and totals (H, m) and sums (H, m, dv) shrink accordingly."""
+    like = broadcast(scores.dtype.type(-np.inf), 32)
+    for h in range(scores.shape[0]):
+        for r in range(scores.shape[1]):
+            top = max(tops[h, r], _peak(like, scores, h, r, scores.shape[2]))
+            if top > tops[h, r]:
+                shrink = exp(tops[h, r] - top) if tops[h, r] > -np.inf else scores.dtype.type(0)
+                totals[h, r] *= shrink
+                for c in range(sums.shape[2]):
+                    sums[h, r, c] *= shrink
+                tops[h, r] = top
+            total = scores.dtype.type(0)
+            for c in range(scores.shape[2]):
+                weight = exp(scores[h, r, c] - top)
+                scores[h, r, c] = weight
+                total += weight
+            totals[h, r] += total
+
+
+@_jit
+def _differentiate_rows(scores, grads, tops, totals):
+    """scores (H, n, m) = P = exp(scores - tops) / totals, both (n, H); grads = P (grads - the sum of P grads)."""
+    for h in range(scores.shape[0]):
+        for r in range(scores.shape[1]):
+            top, scale, total = tops[r, h], 1 / totals[r, h], scores.dtype.type(0)
+            for c in range(scores.shape[2]):
+                weight = exp(scores[h, r, c] - top) * scale
+                scores[h, r, c] = weight
+                total += weight * grads[h, r, c]
+            for c in range(scores.shape[2]):
+                grads[h, r, c] = scores[h, r, c] * (grads[h, r, c] - total)
+
+
+@_jit
+def _differentiate_more(scores, grads, tops, centres):
+    """scores (H, m, n) = exp(scores - tops), grads = scores (grads - centres), both (H, m)."""
+    for h in range(scores.shape[0]):
+        for r in range(scores.shape[1]):
+            top, centre = tops[h, r], centres[h, r]
+            for c in range(scores.shape[2]):
+                weight = exp(scores[h, r, c] - top)
+                scores[h, r, c] = weight
+                grads[h, r, c] = weight * (grads[h, r, c] - centre)
 
 
 @dataclass(frozen=True)
@@ -163,11 +241,9 @@ def spread(q: Tensor, keys: Tensor, values: Tensor, offsets: Tensor, counts: Ten
             key, value = keys[piece.bag, :, : piece.count].mT, values[piece.bag, :, : piece.count]
             for start, end in piece.chunks():
                 p = torch.bmm(rows.load(start, end), key, out=buffers.scores(0, end - start, piece.count))
-                top = p.amax(2, keepdim=True)
-                total = p.sub_(top).exp_().sum(2, keepdim=True)
-                norms[0, start:end], norms[1, start:end] = top.squeeze(2).t(), total.squeeze(2).t()
+                _weigh_rows(p.numpy(), *norms[:, start:end].numpy())
                 # Dividing dv columns of the product is cheaper than M columns of p.
-                torch.bmm(p, value, out=result.place(start, end)).div_(total)
+                torch.bmm(p, value, out=result.place(start, end)).div_(norms[1, start:end].t().unsqueeze(2))
                 result.store(start, end)
 
     given = (q, keys, values, counts, out, norms)
@@ -186,18 +262,17 @@ def spread_backward(
     value_parts = values.new_zeros(len(pieces), *values.shape[1:])
 
     def work(pieces: list[_Piece], first: int) -> None:
-        buffers = _Buffers(pieces, heads, keys.dtype, (q, grad, grad_q), 3)
+        buffers = _Buffers(pieces, heads, keys.dtype, (q, grad, grad_q), 2)
         rows, grads, results = buffers.rows
         for number, piece in enumerate(pieces, first):
             key, value = keys[piece.bag, :, : piece.count], values[piece.bag, :, : piece.count]
             grad_key, grad_value = key_parts[number, :, : piece.count], value_parts[number, :, : piece.count]
             for start, end in piece.chunks():
                 query, grad_out = rows.load(start, end), grads.load(start, end)
-                p, grad_p, grad_s = (buffers.scores(i, end - start, piece.count) for i in range(3))
-                torch.bmm(query, key.mT, out=p).sub_(norms[0, start:end].t().unsqueeze(2)).exp_()
-                p.div_(norms[1, start:end].t().unsqueeze(2))
-                torch.bmm(grad_out, value.mT, out=grad_p)
-                torch.ops.aten._softmax_backward_data.out(grad_p, p, 2, p.dtype, grad_input=grad_s)
+                p, grad_s = (buffers.scores(i, end - start, piece.count) for i in range(2))
+                torch.bmm(query, key.mT, out=p)
+                torch.bmm(grad_out, value.mT, out=grad_s)
+                _differentiate_rows(p.numpy(), grad_s.numpy(), *norms[:, start:end].numpy())
                 torch.bmm(grad_s, key, out=results.place(start, end))
                 results.store(start, end)
                 grad_key.baddbmm_(grad_s.mT, query)
@@ -223,15 +298,12 @@ def gather(queries: Tensor, k: Tensor, v: Tensor, offsets: Tensor, counts: Tenso
         keys, values = buffers.rows
         for number, piece in enumerate(pieces, first):
             query = queries[piece.bag, :, : piece.count]
-            top, total, acc = (x[number, :, : piece.count] for x in (tops, totals, parts))
+            top, total = (x[number, :, : piece.count, 0] for x in (tops, totals))
+            acc = parts[number, :, : piece.count]
             for start, end in piece.chunks():
                 p = torch.bmm(query, keys.load(start, end).mT, out=buffers.scores(0, piece.count, end - start))
-                new = torch.maximum(top, p.amax(2, keepdim=True))
-                p.sub_(new).exp_()
-                decay = top.sub_(new).exp_()
-                total.mul_(decay).add_(p.sum(2, keepdim=True))
-                acc.mul_(decay).baddbmm_(p, values.load(start, end))
-                top.copy_(new)
+                _weigh_more(p.numpy(), top.numpy(), total.numpy(), acc.numpy())
+                acc.baddbmm_(p, values.load(start, end))
 
     given = (queries, k, v, parts, tops, totals)
     _launch(fused_nystrom.gather(*given) if _is_fused(k) else work, pieces, heads)
@@ -263,23 +335,27 @@ def gather_backward(
     pieces = _pieces(offsets, counts, heads)
     grad_k, grad_v = (huge_pages(x.new_empty(x.shape)) for x in (k, v))
     parts = queries.new_zeros(len(pieces), *queries.shape[1:])
-    delta = (grad * y).sum(3, keepdim=True)
+    delta = (grad * y).sum(3)
 
     def work(pieces: list[_Piece], first: int) -> None:
         buffers = _Buffers(pieces, heads, queries.dtype, (k, v, grad_k, grad_v), 2)
         keys, values, results_k, results_v = buffers.rows
         for number, piece in enumerate(pieces, first):
             query, part = queries[piece.bag, :, : piece.count], parts[number, :, : piece.count]
-            top, total = norms[:, piece.bag, :, : piece.count, None]
+            top, total = norms[:, piece.bag, :, : piece.count]
             # exp(score - top) stays undivided; what is multiplied by it is divided, being smaller.
-            grad_y, centre = (x[piece.bag, :, : piece.count] / total for x in (grad, delta))
+            grad_y, centre = (
+                grad[piece.bag, :, : piece.count] / total[..., None],
+                delta[piece.bag, :, : piece.count] / total,
+            )
             for start, end in piece.chunks():
                 key, value = keys.load(start, end), values.load(start, end)
                 p, grad_s = (buffers.scores(i, piece.count, end - start) for i in range(2))
-                torch.bmm(query, key.mT, out=p).sub_(top).exp_()
+                torch.bmm(query, key.mT, out=p)
+                torch.bmm(grad_y, value.mT, out=grad_s)
+                _differentiate_more(p.numpy(), grad_s.numpy(), top.numpy(), centre.numpy())
                 torch.bmm(p.mT, grad_y, out=results_v.place(start, end))
                 results_v.store(start, end)
-                torch.bmm(grad_y, value.mT, out=grad_s).sub_(centre).mul_(p)
                 torch.bmm(grad_s.mT, query, out=results_k.place(start, end))
                 results_k.store(start, end)
                 part.baddbmm_(grad_s, key)

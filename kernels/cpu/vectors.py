@@ -262,6 +262,29 @@ def lane_sum(typing, value):
 
 
 @intrinsic
+def larger(typing, one, other):
+    """The larger number of each lane."""
+
+    def code(context, builder, signature, args):
+        return builder.select(builder.fcmp_ordered(">", args[0], args[1]), args[0], args[1])
+
+    return one(one, other), code
+
+
+@intrinsic
+def lane_maximum(typing, value):
+    """The largest lane."""
+
+    def code(context, builder, signature, args):
+        element = args[0].type.element
+        name = f"llvm.vector.reduce.fmax.v{value.lanes}f{32 if element == _FLOAT else 64}"
+        kind = ir.FunctionType(element, [args[0].type])
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [args[0]])
+
+    return value.dtype(value), code
+
+
+@intrinsic
 def multiply_fold(typing, acc, u, v):
     """``acc + u * v``, the lanes of the product added up to as many as ``acc`` has; zeros fill what it lacks."""
 
