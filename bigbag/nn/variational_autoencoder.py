@@ -30,8 +30,8 @@ class VariationalAutoEncoder(torch.nn.Module):
     Cost of :meth:`compute_loss` with S samples, E encoder and as many decoder weights, most of them at the instances:
     (4 + 4 S) T E FLOP; beyond inputs and parameters it holds O(T S hidden) numbers and one chunk. With ``recompute``,
     (6 + 6 S) T E FLOP and O(T S latent) numbers. (With "diagonal", in 16 bits or TF32, (4 + 8 S) and (6 + 8 S).)
-    Of one standard deviation per instance only the sum of its squared errors is needed: the decoder's last layer is
-    never computed, see :func:`bigbag.nn.linear.linear_error`.
+    Of one standard deviation per instance only the sum of its squared errors is needed: in float32 and float64, the
+    decoder's last layer is not computed for more rows than twice its inputs, see :func:`bigbag.nn.linear.linear_error`.
 
     Differs from torchmil: the importance weights use the same prior as ``VaeKL``, N(0, 1) (torchmil: a standard
     deviation of e).
